@@ -1,0 +1,73 @@
+# Needs make and Python 3.11 or newer (with its venv module), nothing else: each target makes the environment it uses.
+# Another interpreter: make test PYTHON=python3.12. pip reads its own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...).
+
+PYTHON ?= python3
+# One torch thread per worker: the models under test are too small to gain from more.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+# With HF_HUB_OFFLINE a test that reaches for the Hub fails at once, whether or not there is a network.
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -q $(PYTEST_ARGS)
+
+CONTRACT = $(wildcard tests/test_modeling.py tests/test_generate.py tests/test_hub.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-oldest test-kernels gpu style quality types clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.demo ## what a small cache does, on any CPU
+	.venv/bin/scrubjay demo
+
+test: .venv/.dev ## the whole test-suite, on CPU, offline
+	$(call PYTEST,.venv) -n $(WORKERS)
+
+test-oldest: .venv-oldest/.test ## the model contract on the oldest supported transformers
+	$(if $(CONTRACT),,$(error no contract test found: tests/test_modeling.py, tests/test_generate.py, tests/test_hub.py))
+	$(call PYTEST,.venv-oldest) -n $(WORKERS) $(CONTRACT)
+
+test-kernels: .venv/.dev ## the kernels alone
+	$(call PYTEST,.venv) tests/test_kernels.py
+
+gpu: .venv/.dev ## the tests that need a CUDA device
+	$(call PYTEST,.venv) -m gpu
+
+style: .venv/.dev ## format and repair
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+quality: .venv/.dev ## what style would change, and the types
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	$(MAKE) --no-print-directory types
+
+types: .venv/.dev .mypy_path/scrubjay ## mypy on configuration, kernels, modeling, conversion
+	.venv/bin/mypy
+
+clean: ## remove builds and caches; the environments stay (.venv, .venv-oldest)
+	rm -rf build dist *.egg-info .mypy_path .mypy_cache .pytest_cache .ruff_cache
+	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+# One environment is a folder; what is installed in it, a stamp beside its bin. pip is the last thing venv puts there.
+.venv/bin/pip .venv-oldest/bin/pip: %/bin/pip:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+	"scrubjay needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $*
+
+.venv/.demo: pyproject.toml constraints.txt | .venv/bin/pip
+	.venv/bin/python -m pip install -e '.[demo]' -c constraints.txt
+	touch $@
+
+# dev holds everything that demo does
+.venv/.dev: pyproject.toml constraints.txt | .venv/bin/pip
+	.venv/bin/python -m pip install -e '.[dev]' -c constraints.txt
+	touch .venv/.demo $@
+
+.venv-oldest/.test: pyproject.toml constraints-oldest.txt | .venv-oldest/bin/pip
+	.venv-oldest/bin/python -m pip install -e '.[test]' -c constraints-oldest.txt
+	touch $@
+
+.mypy_path/scrubjay:
+	mkdir -p .mypy_path
+	ln -sfn .. $@

@@ -1,0 +1,33 @@
+"""Efficient-attention language models for Hugging Face Transformers.
+
+Importing the package registers its models with the Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from scrubjay.configuration.configuration_rodimus import RodimusConfig
+from scrubjay.configuration.configuration_ssd import SSDConfig
+from scrubjay.modeling.cache import RodimusCache, SSDCache
+from scrubjay.modeling.modeling_rodimus import RodimusForCausalLM, RodimusModel
+from scrubjay.modeling.modeling_ssd import SSDForCausalLM, SSDModel
+
+__version__ = "0.1.0"
+
+for _config, _model, _causal_lm in (
+    (SSDConfig, SSDModel, SSDForCausalLM),
+    (RodimusConfig, RodimusModel, RodimusForCausalLM),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoModelForCausalLM.register(_config, _causal_lm)
+
+__all__ = [
+    "RodimusCache",
+    "RodimusConfig",
+    "RodimusForCausalLM",
+    "RodimusModel",
+    "SSDCache",
+    "SSDConfig",
+    "SSDForCausalLM",
+    "SSDModel",
+]

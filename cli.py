@@ -1,0 +1,222 @@
+"""The command line: scrubjay demo | generate | export | eval | bench.
+
+Thin: each command parses its arguments and calls one function. Torch and transformers are imported inside it, so that
+`--help` and a mistyped argument answer at once.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from scrubjay.examples.recipe import MODELS, Recipe
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, whatever the command."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}. See: {self.prog} --help")
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, exit code 2."""
+    print(f"scrubjay: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments, rest = make_parser().parse_known_args(argv)
+    if rest and arguments.run is not bench:
+        fail(f"unknown arguments: {shlex.join(rest)}. See: scrubjay {arguments.command} --help")
+    arguments.rest, arguments.line = rest, shlex.join(["scrubjay", *argv])
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        print("scrubjay: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if arguments.traceback:
+            raise
+        fail(str(error) or type(error).__name__)
+
+
+def make_parser() -> Parser:
+    """All commands and their arguments."""
+    parser = Parser(prog="scrubjay", description="Language models with small caches, for Hugging Face Transformers.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    add_demo(commands)
+    add_generate(commands)
+    add_export(commands)
+    add_eval(commands)
+    text = "measure speed and memory; its arguments are those of examples/benchmark.py"
+    commands.add_parser("bench", help=text, add_help=False).set_defaults(run=bench)
+    return parser
+
+
+def add_demo(commands) -> None:
+    recipe = Recipe()
+    text = "train a small model on real text, load it where scrubjay is absent, hold it against baselines"
+    parser = commands.add_parser("demo", help=text, description=f"{text.capitalize()}. Needs no network.")
+    parser.set_defaults(run=demo)
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="what to train (default: %(default)s)")
+    parser.add_argument(
+        "--text", type=Path, metavar="PATH", help="file or folder of UTF-8 text (default: Python's standard library)"
+    )
+    parser.add_argument("--minutes", type=float, default=2.0, help="time to train (default: %(default)g)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder for model, numbers, figure (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, data order and sampling (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=recipe.batch_size, help="windows a step (default: %(default)s)"
+    )
+    parser.add_argument("--length", type=int, default=recipe.length, help="tokens a window (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and a few steps: seconds on a CPU")
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    from scrubjay.examples.demo import demo as run
+
+    recipe = replace(Recipe(), batch_size=arguments.batch_size, length=arguments.length)
+    run(
+        arguments.model,
+        recipe=recipe.smoke() if arguments.smoke else recipe,
+        text=arguments.text,
+        minutes=arguments.minutes,
+        output=arguments.output,
+        seed=arguments.seed,
+        command=arguments.line,
+    )
+
+
+def add_generate(commands) -> None:
+    parser = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt, as it comes.")
+    parser.set_defaults(run=generate)
+    _add_source(parser, "model")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="at most so many (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="share of the mass kept (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    if arguments.temperature < 0 or not 0 < arguments.top_p <= 1 or arguments.max_new_tokens < 1:
+        raise ValueError(
+            f"got --temperature {arguments.temperature}, --top-p {arguments.top_p}, --max-new-tokens "
+            f"{arguments.max_new_tokens}; needed: temperature >= 0, 0 < top-p <= 1, max-new-tokens >= 1."
+        )
+    model, tokenizer = _load(arguments)
+    from transformers import TextStreamer, set_seed
+
+    inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if inputs.input_ids.shape[1] == 0:
+        raise ValueError(f"--prompt {arguments.prompt!r} has no tokens. Pass some text.")
+    set_seed(arguments.seed)
+    sampling = {"do_sample": False}
+    if arguments.temperature > 0:
+        sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    model.generate(**inputs, **sampling, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
+
+
+def add_export(commands) -> None:
+    text = "write a model, its tokenizer and its code into a folder that loads where scrubjay is not installed"
+    parser = commands.add_parser("export", help=text, description=f"{text.capitalize()}.")
+    parser.set_defaults(run=export)
+    _add_source(parser, "source")
+    parser.add_argument("destination", type=Path, help="folder to make")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    destination = arguments.destination
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} already exists and is not an empty folder. Name a new folder.")
+    model, tokenizer = _load(arguments, tokenizer_required=False)
+    model.save_pretrained(destination)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(destination)
+    print(f"{destination}: {', '.join(sorted(path.name for path in destination.iterdir()))}")
+
+
+def add_eval(commands) -> None:
+    parser = commands.add_parser("eval", help="bits per byte on a text", description="Bits per byte on a text file.")
+    parser.set_defaults(run=evaluate)
+    _add_source(parser, "model")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--length", type=int, default=512, help="tokens a window (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows a step (default: %(default)s)")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.length < 16 or arguments.batch_size < 1:
+        raise ValueError(
+            f"got --length {arguments.length} and --batch-size {arguments.batch_size}, at least 16 and 1 are needed."
+        )
+    text = arguments.text.read_text(encoding="utf-8")
+    if not text:
+        raise ValueError(f"{arguments.text} is empty. Pass a file with text in it.")
+    model, tokenizer = _load(arguments)
+    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer of {arguments.model} lacks a tokenizer.json or an eos_token, which marks where text starts "
+            "and ends. Add them to its folder."
+        )
+    from scrubjay.examples.corpus import encode, num_bytes
+    from scrubjay.examples.measure import stream_bits
+
+    stream = encode(tokenizer, [text])
+    bits = stream_bits(model, stream, arguments.length, arguments.batch_size)
+    print(f"{bits / num_bytes([text]):.4f} bits per byte ({num_bytes([text]):,} bytes, {len(stream) - 1:,} tokens)")
+
+
+def bench(arguments: argparse.Namespace) -> int | None:
+    from scrubjay.examples.benchmark import main as run
+
+    return run(arguments.rest)
+
+
+def _add_source(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument(name, help="folder that save_pretrained wrote, or owner/name on the Hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _load(arguments: argparse.Namespace, tokenizer_required: bool = True):
+    """Model (on the GPU where there is one) and tokenizer."""
+    source = getattr(arguments, "model", None) or arguments.source
+    if not (Path(source) / "config.json").is_file() and (Path(source).exists() or source.count("/") != 1):
+        raise ValueError(
+            f"no config.json in {source}. Pass a folder that save_pretrained wrote, such as the --output of `scrubjay "
+            "demo`, or owner/name on the Hub."
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    trust = {"trust_remote_code": arguments.trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(source, **trust).eval()
+    if torch.cuda.is_available():
+        model.cuda()
+    try:
+        return model, AutoTokenizer.from_pretrained(source, **trust)
+    except (OSError, ValueError):
+        if tokenizer_required:
+            raise
+        return model, None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

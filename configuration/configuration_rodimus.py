@@ -1,0 +1,161 @@
+"""Sizes of a Rodimus or Rodimus+ language model."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+BLOCK_TYPES = ("rodimus", "rodimus_plus")
+
+
+@strict
+class RodimusConfig(PreTrainedConfig):
+    r"""Sizes of a Rodimus or Rodimus+ language model (arXiv:2410.06577).
+
+    Args:
+        block_type: "rodimus": the recurrent mixer alone. "rodimus_plus": the mixer, then sliding-window attention with one
+            shared key head and a feed-forward network.
+        vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of blocks.
+        expand: width of the mixer's values over `hidden_size`, rounded up to a multiple of 8.
+        state_size: n, key width of the recurrent state ("mem_size"). 64 in the published models.
+        conv_kernel: taps of the causal convolution.
+        input_gate_rank: inner width of the low-rank input gate. None is max(hidden_size // 64, 16).
+        k_norm_eps: smallest norm by which a key is divided. 1e-12 in the first checkpoints, 1e-5 in the Coder ones.
+        num_attention_heads: query heads of the window attention (rodimus_plus). None derives heads of about 128 channels.
+        num_key_heads: key heads; 1, shared by all query heads, is the paper's.
+        num_value_heads: value heads; None is one per query head, as in the paper. Query head h reads key head
+            h mod num_key_heads and value head h mod num_value_heads.
+        sliding_window: keys that a query sees, its own included. The official code's `window_size` W sees W // 2 + 1.
+        rope_theta, rotary_dim, rope_interleaved: base of the rotary encoding; channels of a head that it turns (None: all,
+            0: none); whether it pairs neighbours instead of halves.
+        intermediate_size: width of the feed-forward network. None is 4/3 hidden_size, rounded up to a multiple of 8.
+        scale_embedding: multiply embeddings by sqrt(state_size).
+        norm_embedding: normalise embeddings before the first block.
+        hidden_dropout, activation_dropout, attention_dropout: after each mixer, attention and feed-forward network; inside
+            the mixer behind its norm; on attention weights.
+        rms_norm_eps: added to the mean square in every norm.
+        residual_in_fp32: keep the residual stream in float32 whatever the dtype of the weights is.
+        chunk_size: steps solved as one product. Changes speed, never the result beyond rounding.
+        initializer_range: standard deviation of the initial embeddings and of those projections that have no rule of their own.
+        rescale_prenorm_residual: divide the initial output projections by sqrt(num_hidden_layers), rodimus_plus by
+            sqrt(3 * num_hidden_layers).
+        use_cache: whether forward returns a cache by default.
+    """
+
+    model_type = "scrubjay_rodimus"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (a class attribute of transformers)
+
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.mixer.fc": "colwise_gather_output",
+        "layers.*.mixer.out_proj": "rowwise_split_input",
+        "layers.*.attn.q_proj": "colwise_gather_output",
+        "layers.*.attn.v_proj": "colwise_gather_output",
+        "layers.*.attn.o_proj": "rowwise_split_input",
+        "layers.*.ffn.fc": "colwise_gather_output",
+        "layers.*.ffn.out_proj": "rowwise_split_input",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    block_type: str = "rodimus_plus"
+    vocab_size: int = 126464
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    expand: int | float = 2
+    state_size: int = 64
+    conv_kernel: int = 4
+    input_gate_rank: int | None = None
+    k_norm_eps: float = 1e-12
+    num_attention_heads: int | None = None
+    num_key_heads: int = 1
+    num_value_heads: int | None = None
+    sliding_window: int = 2049
+    rope_theta: float = 10000.0
+    rotary_dim: int | None = None
+    rope_interleaved: bool = False
+    intermediate_size: int | None = None
+    scale_embedding: bool = False
+    norm_embedding: bool = False
+    hidden_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    rms_norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    chunk_size: int = 16
+    initializer_range: float = 0.02
+    rescale_prenorm_residual: bool = True
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+
+    def __post_init__(self, **kwargs):
+        if self.input_gate_rank is None:
+            self.input_gate_rank = max(self.hidden_size // 64, 16)
+        if self.intermediate_size is None:
+            self.intermediate_size = _round_up(int(self.hidden_size * 4 / 3), 8)
+        if self.num_attention_heads is None:
+            wanted = max(self.hidden_size // 128, 1)
+            fits = [h for h in range(wanted, 0, -1) if self.hidden_size % (2 * h) == 0]
+            self.num_attention_heads = fits[0] if fits else 1
+        if self.num_value_heads is None:
+            self.num_value_heads = self.num_attention_heads
+        if self.rotary_dim is None:
+            self.rotary_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        super().__post_init__(**kwargs)
+
+    @property
+    def inner_size(self) -> int:
+        """m, width of the mixer's values."""
+        return _round_up(int(self.expand * self.hidden_size), 8)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether blocks hold window attention and a feed-forward network."""
+        return self.block_type == "rodimus_plus"
+
+    def validate_architecture(self):
+        """Refuse sizes that do not fit each other, naming the value and the rule."""
+        if self.block_type not in BLOCK_TYPES:
+            raise ValueError(f"block_type must be one of {BLOCK_TYPES}; got {self.block_type!r}.")
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "conv_kernel", "input_gate_rank")
+        heads = ("num_attention_heads", "num_key_heads", "num_value_heads")
+        for name in (*sizes, *heads, "sliding_window", "intermediate_size", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.inner_size < 1:
+            raise ValueError(f"expand must be positive; got {self.expand}.")
+        for name in ("rms_norm_eps", "k_norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        for name in ("hidden_dropout", "activation_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}.")
+        if self.has_attention:
+            self._validate_attention()
+
+    def _validate_attention(self):
+        heads = self.num_attention_heads
+        if self.hidden_size % heads:
+            raise ValueError(f"num_attention_heads must divide hidden_size = {self.hidden_size}; got {heads}.")
+        for name in ("num_key_heads", "num_value_heads"):
+            if heads % getattr(self, name):
+                raise ValueError(f"{name} must divide num_attention_heads = {heads}; got {getattr(self, name)}.")
+        if not 0 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
+            raise ValueError(f"rotary_dim must be even and at most head_dim = {self.head_dim}; got {self.rotary_dim}.")
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+__all__ = ["RodimusConfig"]

@@ -1,0 +1,138 @@
+"""Sizes of an SSD language model."""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+@strict
+class SSDConfig(PreTrainedConfig):
+    r"""Sizes of an SSD language model (Mamba-2, arXiv:2405.21060). Names are those of transformers' `Mamba2Config`.
+
+    Args:
+        vocab_size: rows of the embedding. 50277 rounded up to a multiple of 16 in the published models.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of blocks.
+        state_size: N, key and query width of the recurrent state, per head. 128 in the paper.
+        expand: inner width over `hidden_size`; the inner width is num_heads * head_dim.
+        num_heads: H. None derives it from `head_dim`.
+        head_dim: P, value width per head. None is the largest of 64, 32, ... that divides the inner width.
+        n_groups: G, groups of heads that share keys and queries; divides `num_heads`. 1 in most published models, 8 in Codestral.
+        conv_kernel: taps of the causal convolution.
+        use_conv_bias, use_bias: bias of the convolution; of the input and output projections.
+        chunk_size: steps solved as one product. Changes speed, never the result beyond rounding.
+        hidden_act: activation after the convolution and of the gate; "silu" is the one that the paper defines.
+        layer_norm_epsilon: added to the mean square in every norm.
+        residual_in_fp32: keep the residual stream in float32 whatever the dtype of the weights is.
+        time_step_limit: (low, high), clamp of the step size after softplus; applied to whole sequences and to single steps.
+        time_step_min, time_step_max, time_step_floor: range from which the initial step sizes are drawn (log-uniform), and their floor.
+        A_initializer_range: (low, high), range from which the initial decay rates are drawn (uniform).
+        initializer_range: standard deviation of the initial embedding.
+        rescale_prenorm_residual: divide the initial output projections by sqrt(num_hidden_layers).
+        use_cache: whether forward returns a cache by default.
+    """
+
+    model_type = "scrubjay_ssd"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (a class attribute of transformers)
+
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.mixer.in_proj": "colwise_gather_output",
+        "layers.*.mixer.out_proj": "rowwise_split_input",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50288
+    hidden_size: int = 768
+    num_hidden_layers: int = 24
+    state_size: int = 128
+    expand: int | float = 2
+    num_heads: int | None = None
+    head_dim: int | None = None
+    n_groups: int = 1
+    conv_kernel: int = 4
+    use_conv_bias: bool = True
+    use_bias: bool = False
+    chunk_size: int = 64
+    hidden_act: str = "silu"
+    layer_norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = True
+    time_step_limit: list | tuple | None = None
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    A_initializer_range: list | tuple = (1.0, 16.0)
+    initializer_range: float = 0.02
+    rescale_prenorm_residual: bool = True
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+
+    def __post_init__(self, **kwargs):
+        inner = self.inner_size
+        if self.head_dim is None and self.num_heads is not None and self.num_heads > 0:
+            self.head_dim = inner // self.num_heads
+        if self.head_dim is None:
+            self.head_dim = next(size for size in (64, 32, 16, 8, 4, 2, 1) if inner % size == 0)
+        if self.num_heads is None:
+            self.num_heads = inner // max(self.head_dim, 1)
+        # Published files write infinity as a bare JSON word, as {"__float__": "Infinity"}, or leave the field out.
+        self.time_step_limit = [_number(x) for x in self.time_step_limit or (0.0, math.inf)]
+        self.A_initializer_range = [float(x) for x in self.A_initializer_range]
+        super().__post_init__(**kwargs)
+
+    @property
+    def inner_size(self) -> int:
+        """Width of the values, num_heads * head_dim."""
+        return int(self.expand * self.hidden_size)
+
+    @property
+    def conv_size(self) -> int:
+        """Channels that are convolved: values, keys and queries."""
+        return self.inner_size + 2 * self.n_groups * self.state_size
+
+    def validate_architecture(self):
+        """Refuse sizes that do not fit each other, naming the value and the rule."""
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "num_heads", "head_dim", "n_groups")
+        for name in (*sizes, "conv_kernel", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.num_heads * self.head_dim != self.inner_size:
+            raise ValueError(
+                f"num_heads * head_dim must equal expand * hidden_size; got {self.num_heads} * {self.head_dim} = "
+                f"{self.num_heads * self.head_dim} and {self.expand} * {self.hidden_size} = {self.inner_size}."
+            )
+        if self.num_heads % self.n_groups:
+            raise ValueError(f"n_groups must divide num_heads = {self.num_heads}; got {self.n_groups}.")
+        if self.hidden_act not in ("silu", "swish"):
+            raise ValueError(f'hidden_act must be "silu", the activation of the paper; got {self.hidden_act!r}.')
+        if not self.layer_norm_epsilon > 0:
+            raise ValueError(f"layer_norm_epsilon must be positive; got {self.layer_norm_epsilon}.")
+        for name in ("time_step_limit", "A_initializer_range"):
+            low, high = _pair(name, getattr(self, name))
+            if not 0 <= low <= high:
+                raise ValueError(f"{name} must satisfy 0 <= low <= high; got {(low, high)}.")
+        if not 0 < self.time_step_min <= self.time_step_max or not self.time_step_floor > 0:
+            raise ValueError(
+                "The initial step sizes need 0 < time_step_min <= time_step_max and 0 < time_step_floor; got "
+                f"{self.time_step_min}, {self.time_step_max} and {self.time_step_floor}."
+            )
+
+
+def _number(value) -> float:
+    return float(value["__float__"] if isinstance(value, dict) else value)
+
+
+def _pair(name, value):
+    if len(value) != 2:
+        raise ValueError(f"{name} must be a pair (low, high); got {value}.")
+    return value
+
+
+__all__ = ["SSDConfig"]

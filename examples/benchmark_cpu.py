@@ -1,0 +1,332 @@
+"""What `benchmark.py --cpu` measures: the same work done by a peer and by scrubjay, in one run on one machine.
+
+Models: transformers' own Mamba2 and our SSD with the same weights, checked to give the same logits before anything is
+timed. SW-SKA: torch's scaled_dot_product_attention with a dense band mask, and `window_attention`.
+Times are taken in turn (peer, scrubjay, peer, ...), so that whatever else runs on the machine slows both; a peak of
+memory is taken in a process of its own.
+
+B = 1, T time, H heads, P head size. q, v (1, T, H, P), k (1, T, 1, P). Times in seconds, memory in bytes.
+"""
+
+import gc
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from scrubjay import SSDForCausalLM
+from scrubjay.kernels.window import window_attention
+
+SIDES = ("peer", "scrubjay")
+DEFAULT_CHUNK = 256  # of transformers' Mamba2; a shorter prompt is padded to it
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the comparison. The model is the 130M shape of Mamba-2 (one group, tied embeddings)."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 24
+    state_size: int = 128
+    head_dim: int = 64
+    vocab_size: int = 50288
+    chunks: tuple[int, ...] = (64, 128, 256)  # transformers is compared at the fastest of these
+    long: int = 2048  # tokens of the long prefill
+    short: int = 512  # tokens of the short prefill, of a training step, and before decoding
+    decoded: int = 16  # tokens of one decode pass
+    window_length: int = 8192
+    window: int = 512
+    window_heads: int = 16
+
+
+SMOKE = Shape(64, 2, 16, 32, 256, (16, 32), long=64, short=32, decoded=4, window_length=256, window=32, window_heads=2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement of both sides.
+
+    Args:
+        work: "prefill", "decode", "train" (forward and backward) or "window".
+        length: T, tokens of one pass; for decode those before it.
+        floor: the ratio peer / scrubjay that the project promises, None where it promises none.
+        chunks: chunk sizes from which transformers' fastest is taken; empty leaves its default.
+        passes: what a pass is divided by, so that decode is a time per token.
+        memory: peak memory above the idle model instead of time.
+    """
+
+    name: str
+    work: str
+    length: int
+    dtype: str = "float32"
+    floor: float | None = None
+    chunks: tuple[int, ...] = ()
+    passes: int = 1
+    memory: bool = False
+
+
+def rows_of(shape: Shape) -> list[Row]:
+    """The table, in its order; rows of one dtype stand together because only one pair of models is held."""
+    long, short, decoded, chunks, T = shape.long, shape.short, shape.decoded, shape.chunks, shape.window_length
+    return [
+        Row(f"prefill {long} float32", "prefill", long, floor=2.4, chunks=chunks),
+        Row("prompt of 1 token float32", "prefill", 1, floor=5.0),
+        Row(f"decode after {short} float32, per token", "decode", short, floor=2.0, passes=decoded),
+        Row(f"forward + backward {short} float32", "train", short, floor=2.5, chunks=chunks),
+        Row(f"prefill {short} bfloat16", "prefill", short, "bfloat16", floor=4.0, chunks=chunks),
+        Row(f"decode after {short} bfloat16, per token", "decode", short, "bfloat16", floor=2.0, passes=decoded),
+        Row(f"SW-SKA {T}, window {shape.window} float32", "window", T, floor=4.0),
+        Row(f"memory, prefill {long} float32", "prefill", long, chunks=chunks, memory=True),
+        Row(f"memory, forward + backward {short} float32", "train", short, floor=2.0, chunks=chunks, memory=True),
+        Row(f"memory, SW-SKA {T}, window {shape.window}", "window", T, memory=True),
+    ]
+
+
+# The models and their passes
+
+
+def write_checkpoint(shape: Shape, folder: str) -> None:
+    """A randomly initialised Mamba2 of transformers, in its own layout."""
+    torch.manual_seed(0)
+    config = Mamba2Config(
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        state_size=shape.state_size,
+        head_dim=shape.head_dim,
+        num_heads=2 * shape.hidden_size // shape.head_dim,
+        vocab_size=shape.vocab_size,
+        n_groups=1,
+        chunk_size=DEFAULT_CHUNK,
+        tie_word_embeddings=True,
+    )
+    Mamba2ForCausalLM(config).save_pretrained(folder)
+
+
+def load(side: str, folder: str, dtype: str) -> PreTrainedModel:
+    """Either side from the one checkpoint."""
+    cls = Mamba2ForCausalLM if side == "peer" else SSDForCausalLM
+    return cls.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+
+def set_chunk(model: Mamba2ForCausalLM, chunk: int) -> None:
+    """Chunk size of transformers' scan: changes its speed and memory, not its result."""
+    for block in model.backbone.layers:
+        block.mixer.chunk_size = chunk
+
+
+def tokens(vocab_size: int, length: int) -> torch.Tensor:
+    """The same random ids for both sides, (1, T)."""
+    return torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+def model_pass(model: PreTrainedModel, work: str, length: int, shape: Shape) -> Callable[[], object]:
+    """A function without arguments that does the work once."""
+    ids = tokens(shape.vocab_size, length)
+    model.train(work == "train")
+    if work == "train":
+        return lambda: train_step(model, ids)
+    if work == "prefill":
+        return lambda: prefill(model, ids)
+    cached = "cache_params" if isinstance(model, Mamba2ForCausalLM) else "past_key_values"
+    cache = {cached: prefill(model, ids)[cached]}
+    steps = tokens(shape.vocab_size, shape.decoded).split(1, dim=1)
+
+    @torch.no_grad()
+    def decode() -> None:
+        for step in steps:
+            cache[cached] = model(input_ids=step, use_cache=True, logits_to_keep=1, **cache)[cached]
+
+    return decode
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, ids: torch.Tensor):
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+
+def train_step(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Forward and backward; the gradients are dropped, no optimizer runs."""
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def window_pass(side: str, shape: Shape) -> Callable[[], torch.Tensor]:
+    """SW-SKA, one layer's attention. The mask is made outside, because a model makes it once for all its layers."""
+    generator = torch.Generator().manual_seed(0)
+    T, H, P = shape.window_length, shape.window_heads, shape.head_dim
+    q, k, v = (torch.randn(1, T, heads, P, generator=generator) for heads in (H, 1, H))
+    if side == "scrubjay":
+        return torch.no_grad()(lambda: window_attention(q, k, v, window=shape.window))
+    age = torch.arange(T)[:, None] - torch.arange(T)
+    mask = (age >= 0) & (age < shape.window)
+    q, k, v = (x.transpose(1, 2) for x in (q, k.expand_as(q), v))
+    return torch.no_grad()(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2))
+
+
+# Agreement
+
+
+def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((x.float() - reference).norm() / reference.norm())
+
+
+@torch.no_grad()
+def check_agreement(folder: str, shape: Shape) -> dict[str, float]:
+    """Relative errors between the two sides' outputs; a benchmark of two different functions would mean nothing.
+
+    In float32 both differ by rounding alone: 1e-4 is 20 times what transformers differs from float64 after 24 layers.
+    In bfloat16 each is held against float32: ours must not be further from it than theirs, give or take chance.
+
+    Raises:
+        RuntimeError: they do not agree.
+    """
+    ids = tokens(shape.vocab_size, shape.short)
+    logits = {(s, t): load(s, folder, t)(ids).logits for t in ("float32", "bfloat16") for s in SIDES}
+    exact = logits["peer", "float32"]
+    errors = {
+        "logits float32": relative_error(logits["scrubjay", "float32"], exact),
+        "logits bfloat16, peer against float32": relative_error(logits["peer", "bfloat16"], exact),
+        "logits bfloat16, scrubjay against float32": relative_error(logits["scrubjay", "bfloat16"], exact),
+        "SW-SKA float32": relative_error(window_pass("scrubjay", shape)(), window_pass("peer", shape)()),
+    }
+    limits = (1e-4, float("inf"), 1.5 * errors["logits bfloat16, peer against float32"], 1e-5)
+    for (name, error), limit in zip(errors.items(), limits, strict=True):
+        if not error <= limit:
+            raise RuntimeError(f"{name}: the two sides differ by {error:.1e} relative, {limit:.1e} is allowed.")
+    return errors
+
+
+# Time
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def fastest_chunk(model: Mamba2ForCausalLM, row: Row, shape: Shape) -> tuple[int, dict[int, float]]:
+    """Chunk size at which transformers does this work fastest (better of two after one unmeasured), and all seen."""
+    timed = {}
+    for chunk in row.chunks:
+        set_chunk(model, chunk)
+        work = model_pass(model, row.work, row.length, shape)
+        work()
+        timed[chunk] = min(seconds(work), seconds(work))
+    return min(timed, key=timed.get), timed
+
+
+def time_row(row: Row, shape: Shape, models: dict[str, PreTrainedModel], repetitions: int) -> dict:
+    """Seconds of both sides in turn, after one unmeasured pass of each."""
+    record = {}
+    if row.work == "window":
+        work = {side: window_pass(side, shape) for side in SIDES}
+    else:
+        chunk, timed = fastest_chunk(models["peer"], row, shape) if row.chunks else (DEFAULT_CHUNK, {})
+        set_chunk(models["peer"], chunk)
+        record = {} if row.work == "decode" else {"chunk": chunk, "seconds_by_chunk": timed}
+        work = {side: model_pass(models[side], row.work, row.length, shape) for side in SIDES}
+    for side in SIDES:
+        work[side]()
+    samples = {side: [] for side in SIDES}
+    for _ in range(repetitions):
+        for side in SIDES:
+            samples[side].append(seconds(work[side]) / row.passes)
+    return summarized(row, samples) | record
+
+
+def summarized(row: Row, samples: dict[str, list[float]]) -> dict:
+    """A record of a row: every sample, the medians and their ratio."""
+    unit = "bytes" if row.memory else "seconds"
+    middle = {side: median(values) for side, values in samples.items()}
+    ratio = middle["peer"] / max(middle["scrubjay"], 1e-9)  # memory can be 0 at tiny sizes
+    return {"name": row.name, "unit": unit, **middle, "ratio": ratio, "floor": row.floor, "samples": samples}
+
+
+# Memory
+
+
+def peak_memory(side: str, row: Row, shape: Shape, folder: str, chunk: int, threads: int) -> int:
+    """Bytes that one pass takes above the idle model at its highest; run in a fresh process."""
+    torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+    if row.work == "window":
+        before = high_water(reset=True)
+        window_pass(side, shape)()  # inputs (both sides) and mask (the peer) are part of what it takes
+        return high_water() - before
+    model = load(side, folder, row.dtype)
+    for parameter in model.parameters():  # out of the file's mapped pages, which the first pass would otherwise read in
+        parameter.data = parameter.data.clone()
+    if side == "peer":
+        set_chunk(model, chunk)
+    work = model_pass(model, row.work, row.length, shape)
+    gc.collect()
+    before = high_water(reset=True)
+    work()
+    return high_water() - before
+
+
+def memory_method() -> str:
+    """How `high_water` can measure here, in words for the reader of a result."""
+    if Path("/proc/self/status").exists():
+        return "peak resident memory of one pass above the idle model, reset before the pass"
+    return "peak resident memory since the process started (no /proc to reset it), so a pass below its start shows as 0"
+
+
+def high_water(*, reset: bool = False) -> int:
+    """Highest resident memory of this process in bytes since the last reset. Only Linux can reset it (5 does that)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
+
+
+def memory_row(row: Row, shape: Shape, folder: str, chunk: int, threads: int) -> dict:
+    """Peak memory of both sides, each in a new process forked from one that has only imported, not computed."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        jobs = {side: pool.submit(peak_memory, side, row, shape, folder, chunk, threads) for side in SIDES}
+        samples = {side: [job.result()] for side, job in jobs.items()}
+    return summarized(row, samples) | ({} if row.work == "window" else {"chunk": chunk})
+
+
+def measure(shape: Shape, *, repetitions: int, only: str = "", log: Callable[[str], None] = print) -> dict:
+    """Measure the rows whose name contains `only`; returns the agreement of the two sides and a record per row."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(shape, folder)
+        agreement = check_agreement(folder, shape)
+        log(f"same weights, same logits: relative difference {agreement['logits float32']:.1e} in float32")
+
+        @lru_cache(maxsize=1)
+        def models(dtype: str) -> dict[str, PreTrainedModel]:
+            return {side: load(side, folder, dtype) for side in SIDES}
+
+        records: list[dict] = []
+        for row in rows_of(shape):
+            if only not in row.name:
+                continue
+            if row.memory:  # at the chunk size at which the same work was fastest; without that row, at the smallest
+                timed = (r["chunk"] for r in records if row.chunks and r["name"] == row.name.removeprefix("memory, "))
+                chunk = next(timed, min(row.chunks, default=DEFAULT_CHUNK))
+                record = memory_row(row, shape, folder, chunk, torch.get_num_threads())
+            else:
+                record = time_row(row, shape, {} if row.work == "window" else models(row.dtype), repetitions)
+            log(f"  {row.name}: {record['ratio']:.2f}x")
+            records.append(record)
+    return {"agreement": agreement, "memory": memory_method(), "rows": records}

@@ -1,0 +1,259 @@
+"""Train a small model on real text in minutes, load it where scrubjay is absent, hold it against baselines.
+
+    scrubjay demo                    Rodimus+ on the source of Python's standard library, two minutes
+    scrubjay demo --model llama      plain attention of the same size, for comparison
+    scrubjay demo --text notes/      your own text
+    scrubjay demo --smoke            all of it in seconds, to see that it works
+
+Writes into --output: the model with its tokenizer, demo.json (every number and the command that made it) and demo.png.
+Needs no network. `python examples/demo.py` is the same command.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers.utils import logging
+
+from scrubjay.examples.baselines import NGram, lzma_bits
+from scrubjay.examples.corpus import Corpus, encode, joined, load_corpus, num_bytes, train_tokenizer
+from scrubjay.examples.measure import cache_growth, decode_rate, full_cache_nbytes, stream_bits
+from scrubjay.examples.recipe import Recipe
+from scrubjay.examples.report import commit, figure, machine, summary, versions
+from scrubjay.examples.training import Log, Windows, build_model, make_plan, train
+
+PROMPTS = ("def ", "import ", "class ")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A corpus as a model sees it. Streams are (T + 1,) ids, the held-out one of `heldout_bytes` bytes of text."""
+
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerFast
+    train: np.ndarray
+    heldout: np.ndarray
+    heldout_bytes: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        return num_bytes(self.corpus.train) / (len(self.train) - 1)
+
+
+def demo(
+    model: str,
+    *,
+    recipe: Recipe,
+    text: Path | None = None,
+    minutes: float = 2.0,
+    output: Path = Path("runs/demo"),
+    seed: int = 0,
+    command: str | None = None,
+) -> dict:
+    """Everything, in order. Returns what is written into `output`/demo.json."""
+    check(recipe, minutes)
+    started = time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()  # of saving; the Trainer's stays
+    set_seed(seed)
+    with ThreadPoolExecutor(1) as pool:
+        with section("text"):
+            corpus, compression = read(recipe, text, pool)
+            data = tokenize(corpus, recipe)
+        with section("baselines: n-grams and lzma"):
+            bits = {**score_ngrams(data), **score_lzma(data, compression)}
+    network, log, plan = fit(model, data, recipe, minutes, output, seed)
+    with section("save, and load where scrubjay is absent"):
+        network.save_pretrained(output)
+        data.tokenizer.save_pretrained(output)
+        completions = complete_in_isolation(output, recipe.new_tokens, seed)
+    with section("held-out text"):
+        bits[model] = stream_bits(network.eval(), data.heldout, recipe.length) / data.heldout_bytes
+    with section("cache and speed"):
+        cache, speed = weigh(network, data, recipe)
+    result = {
+        "command": command,
+        "model": model,
+        "seed": seed,
+        "minutes": minutes,
+        "parameters": network.num_parameters(),
+        "bits_per_byte": bits,
+        "tokens_per_second": speed,
+        "cache": cache,
+        "completions": completions,
+        "corpus": describe(data),
+        "recipe": asdict(recipe),
+        "plan": asdict(plan),
+        "training": curve(log, data),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "seconds": time.perf_counter() - started,
+    }
+    write(result, output)
+    return result
+
+
+def check(recipe: Recipe, minutes: float) -> None:
+    """Say what is wrong before minutes are spent."""
+    missing = [name for name in ("accelerate", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the demo needs {' and '.join(missing)}. Install with: pip install 'scrubjay[demo]'")
+    for name, value, least in (
+        ("--minutes", minutes, 0.01),
+        ("--batch-size", recipe.batch_size, 1),
+        ("--length", recipe.length, 16),
+    ):
+        if not least <= value < math.inf:
+            raise ValueError(f"{name} is {value}, at least {least} is needed.")
+
+
+@contextmanager
+def section(title: str) -> Iterator[None]:
+    """A heading, and how long what is under it took."""
+    print(f"\n== {title}", flush=True)
+    started = time.perf_counter()
+    yield
+    print(f"   {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def read(recipe: Recipe, text: Path | None, pool: ThreadPoolExecutor) -> tuple[Corpus, Future]:
+    """The corpus, and the compressor already at work on it: it is slow and runs beside the rest."""
+    whole = load_corpus(text)
+    corpus = whole.limited(recipe.train_bytes, recipe.heldout_bytes)
+    for part, before in (("train", whole.train), ("heldout", whole.heldout)):
+        used = getattr(corpus, part)
+        print(f"   {part:8} {num_bytes(used):,} bytes of {num_bytes(before):,}, {len(used)} of {len(before)} documents")
+    return corpus, pool.submit(lzma_bits, joined(corpus.train), joined(corpus.heldout))
+
+
+def tokenize(corpus: Corpus, recipe: Recipe) -> Text:
+    """Train the vocabulary on the training part and turn both parts into streams."""
+    tokenizer = train_tokenizer(corpus.train, recipe.vocab_size)
+    streams = encode(tokenizer, corpus.train), encode(tokenizer, corpus.heldout)
+    data = Text(corpus, tokenizer, *streams, num_bytes(corpus.heldout))
+    print(f"   {len(tokenizer)} tokens in the vocabulary, {data.bytes_per_token:.2f} bytes a token")
+    if len(data.train) < recipe.batch_size * recipe.length:
+        raise ValueError(
+            f"the training text is {len(data.train):,} tokens, one batch of {recipe.batch_size} windows of "
+            f"{recipe.length} needs more. Pass a larger --text, or smaller --batch-size and --length."
+        )
+    return data
+
+
+def score_ngrams(data: Text) -> dict[str, float]:
+    """Held-out bits per byte of each order."""
+    ngram = NGram(data.train, len(data.tokenizer))
+    names = ("unigram", "bigram", "trigram")
+    return {name: ngram.bits(data.heldout, order) / data.heldout_bytes for order, name in enumerate(names, 1)}
+
+
+def score_lzma(data: Text, compression: Future) -> dict[str, float]:
+    """Bits per byte of the compressor, once it is done."""
+    return {name: value / data.heldout_bytes for name, value in compression.result().items()}
+
+
+def fit(name: str, data: Text, recipe: Recipe, minutes: float, output: Path, seed: int):
+    """Build, time, train. Returns the model, its log and the plan that the timing made."""
+    network = build_model(name, recipe, len(data.tokenizer), data.tokenizer.eos_token_id)
+    windows = Windows(data.train, recipe.length)
+    glance, glance_bytes = first_tokens(data, recipe.glance_bytes)
+    if torch.cuda.is_available():
+        network.cuda()
+
+    def evaluate(model: PreTrainedModel) -> float:
+        return stream_bits(model, glance, recipe.length) / glance_bytes
+
+    with section(f"time a few steps of {name}, {network.num_parameters() / 1e6:.2f}M parameters"):
+        started = time.perf_counter()
+        untrained = evaluate(network)
+        plan = make_plan(network, windows, recipe, minutes, eval_seconds=time.perf_counter() - started)
+        precision = "bfloat16 autocast" if plan.bfloat16 else "float32"
+        rate = recipe.batch_size * recipe.length / plan.seconds_per_step
+        print(f"   {plan.seconds_per_step:.3f} s a step in {precision}, {rate:,.0f} tokens/s")
+    with section(f"train {plan.steps} steps ({plan.reason})"):
+        log = train(
+            network, windows, recipe, plan.steps, bfloat16=plan.bfloat16, seed=seed, output=output, evaluate=evaluate
+        )
+    log.evals.insert(0, (0.0, untrained))
+    return network, log, plan
+
+
+def first_tokens(data: Text, limit: int) -> tuple[np.ndarray, int]:
+    """The held-out stream's first documents, at most about `limit` bytes, and their bytes exactly."""
+    documents = data.corpus.limited(0, limit).heldout
+    return encode(data.tokenizer, documents), num_bytes(documents)
+
+
+def complete_in_isolation(folder: Path, new_tokens: int, seed: int) -> dict:
+    """Run isolated.py on the saved folder from an empty working directory, offline; its text goes to our terminal."""
+    script = Path(__file__).with_name("isolated.py").resolve()
+    with tempfile.TemporaryDirectory() as empty:
+        result = Path(empty, "completions.json")
+        child = subprocess.run(
+            [sys.executable, str(script), str(folder.resolve()), str(result), str(new_tokens), str(seed), *PROMPTS],
+            cwd=empty,
+            env={**os.environ, "HF_MODULES_CACHE": empty, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        if child.returncode:
+            raise RuntimeError(
+                f"{folder} was saved but did not load in a process without scrubjay (exit code {child.returncode}, "
+                "its message is above). The folder should hold config.json, model.safetensors and the model's code."
+            )
+        return json.loads(result.read_text())
+
+
+def weigh(network: PreTrainedModel, data: Text, recipe: Recipe) -> tuple[dict, dict]:
+    """Cache bytes, ours and a full cache's, at each context length; tokens per second."""
+    grown = cache_growth(network, data.train, recipe.contexts)
+    decode = decode_rate(network, data.train, min(recipe.contexts), recipe.new_tokens)
+    full = {tokens: full_cache_nbytes(network, tokens) for tokens in recipe.contexts}
+    return {"ours": grown["nbytes"], "full": full}, {"prefill": grown["prefill_tokens_per_second"], "decode": decode}
+
+
+def describe(data: Text) -> dict:
+    """Sizes of what was read."""
+    return {
+        "name": data.corpus.name,
+        "train_bytes": num_bytes(data.corpus.train),
+        "train_tokens": len(data.train) - 1,
+        "heldout_bytes": data.heldout_bytes,
+        "heldout_tokens": len(data.heldout) - 1,
+        "bytes_per_token": data.bytes_per_token,
+    }
+
+
+def curve(log: Log, data: Text) -> dict:
+    """The log in bits per byte: of training text by its average token, of held-out text exactly."""
+    per_byte = math.log(2) * data.bytes_per_token
+    return {
+        "seconds": [round(value, 3) for value in log.seconds],
+        "bits_per_byte": [round(loss / per_byte, 4) for loss in log.losses],
+        "heldout": log.evals,
+    }
+
+
+def write(result: dict, output: Path) -> None:
+    """demo.json, demo.png, and the table on the terminal."""
+    (output / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    figure(result, output / "demo.png")
+    print(f"\n{summary(result)}\n\nIn {output}: the model, demo.json, demo.png. {result['seconds']:.0f} s in all.")
+
+
+if __name__ == "__main__":
+    from scrubjay.cli import main
+
+    sys.exit(main(["demo", *sys.argv[1:]]))

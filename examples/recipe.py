@@ -1,0 +1,60 @@
+"""What decides how a demo run learns and what it measures. No torch here: reading it costs nothing."""
+
+from dataclasses import dataclass, replace
+
+MODELS = ("rodimus_plus", "rodimus", "ssd", "llama")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes, optimisation and measurement of one run. Lengths are in tokens unless they say bytes or seconds.
+
+    Args:
+        num_hidden_layers: None takes what makes the named model about 5M parameters at `hidden_size` 256.
+        learning_rate: peak; it rises linearly over `warmup` of the steps and falls linearly to 0 over the last `decay`.
+        max_epochs: the run ends early rather than read the training text more often than this (a GPU would).
+        max_steps: None lets the time budget decide.
+        precision: "bfloat16" (autocast), "float32", or "fastest", which times both on this machine.
+        num_evals: times the held-out loss is looked at while training, on the first `glance_bytes` of the slice.
+        heldout_bytes: slice of the held-out text that the model and every baseline are scored on at the end.
+        contexts: lengths at which the cache is weighed; the last one is also what is fed through the model.
+    """
+
+    hidden_size: int = 256
+    num_hidden_layers: int | None = None
+    vocab_size: int = 4096
+    batch_size: int = 8
+    length: int = 128
+    learning_rate: float = 4e-3
+    warmup: float = 0.05
+    decay: float = 0.8
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    max_epochs: float = 6.0
+    max_steps: int | None = None
+    precision: str = "fastest"
+    num_evals: int = 5
+    glance_bytes: int = 1 << 15
+    train_bytes: int = 1 << 30
+    heldout_bytes: int = 1 << 18
+    contexts: tuple[int, ...] = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000)
+    new_tokens: int = 64
+
+    def smoke(self) -> "Recipe":
+        """The same run, small enough to end within seconds on a CPU."""
+        return replace(
+            self,
+            hidden_size=64,
+            num_hidden_layers=2,
+            vocab_size=512,
+            batch_size=min(self.batch_size, 4),
+            length=min(self.length, 64),
+            max_steps=8,
+            num_evals=2,
+            glance_bytes=1 << 12,
+            train_bytes=1 << 18,
+            heldout_bytes=1 << 13,
+            contexts=(1_000, 2_000, 4_000),
+            new_tokens=8,
+        )

@@ -1,0 +1,212 @@
+"""Train a small language model for a number of minutes with transformers' Trainer.
+
+The clock becomes a number of steps before the run starts: a few real steps are timed on a copy of the model, so the
+progress bar is right and the learning rate reaches zero when the time is over.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from scrubjay.examples.recipe import Recipe
+
+TIMED_STEPS = 6  # the first two also build the optimiser's state and are left out
+
+
+class Windows(Dataset):
+    """Windows of `length` consecutive ids of a stream, end to end."""
+
+    def __init__(self, stream: np.ndarray, length: int):
+        self.ids = torch.from_numpy(stream[: (len(stream) // length) * length]).view(-1, length)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+@dataclass
+class Log:
+    """What a run did: seconds and nats per token of each step, and (seconds, value) of each look at held-out text."""
+
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    evals: list[tuple[float, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the timing decided."""
+
+    steps: int
+    bfloat16: bool
+    seconds_per_step: float
+    reason: str
+
+
+def build_model(name: str, recipe: Recipe, vocab_size: int, eos_token_id: int) -> PreTrainedModel:
+    """A freshly initialised model of the zoo, or the plain Llama of the same size."""
+    sizes = {"vocab_size": vocab_size, "hidden_size": recipe.hidden_size, "tie_word_embeddings": True}
+    sizes |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_token_id)
+    layers = recipe.num_hidden_layers
+    if name == "llama":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                num_hidden_layers=layers or 5,
+                num_attention_heads=max(1, recipe.hidden_size // 64),
+                intermediate_size=recipe.hidden_size * 11 // 4,
+                max_position_embeddings=max(recipe.contexts),
+                **sizes,
+            )
+        )
+    from scrubjay import RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM  # the baseline needs none
+
+    if name == "ssd":
+        return SSDForCausalLM(SSDConfig(num_hidden_layers=layers or 9, **sizes))
+    if name == "rodimus":
+        return RodimusForCausalLM(RodimusConfig(block_type="rodimus", num_hidden_layers=layers or 9, **sizes))
+    window = {"sliding_window": recipe.length // 2}
+    return RodimusForCausalLM(
+        RodimusConfig(block_type="rodimus_plus", num_hidden_layers=layers or 5, **window, **sizes)
+    )
+
+
+def make_plan(model: PreTrainedModel, data: Windows, recipe: Recipe, minutes: float, eval_seconds: float) -> Plan:
+    """How many steps fit in `minutes` (looks at held-out text included) and in which precision they are fastest."""
+    choices = {
+        "bfloat16": [True],
+        "float32": [False],
+        "fastest": [True] if torch.cuda.is_available() else [False, True],
+    }
+    timed = {}
+    for bfloat16 in choices[recipe.precision]:
+        log = train(deepcopy(model), data, recipe, TIMED_STEPS, bfloat16=bfloat16, show=False)
+        timed[bfloat16] = statistics.median(np.diff(log.seconds)[1:])
+    bfloat16 = min(timed, key=timed.get)
+    limits = {
+        f"{minutes:g} minutes": (60 * minutes - recipe.num_evals * eval_seconds) / timed[bfloat16],
+        f"{recipe.max_epochs:g} epochs": recipe.max_epochs * len(data) / recipe.batch_size,
+        "max_steps": recipe.max_steps or float("inf"),
+    }
+    reason = min(limits, key=limits.get)
+    return Plan(max(1, int(limits[reason])), bfloat16, timed[bfloat16], reason)
+
+
+def train(
+    model: PreTrainedModel,
+    data: Windows,
+    recipe: Recipe,
+    steps: int,
+    *,
+    bfloat16: bool,
+    seed: int = 0,
+    output: str | Path = "runs/demo",
+    evaluate: Callable[[PreTrainedModel], float] | None = None,
+    show: bool = True,
+) -> Log:
+    """Train `model` in place. `evaluate` is called `recipe.num_evals` times, evenly spaced, the last at the end."""
+    args = TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=recipe.batch_size,
+        max_steps=steps,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        logging_strategy="steps" if show else "no",
+        logging_steps=max(1, steps // 100),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,  # _Bar below is the progress bar
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+    )
+    args._n_gpu = min(1, args.n_gpu)  # several GPUs would mean DataParallel, slower than one for a model this small
+    log = Log()
+    optimizer = make_optimizer(model, recipe)
+    at = {round(steps * (i + 1) / recipe.num_evals) for i in range(recipe.num_evals)} if evaluate else set()
+    trainer = _RecordingTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        callbacks=[_Clock(log, at, evaluate), *([_Bar()] if show else [])],
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(recipe, steps))),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    log.losses = torch.stack(trainer.losses).tolist()
+    return log
+
+
+def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices only, as each model of the zoo knows which of its parameters are."""
+    if hasattr(model, "weight_decay_groups"):
+        groups = model.weight_decay_groups(recipe.weight_decay)
+    else:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+
+
+def schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
+    """Share of the peak learning rate at each step: up, flat, down to 0 after the last one."""
+    warmup, decay = max(1.0, recipe.warmup * steps), max(1.0, recipe.decay * steps)
+    return lambda step: max(0.0, min(1.0, (step + 1) / warmup, (steps - step) / decay))
+
+
+class _RecordingTrainer(Trainer):
+    """Keeps the loss of every step, which the Trainer would average over its logging interval."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.losses: list[torch.Tensor] = []
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.losses.append(loss.detach().float())
+        return loss
+
+
+class _Bar(ProgressCallback):
+    """The Trainer's bar with the loss beside it, where the Trainer would print a line for each."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f} nats per token")
+
+
+class _Clock(TrainerCallback):
+    """Notes when each step ended, and looks at held-out text at the given steps."""
+
+    def __init__(self, log: Log, at: set[int], evaluate: Callable[[PreTrainedModel], float] | None):
+        self.log, self.at, self.evaluate = log, at, evaluate
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        seconds = time.perf_counter() - self.start
+        self.log.seconds.append(seconds)
+        if state.global_step in self.at:
+            self.log.evals.append((seconds, self.evaluate(model)))

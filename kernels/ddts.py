@@ -1,0 +1,155 @@
+"""DDTS: linear attention with one decay per key channel and step, one head (Rodimus, arXiv:2410.06577, section 3).
+
+    S_t = diag(exp(a_t)) S_{t-1} + k_t v_t^T        S: (N, M)
+    y_t = S_t^T q_t
+
+B batch, T time, N key size, M value size, Q chunk.
+q, k, a: (B, T, N)   v: (B, T, M)   a is a log-decay in nats, <= 0   state: (B, N, M) float32
+The paper's names: q = its query times n^(-1/2), k = its normalised, gated key, v = its gated value, a = log alpha.
+
+The chunked form, for a chunk that starts with state S and has inclusive sums c_i = a_1 + ... + a_i (per channel n):
+    y_i = sum_{j<=i} (sum_n q_in k_jn exp(c_in - c_jn)) v_j  +  S^T (q_i exp(c_i))
+    S'  = diag(exp(c_Q)) S  +  sum_j (k_j exp(c_Q - c_j)) v_j^T
+The decay depends on n, so the scores are no masked product of q and k, and k exp(-c) would overflow: the differences
+are taken first, (Q, Q, N) numbers a chunk, which is why chunks are short. Sums are float64, rounded once as a difference.
+"""
+
+import torch
+
+from scrubjay.kernels.dispatch import choose
+from scrubjay.kernels.recurrence import ChunkedRecurrence, documents, initial_or_zeros, num_states
+
+
+def ddts_step(q, k, v, a, state):
+    """One token. q, k, a (B, N), v (B, M), state (B, N, M) -> y (B, M) in v's dtype, new state."""
+    wide = state.dtype
+    state = torch.addcmul(state * a.to(wide).exp()[..., None], k.to(wide)[..., None], v.to(wide)[:, None])
+    return torch.matmul(q.to(wide)[:, None], state)[:, 0].to(v.dtype), state
+
+
+def ddts_reference(q, k, v, a, initial_state=None, cu_seqlens=None):
+    """The recurrence, one step at a time, in float32 (float64 for float64 inputs). Slow; the law for every other path."""
+    state = _initial(q, v, initial_state, cu_seqlens)
+    ys, states = [], []
+    for rows, start, stop in documents(cu_seqlens, *v.shape[:2]):
+        s = state[rows]
+        for t in range(start, stop):
+            y, s = ddts_step(q[:, t], k[:, t], v[:, t], a[:, t], s)
+            ys.append(y)
+        states.append(s)
+    return torch.stack(ys, 1), torch.cat(states)
+
+
+def ddts(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=16, backend=None):
+    """DDTS over whole sequences.
+
+    Args:
+        q, k, v, a: shapes in the header; float32, bfloat16, float16 or float64, each its own.
+        initial_state: (B, N, M), or (D, N, M) with D packed documents; None is zero.
+        cu_seqlens: (D + 1,) offsets of the documents packed into the one row of the batch; no state crosses them.
+        chunk: Q, steps solved as one product; changes speed, never the result beyond rounding.
+        backend: None chooses by device; "torch" and "triton" are obeyed or refused.
+
+    Returns:
+        y (B, T, M) in v's dtype, and the state after the last step, (B or D, N, M) in float32.
+        Error against `ddts_reference`, gradients included: 1e-6 of the largest value in float32, 1e-2 in bfloat16
+        (whose own spacing is 4e-3).
+
+    Raises:
+        ValueError: shapes that do not fit each other, a sequence of length 0, a backend that cannot run.
+    """
+    _check(q, k, v, a, chunk)
+    choose(backend, "ddts", q, k, v, a)
+    if q.shape[1] == 1 and cu_seqlens is None:
+        y, state = ddts_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], _initial(q, v, initial_state, None))
+        return y[:, None], state
+    state = _initial(q, v, initial_state, cu_seqlens)
+    return ChunkedRecurrence.apply(q, k, v, a, state, cu_seqlens, chunk, _Chunk)
+
+
+class _Chunk:
+    """One chunk of Q steps. Products over steps of the chunk run in v's dtype, what enters the state in float32."""
+
+    def __init__(self, q, k, v, a):
+        self.low, self.wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
+        self.q, self.k, self.v = q.to(self.wide), k.to(self.wide), v
+        self.sums = a.double().cumsum(1)  # (B, Q, N)
+        self.into = self.sums.to(self.wide).exp()  # exp(c_i)
+        self.out_of = (self.sums[:, -1:] - self.sums).to(self.wide).exp()  # exp(c_Q - c_j)
+
+    def keys(self):
+        """k_j exp(c_i - c_j) for j <= i, else 0: (B, Q, Q, N). Clamped before exp: never inf."""
+        decays = (self.sums[:, :, None] - self.sums[:, None]).to(self.wide).clamp_(max=0).exp_()
+        return decays.mul_(self.k[:, None]).mul_(_lower(self.sums.shape[1], decays)[..., None])
+
+    def outputs(self, s):
+        """y (B, Q, M), from the state before the chunk."""
+        scores = torch.matmul(self.keys(), self.q[..., None])[..., 0]  # (B, Q, Q)
+        within = torch.matmul(scores.to(self.low), self.v)
+        return within + torch.matmul((self.q * self.into).to(self.low), s.to(self.low))
+
+    def advance_(self, s):
+        """Replace the state before the chunk by the state after it."""
+        s *= self.into[:, -1, :, None]
+        s += torch.matmul((self.k * self.out_of).mT, self.v.to(self.wide))
+
+    def gradients_(self, dy, s, ds):
+        """dq, dk, da (B, Q, N), dv (B, Q, M); `ds`, the gradient of the state after the chunk, is replaced by that of
+        the state `s` before it."""
+        q, k, low, wide = self.q, self.k, self.low, self.wide
+        keys = self.keys()
+        scores = torch.matmul(keys, q[..., None])[..., 0]
+        dscores = torch.matmul(dy.to(low), self.v.mT).to(wide)  # (B, Q, Q)
+        dy, v = dy.to(wide), self.v.to(wide)
+
+        dq_carried = torch.matmul(dy, s.mT) * self.into
+        dk_leaving = torch.matmul(v, ds.mT) * self.out_of
+        dv = torch.matmul(scores.mT.to(low), dy.to(low)) + torch.matmul(k * self.out_of, ds)
+        dq = torch.matmul(dscores[:, :, None], keys)[:, :, 0]
+        pairs = keys.mul_(q[:, :, None]).mul_(dscores[..., None])  # q_i k_j exp(c_i - c_j) dscores_ij: (B, Q, Q, N)
+
+        da = _crossing(pairs)
+        da += (q * dq_carried).flip(1).cumsum(1).flip(1)  # y_i sees the state through a_1 .. a_i
+        da[:, 1:] += (k * dk_leaving)[:, :-1].cumsum(1)  # step j reaches the next state through a_(j+1) .. a_Q
+        da += (s * ds).sum(-1)[:, None] * self.into[:, -1:]
+
+        dk = self._key_gradient(dscores)
+        ds *= self.into[:, -1, :, None]
+        ds += torch.matmul((q * self.into).mT, dy)
+        return dq + dq_carried, dk + dk_leaving, dv, da
+
+    def _key_gradient(self, dscores):
+        """sum over i >= j of dscores_ij q_i exp(c_i - c_j): (B, Q, N)."""
+        decays = (self.sums[:, :, None] - self.sums[:, None]).to(self.wide).clamp_(max=0).exp_()
+        weights = (dscores * _lower(self.sums.shape[1], decays)).mT[:, :, None]  # (B, j, 1, i)
+        return torch.matmul(weights, decays.mul_(self.q[:, :, None]).transpose(1, 2))[:, :, 0]
+
+
+def _lower(size, like):
+    """(Q, Q): 1 where step j may reach step i."""
+    return torch.ones(size, size, dtype=like.dtype, device=like.device).tril_()
+
+
+def _crossing(pairs):
+    """sum of pairs[i, j] over i >= t > j: (B, Q, Q, N) -> (B, Q, N). The pairs that a_t decays, and no others."""
+    B, Q, _, N = pairs.shape
+    lower = _lower(Q, pairs)
+    after = torch.matmul(lower.mT, pairs.view(B, Q, Q * N)).view(B, Q, Q, N)  # sum over i >= t
+    return after.mul_((lower - torch.eye(Q, dtype=pairs.dtype, device=pairs.device))[..., None]).sum(2)
+
+
+def _initial(q, v, state, cu_seqlens):
+    shape = (num_states(cu_seqlens, v.shape[0]), q.shape[2], v.shape[2])
+    return initial_or_zeros(state, shape, v, "ddts")
+
+
+def _check(q, k, v, a, chunk):
+    if q.ndim != 3 or v.ndim != 3 or not (q.shape == k.shape == a.shape) or v.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            "ddts needs q, k, a (B, T, N) and v (B, T, M); "
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, a {tuple(a.shape)}, v {tuple(v.shape)}."
+        )
+    if v.shape[1] == 0:
+        raise ValueError("ddts needs at least one step; got a sequence of length 0.")
+    if chunk < 1:
+        raise ValueError(f"ddts: chunk must be at least 1; got {chunk}.")

@@ -1,0 +1,49 @@
+"""Where a computation runs: the only place in the library that chooses a path."""
+
+import functools
+
+import torch
+
+BACKENDS = ("torch", "triton")
+
+
+def choose(backend: str | None, op: str, *tensors: torch.Tensor, fused: bool = False) -> str:
+    """Name the path that `op` takes for these operands: "torch" or "triton".
+
+    Args:
+        backend: None chooses by device; "torch" and "triton" are obeyed or refused, never replaced in silence.
+        op: name of the operation, for the error.
+        tensors: the operands whose device decides.
+        fused: whether `op` has a Triton kernel that covers this call.
+
+    Raises:
+        ValueError: an unknown name, or a request that cannot be met, with the reason.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be None or one of {BACKENDS}; got {backend!r}.")
+    devices = sorted({t.device.type for t in tensors})
+    if backend == "triton":
+        if not fused:
+            raise ValueError(f"{op} has no Triton kernel for this call. Pass backend=None to let it choose.")
+        if devices != ["cuda"]:
+            raise ValueError(
+                f"{op}: backend='triton' was asked for but the operands are on {devices}; the kernel needs cuda. "
+                "Pass backend=None to let it choose."
+            )
+        return "triton"
+    return "triton" if backend is None and fused and devices == ["cuda"] else "torch"
+
+
+def without_autocast(function):
+    """Run `function`, which gives each product its own dtype, with autocast off: it would lower the state's products.
+
+    Under autocast a backward pass on the CPU would run in it too.
+    """
+
+    @functools.wraps(function)
+    def exact(*args):
+        device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return exact

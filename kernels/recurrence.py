@@ -1,0 +1,98 @@
+"""What linear recurrences share: cutting a sequence into packed documents and those into chunks, and carrying a state.
+
+`cu_seqlens` (D + 1,) int: document d of a single row is the slice [cu_seqlens[d], cu_seqlens[d + 1]); it may be empty.
+Without it every batch row is one document and states have one row per batch row; with it, one per document.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from scrubjay.kernels.dispatch import without_autocast
+
+
+def documents(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[tuple[slice, int, int]]:
+    """The documents of a (batch, length) call as (state rows, start, stop): all rows at once, or one after the other.
+
+    Raises:
+        ValueError: offsets that do not cover exactly one row of `length` steps.
+    """
+    if cu_seqlens is None:
+        return [(slice(0, batch), 0, length)]
+    offsets = cu_seqlens.tolist()
+    if batch != 1:
+        raise ValueError(f"cu_seqlens describes documents packed into one row; got a batch of {batch} rows.")
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != length or sorted(offsets) != offsets:
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the sequence length {length}; got {offsets[:8]}"
+            f"{', ...' if len(offsets) > 8 else ''} (last {offsets[-1] if offsets else None})."
+        )
+    return [(slice(d, d + 1), offsets[d], offsets[d + 1]) for d in range(len(offsets) - 1)]
+
+
+def num_states(cu_seqlens: torch.Tensor | None, batch: int) -> int:
+    """Rows that an initial or final state has."""
+    return batch if cu_seqlens is None else cu_seqlens.numel() - 1
+
+
+def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` steps that cover [start, stop)."""
+    for t in range(start, stop, size):
+        yield slice(t, min(t + size, stop))
+
+
+def initial_or_zeros(state: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor, op: str) -> torch.Tensor:
+    """`state`, or zeros, in the state's dtype: float32, or float64 where `like` is.
+
+    Raises:
+        ValueError: a state of another shape.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if state is None:
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+    if tuple(state.shape) != shape:
+        raise ValueError(f"{op}: initial_state must have shape {shape}; got {tuple(state.shape)}.")
+    return state.to(dtype)
+
+
+class ChunkedRecurrence(torch.autograd.Function):
+    """y and the final state of a linear recurrence, one chunk after the other.
+
+    `piece(q, k, v, a)`, all (B, Q, ...), solves one chunk as products: `outputs(s)` are its y from the state before it,
+    `advance_(s)` replaces that state by the one after it, `gradients_(dy, s, ds)` returns dq, dk, dv, da and replaces the
+    gradient of the state after the chunk by that of the state before it. The working set is one chunk, which stays in
+    the processor's cache, and the backward pass recomputes it, so that nothing of size T x Q is kept.
+    """
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx, q, k, v, a, state, cu_seqlens, size, piece):
+        ctx.save_for_backward(q, k, v, a, state, cu_seqlens)
+        ctx.size, ctx.piece = size, piece
+        state = state.clone(memory_format=torch.contiguous_format)
+        y = torch.empty_like(v, memory_format=torch.contiguous_format)
+        for rows, start, stop in documents(cu_seqlens, *v.shape[:2]):
+            s = state[rows]
+            for c in chunks(start, stop, size):
+                part = piece(q[:, c], k[:, c], v[:, c], a[:, c])
+                y[:, c] = part.outputs(s)
+                part.advance_(s)
+        return y, state
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx, dy, dstate):
+        q, k, v, a, state, cu_seqlens = ctx.saved_tensors
+        state, dstate = (x.clone(memory_format=torch.contiguous_format) for x in (state, dstate))
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, a)]
+        for rows, start, stop in documents(cu_seqlens, *v.shape[:2]):
+            s, cuts, entered = state[rows], list(chunks(start, stop, ctx.size)), []
+            for c in cuts:
+                entered.append(s.clone())
+                if c.stop < stop:
+                    ctx.piece(q[:, c], k[:, c], v[:, c], a[:, c]).advance_(s)
+            for c in reversed(cuts):
+                part = ctx.piece(q[:, c], k[:, c], v[:, c], a[:, c])
+                for whole, new in zip(grads, part.gradients_(dy[:, c], entered.pop(), dstate[rows]), strict=True):
+                    whole[:, c] = new
+        return *grads, dstate, None, None, None

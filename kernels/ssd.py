@@ -1,0 +1,186 @@
+"""SSD: linear attention with one scalar decay per head and step (Mamba-2, arXiv:2405.21060, section 6).
+
+    S_t = exp(a_t) S_{t-1} + k_t v_t^T        S: (N, P) state per head
+    y_t = S_t^T q_t
+
+B batch, T time, H heads, G groups of heads that share q and k, N state (key) size, P head (value) size, Q chunk.
+q, k: (B, T, G, N)   v: (B, T, H, P)   a: (B, T, H) log-decay in nats, <= 0   state: (B, H, N, P) float32
+Head h reads group h // (H / G). Mamba-2's names: q = C, k = B, v = dt * x, a = dt * A.
+
+The chunked form, for a chunk that starts with state S and has inclusive sums c_i = a_1 + ... + a_i:
+    y_i = sum_{j<=i} exp(c_i - c_j) (q_i . k_j) v_j  +  exp(c_i) S^T q_i
+    S'  = exp(c_Q) S  +  sum_j exp(c_Q - c_j) k_j v_j^T
+Sums are taken in float64 and differences rounded once: with float32 sums the gradient of `a` lost two digits.
+In its gradient every a_t gathers only the pairs (i >= t > j) that it decays, so nothing large cancels.
+"""
+
+import torch
+
+from scrubjay.kernels.dispatch import choose
+from scrubjay.kernels.recurrence import ChunkedRecurrence, documents, initial_or_zeros, num_states
+
+
+def ssd_step(q, k, v, a, state):
+    """One token. q, k (B, G, N), v (B, H, P), a (B, H), state (B, H, N, P) -> y (B, H, P) in v's dtype, new state."""
+    repeats = v.shape[1] // q.shape[1]
+    q, k = (x.to(state.dtype).repeat_interleave(repeats, 1) if repeats > 1 else x.to(state.dtype) for x in (q, k))
+    state = state * a.to(state.dtype).exp()[..., None, None]
+    state = torch.addcmul(state, k[..., None], v.to(state.dtype)[..., None, :])
+    return torch.matmul(q[..., None, :], state)[..., 0, :].to(v.dtype), state
+
+
+def ssd_reference(q, k, v, a, initial_state=None, cu_seqlens=None):
+    """The recurrence, one step at a time, in float32 (float64 for float64 inputs). Slow; the law for every other path."""
+    state = _initial(q, v, initial_state, cu_seqlens)
+    ys, states = [], []
+    for rows, start, stop in documents(cu_seqlens, *v.shape[:2]):
+        s = state[rows]
+        for t in range(start, stop):
+            y, s = ssd_step(q[:, t], k[:, t], v[:, t], a[:, t], s)
+            ys.append(y)
+        states.append(s)
+    return torch.stack(ys, 1), torch.cat(states)
+
+
+def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=64, backend=None):
+    """SSD over whole sequences.
+
+    Args:
+        q, k, v, a: shapes in the header; float32, bfloat16, float16 or float64.
+        initial_state: (B, H, N, P), or (D, H, N, P) with D packed documents; None is zero.
+        cu_seqlens: (D + 1,) offsets of the documents packed into the one row of the batch; no state crosses them.
+        chunk: Q, steps solved as one product; changes speed, never the result beyond rounding.
+        backend: None chooses by device; "torch" and "triton" are obeyed or refused.
+
+    Returns:
+        y (B, T, H, P) in v's dtype, and the state after the last step, (B or D, H, N, P) in float32.
+        Error against `ssd_reference`, gradients included: 1e-6 of the largest value in float32, 1e-2 in bfloat16
+        (whose own spacing is 4e-3).
+
+    Raises:
+        ValueError: shapes that do not fit each other, a sequence of length 0, a backend that cannot run.
+    """
+    _check(q, k, v, a, chunk)
+    choose(backend, "ssd", q, k, v, a)
+    if q.shape[1] == 1 and cu_seqlens is None:
+        y, state = ssd_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], _initial(q, v, initial_state, None))
+        return y[:, None], state
+    state = _grouped(_initial(q, v, initial_state, cu_seqlens), q.shape[2])
+    y, state = ChunkedRecurrence.apply(q, k, v, a, state, cu_seqlens, chunk, _Chunk)
+    return y, _per_head(state, v.shape[3])
+
+
+class _Chunk:
+    """One chunk of Q steps. R = H / G heads share a group; states are grouped, (B, G, N, R * P), so that one product
+    serves all heads of a group and q, k are never repeated. Products over steps of the chunk run in the inputs' dtype,
+    what enters the state in float32.
+    """
+
+    def __init__(self, q, k, v, a):
+        (B, Q, H, P), G = v.shape, q.shape[2]
+        self.B, self.Q, self.H, self.P, self.G, self.R = B, Q, H, P, G, H // G
+        self.q, self.k, self.v = q.transpose(1, 2), k.transpose(1, 2), v  # (B, G, Q, N) twice, (B, Q, H, P)
+        self.low, self.wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
+        self.sums = a.double().cumsum(1)  # (B, Q, H)
+        self.into = self.sums.to(self.wide).exp()[..., None]  # exp(c_i), (B, Q, H, 1)
+        self.out_of = (self.sums[:, -1:] - self.sums).to(self.wide).exp()[..., None]  # exp(c_Q - c_i)
+
+    def group(self, x):
+        """(B, Q, H, P) -> (B, G, Q, R * P)."""
+        return x.reshape(self.B, self.Q, self.G, self.R * self.P).transpose(1, 2)
+
+    def ungroup(self, x):
+        """(B, G, Q, R * P) -> (B, Q, H, P)."""
+        return x.transpose(1, 2).reshape(self.B, self.Q, self.H, self.P)
+
+    def decays(self):
+        """exp(c_i - c_j), (B, H, Q, Q); 1 above the diagonal, where the scores are 0. Clamped before exp: never inf."""
+        sums = self.sums.transpose(1, 2)
+        return (sums[..., :, None] - sums[..., None, :]).to(self.wide).clamp_(max=0).exp_()
+
+    def scores(self):
+        """q_i . k_j for j <= i, else 0: (B, G, 1, Q, Q)."""
+        return torch.matmul(self.q, self.k.mT).tril_().to(self.wide)[:, :, None]
+
+    def times(self, decays, scores):
+        """Decayed scores, (B, H, Q, Q)."""
+        return (decays.view(self.B, self.G, self.R, self.Q, self.Q) * scores).view_as(decays)
+
+    def outputs(self, s):
+        """y (B, Q, H, P), from the state before the chunk."""
+        weights = self.times(self.decays(), self.scores())
+        within = torch.matmul(weights.to(self.low), self.v.transpose(1, 2)).transpose(1, 2)
+        carried = self.ungroup(torch.matmul(self.q, s.to(self.low)))
+        return torch.addcmul(within.to(self.wide), carried.to(self.wide), self.into)
+
+    def decay_(self, s):
+        """Scale a grouped state by exp(c_Q)."""
+        s.view(self.B, self.G, -1, self.R, self.P).mul_(self.into[:, -1].view(self.B, self.G, 1, self.R, 1))
+
+    def advance_(self, s):
+        """Replace the state before the chunk by the state after it."""
+        self.decay_(s)
+        s += torch.matmul(self.k.mT.to(self.wide), self.group(self.v * self.out_of))
+
+    def gradients_(self, dy, s, ds):
+        """dq, dk (B, Q, G, N), dv (B, Q, H, P), da (B, Q, H); `ds`, the gradient of the state after the chunk, is
+        replaced by that of the state `s` before it."""
+        q, k, low, wide = self.q, self.k, self.low, self.wide
+        dy, decays, scores = dy.to(low), self.decays(), self.scores()
+        weights = self.times(decays, scores)
+        dweights = torch.matmul(dy.transpose(1, 2), self.v.permute(0, 2, 3, 1)).to(wide)  # (B, H, Q, Q)
+        dscores = decays.mul_(dweights).view(self.B, self.G, self.R, self.Q, self.Q).sum(2).tril_().to(low)
+
+        dy_in = dy * self.into  # (B, Q, H, P): what reaches the carried state
+        carried = self.ungroup(torch.matmul(q.to(wide), s))
+        returned = self.ungroup(torch.matmul(k.to(wide), ds)) * self.out_of
+        dv = torch.matmul(weights.mT.to(low), dy.transpose(1, 2)).transpose(1, 2) + returned
+        dq = torch.matmul(dscores, k) + torch.matmul(self.group(dy_in), s.mT)
+        dk = torch.matmul(dscores.mT, q) + torch.matmul(self.group(self.v * self.out_of), ds.mT)
+
+        da = self._crossing(weights.mul_(dweights))
+        da += (dy_in * carried).sum(-1).flip(1).cumsum(1).flip(1)  # y_i sees the state through a_1 .. a_i
+        leaving = (self.v * returned).sum(-1)  # step j reaches the next state through a_(j+1) .. a_Q
+        da[:, 1:] += leaving[:, :-1].cumsum(1)
+        kept = (s * ds).view(self.B, self.G, -1, self.R, self.P).sum((2, 4)).view(self.B, 1, self.H)
+        da += kept * self.into[:, -1:, :, 0]
+
+        self.decay_(ds)
+        ds += torch.matmul(q.mT.to(wide), self.group(dy_in))
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv, da
+
+    def _crossing(self, pairs):
+        """sum of pairs[i, j] over i >= t > j: (B, H, Q, Q) -> (B, Q, H). The pairs that a_t decays, and no others."""
+        ones = torch.ones(self.Q, self.Q, dtype=pairs.dtype, device=pairs.device)
+        return (torch.matmul(ones.triu(), pairs) * ones.tril(-1)).sum(-1).transpose(1, 2)
+
+
+def _grouped(state, groups):
+    """(B, H, N, P) -> (B, G, N, R * P)."""
+    B, H, N, P = state.shape
+    return state.view(B, groups, H // groups, N, P).transpose(2, 3).reshape(B, groups, N, -1)
+
+
+def _per_head(state, head_dim):
+    """(B, G, N, R * P) -> (B, H, N, P)."""
+    B, G, N, _ = state.shape
+    return state.view(B, G, N, -1, head_dim).transpose(2, 3).reshape(B, -1, N, head_dim)
+
+
+def _initial(q, v, state, cu_seqlens):
+    shape = (num_states(cu_seqlens, v.shape[0]), v.shape[2], q.shape[3], v.shape[3])
+    return initial_or_zeros(state, shape, v, "ssd")
+
+
+def _check(q, k, v, a, chunk):
+    fits = q.ndim == 4 and q.shape == k.shape and v.ndim == 4 and a.ndim == 3
+    fits = fits and q.shape[:2] == v.shape[:2] == a.shape[:2] and v.shape[2] == a.shape[2]
+    if not fits or v.shape[2] % q.shape[2]:
+        raise ValueError(
+            "ssd needs q, k (B, T, G, N), v (B, T, H, P), a (B, T, H) with H a multiple of G; "
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, a {tuple(a.shape)}."
+        )
+    if v.shape[1] == 0:
+        raise ValueError("ssd needs at least one step; got a sequence of length 0.")
+    if chunk < 1:
+        raise ValueError(f"ssd: chunk must be at least 1; got {chunk}.")

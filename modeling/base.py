@@ -1,0 +1,252 @@
+"""What every language model of the zoo shares around its blocks: embedding, arrangement of the batch, cache, head.
+
+B batch, T time, D hidden size, V vocabulary.
+"""
+
+import os
+
+import torch
+from torch import nn
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+
+from scrubjay.modeling.layers import RMSNorm
+from scrubjay.modeling.layout import arrange
+from scrubjay.modeling.remote_code import auto_map, check_folder, write_code
+
+# Columns that a block takes at a time on a CPU when no gradient is wanted: its temporaries then stay in cache and are
+# reused, which made a prefill of 2048 tokens faster than one pass, with a quarter of the working memory.
+SEGMENT = 512
+
+
+class ZooPreTrainedModel(PreTrainedModel):
+    """Saving with code, caches of the zoo, weight decay groups. Subclasses set `config_class`, `cache_class`."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_attention_backend = False
+    _is_stateful = True  # assisted decoding would have to take tokens back from a sum
+    cache_class: type
+    no_weight_decay: tuple[str, ...] = ()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Write weights, configuration and the code that runs them.
+
+        The folder loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` where torch and
+        transformers are installed and this library is not. Arguments are those of transformers.
+        """
+        check_folder(save_directory)
+        kwargs.setdefault("save_original_format", False)
+        self.config.auto_map = auto_map(type(self))
+        hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in kwargs}
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_code(type(self), save_directory)
+        if push_to_hub:
+            repo_id = hub.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
+
+    def weight_decay_groups(self, weight_decay: float) -> list[dict]:
+        """Parameter groups for an optimizer: matrices decay; biases, norms, gates' and decays' own parameters do not."""
+        decayed, kept = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                exempt = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in self.no_weight_decay
+                (kept if exempt else decayed).append(parameter)
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+class ZooModel(ZooPreTrainedModel):
+    """Embedding, blocks, final norm. Subclasses give `block_class`, the blocks' `block(x, layout, past_key_values=)`."""
+
+    block_class: type[nn.Module]
+    norm_eps_name = "rms_norm_eps"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(self.block_class(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, getattr(config, self.norm_eps_name))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def embed(self, inputs_embeds):
+        """What happens to embeddings before the first block."""
+        return inputs_embeds
+
+    def locate(self, layout, dtype):
+        """The layout with what blocks need to know of positions."""
+        return layout
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """(B, T) tokens to (B, T, D) hidden states.
+
+        Args:
+            attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row.
+            position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as transformers' collators give them: positions
+                that restart, offsets (D + 1,), or document numbers (B, T). Positions are counted by the model itself.
+            past_key_values: the model's own cache, advanced in place.
+            inputs_embeds: (B, T, D) instead of input_ids.
+
+        Raises:
+            ValueError: inputs that do not fit each other or the cache; each says what came and what was needed.
+        """
+        x = self._embedded(input_ids, inputs_embeds)
+        cache, use_cache = self._cache(past_key_values, use_cache, x)
+        seen, counts = (0, None) if cache is None else (cache.get_seq_length(), cache.layers[0].counts)
+        counts = None if counts is None else counts.to(x.device)
+        plan = arrange(x.shape[:2], x.device, counts, attention_mask, position_ids, cu_seq_lens_q, seq_idx, seen)
+        if past_key_values is None and plan.layout.cu_seqlens is not None:
+            cache = None  # documents that end in a row have no state to hand on
+        layout = self.locate(plan.layout, x.dtype)
+        x = plan.enter(self.embed(x))
+        if self.config.residual_in_fp32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = (plan.leave(x),) if output_hidden_states else None
+        for i, block in enumerate(self.layers):
+            x = self._run(block, x, layout, cache)
+            if output_hidden_states and i + 1 < len(self.layers):
+                states += (plan.leave(x),)
+        x = plan.leave(self.norm(x))
+        states = (*states, x) if output_hidden_states else None
+        return BaseModelOutputWithPast(x, cache if use_cache else None, states)
+
+    def _embedded(self, input_ids, inputs_embeds):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids (batch, length) and inputs_embeds (batch, length, hidden_size).")
+        if inputs_embeds is not None:
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+                raise ValueError(
+                    f"inputs_embeds must have shape (batch, length, {self.config.hidden_size}); got {tuple(inputs_embeds.shape)}."
+                )
+            return inputs_embeds
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must have shape (batch, length); got {tuple(input_ids.shape)}.")
+        return self.embed_tokens(input_ids)
+
+    def _cache(self, cache, use_cache, x):
+        """The cache to advance, if any, and whether to return it."""
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        checkpointing = self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.layers)
+        if cache is not None:
+            if not isinstance(cache, self.cache_class):
+                name = self.cache_class.__name__
+                raise ValueError(
+                    f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. Pass past_key_values={name}(model), or none."
+                )
+            if checkpointing:
+                raise ValueError("Gradient checkpointing runs blocks twice and cannot advance a cache: pass past_key_values=None.")
+            cache.check(self.config, x.shape[0])
+            return cache, use_cache
+        # a training step has no use for a cache, and its states would hold the graph
+        if not use_cache or self.training:
+            return None, False
+        return self.cache_class(self.config), True
+
+    def _run(self, block, x, layout, cache):
+        """One block over all columns, in segments where that is faster."""
+        T = x.shape[1]
+        if T <= SEGMENT or torch.is_grad_enabled() or x.device.type != "cpu" or layout.cu_seqlens is not None:
+            return block(x, layout, past_key_values=cache)
+        carrier = cache if cache is not None else self.cache_class(self.config)
+        cuts = [(start, min(start + SEGMENT, T)) for start in range(0, T, SEGMENT)]
+        return torch.cat([block(x[:, a:b], layout.segment(a, b), past_key_values=carrier) for a, b in cuts], 1)
+
+
+class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
+    """A `ZooModel` and its language-model head. Subclasses set `model_class`."""
+
+    model_class: type[ZooModel]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (a class attribute of transformers)
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """(B, T) tokens to (B, T, V) logits, and the loss where `labels` (or `shift_labels`) are given.
+
+        Args:
+            labels: (B, T), -100 where nothing is asked; shifted inside. `shift_labels` (B, T) are not.
+            logits_to_keep: last columns whose logits are wanted, 0 for all; or their indices (int) or mask (bool), 1-D.
+            num_items_in_batch: number by which the summed loss is divided; None takes the mean.
+            Others: see `forward` of the model without head.
+        """
+        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        x = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        x = x if isinstance(keep, int) else x[:, keep]
+        logits = self.lm_head(x)
+        loss = None
+        if labels is not None or loss_kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Give generate() the model's own cache; `cache_implementation` may be "dynamic" or "offloaded"."""
+        wanted = generation_config.cache_implementation
+        if wanted not in (None, "dynamic", "dynamic_full", "offloaded"):
+            raise ValueError(
+                f"{type(self).__name__} has one cache, of constant size, and needs no {wanted!r} one. "
+                'Leave cache_implementation out, or pass "offloaded".'
+            )
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        model_kwargs["past_key_values"] = self.cache_class(self.config, offload=wanted == "offloaded")
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
+        """As in transformers, which would feed the whole prompt again when it holds nothing new."""
+        if next_sequence_length is not None and next_sequence_length < 1:
+            raise ValueError(
+                f"The cache holds {past_key_values.get_seq_length()} tokens and the prompt has "
+                f"{input_ids.shape[1]}: nothing is new. Pass the whole conversation with at least one new token, or only "
+                "the new tokens with an attention_mask that covers the old ones too."
+            )
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
+        )

@@ -1,0 +1,67 @@
+"""Blocks that two models share. B batch, T time, D hidden size."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scrubjay.kernels.norm import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) * weight over the last axis, (..., D) -> (..., D) in weight's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU, (B, T, D) -> (B, T, D): W_out(silu(gate) * up); `fc` packs [up, gate]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.fc = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.out_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x):
+        up, gate = self.fc(x).chunk(2, -1)
+        return self.out_proj(F.silu(gate) * up)
+
+
+def rotary_table(positions: torch.Tensor, dim: int, theta: float, dtype: torch.dtype):
+    """cos, sin of shape (B, T, dim / 2) for positions (B, T).
+
+    Angles are taken in float64: at position 10^6 a float32 angle is off by 0.06.
+    """
+    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
+    angles = positions[..., None].double() * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, table, interleaved: bool = False) -> torch.Tensor:
+    """Turn the first R channels of x (B, T, H, P) by `table`, (cos, sin) of shape (B, T, R / 2).
+
+    Pairs channel i with i + R / 2; `interleaved` pairs 2 i with 2 i + 1.
+    """
+    cos, sin = (t[:, :, None].to(x.dtype) for t in table)
+    turned, kept = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
+    a, b = turned.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)
+    pair = (a * cos - b * sin, a * sin + b * cos)
+    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return torch.cat([turned, kept], -1) if kept.shape[-1] else turned
+
+
+def inverse_softplus(y: torch.Tensor) -> torch.Tensor:
+    """x with softplus(x) = y, for y > 0."""
+    return y + torch.log(-torch.expm1(-y))
+
+
+def log_uniform(shape, low: float, high: float, floor: float) -> torch.Tensor:
+    """Step sizes exp(U[ln low, ln high]), at least `floor`: how Mamba-2 and Rodimus start their gates."""
+    return torch.exp(torch.empty(shape).uniform_(math.log(low), math.log(high))).clamp(min=floor)

@@ -1,0 +1,211 @@
+"""Rodimus and Rodimus+ language models (arXiv:2410.06577; https://github.com/codefuse-ai/rodimus).
+
+    Rodimus    X <- X + Mixer(RMSNorm(X))
+    Rodimus+   X <- X + Mixer(RMSNorm(X));  Y = X + Attention(RMSNorm(X));  X <- X + FFN(RMSNorm(Y))
+
+The output of the attention is not kept in the residual stream: it reaches it through the feed-forward network alone.
+
+Where this differs from the authors' code, and why: gates, decays and the state are float32 in every mode; the window has
+the same keys in whole sequences and in single steps (W // 2 + 1 for their `window_size` W, where their decoding loses
+one); a prompt may be longer than the window; any number of tokens continues a cache; packed documents never mix and
+padding may stand anywhere.
+
+B batch, T time, D hidden size, M inner width, N state size, R rank of the input gate, K convolution taps, H heads, P head_dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from scrubjay.configuration.configuration_rodimus import RodimusConfig
+from scrubjay.kernels.conv import causal_conv
+from scrubjay.kernels.ddts import ddts
+from scrubjay.kernels.norm import gated_rms_norm
+from scrubjay.kernels.window import window_attention, window_attention_step
+from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
+from scrubjay.modeling.cache import RodimusCache
+from scrubjay.modeling.layers import GatedMLP, RMSNorm, inverse_softplus, log_uniform, rotary_table, rotate
+
+
+class RodimusMixer(nn.Module):
+    """(B, T, D) -> (B, T, D), section 3. `fc` packs [x, z], `in_proj` [q, k], `mem_gate_proj` [selection, temperature]."""
+
+    def __init__(self, config: RodimusConfig):
+        super().__init__()
+        m, n = config.inner_size, config.state_size
+        self.n, self.chunk = n, config.chunk_size
+        self.eps, self.k_norm_eps = config.rms_norm_eps, config.k_norm_eps
+        self.fc = nn.Linear(config.hidden_size, 2 * m, bias=False)
+        self.conv1d = nn.Conv1d(m, m, config.conv_kernel, groups=m)
+        self.in_proj = nn.Linear(m, 2 * n, bias=False)
+        self.mem_gate_proj = nn.Linear(m, 2 * n, bias=False)
+        self.mem_gate_bias = nn.Parameter(torch.empty(2 * n))  # its own parameter, because it is added in float32
+        self.ch_gate_down = nn.Linear(m, config.input_gate_rank, bias=False)
+        self.ch_gate_up = nn.Linear(config.input_gate_rank, m)
+        self.residual_weight = nn.Parameter(torch.empty(m))
+        self.act_norm = RMSNorm(m, self.eps)
+        self.act_dropout = nn.Dropout(config.activation_dropout)
+        self.out_proj = nn.Linear(m, config.hidden_size, bias=False)
+
+    def forward(self, h, layout, state=None):
+        """`state`: the block's `StateLayer`, advanced in place, or None."""
+        x, z = self.fc(h).chunk(2, -1)  # (B, T, M) twice
+        conv, s = (None, None) if state is None else state.read(x)
+        seen, conv = causal_conv(
+            x, self.conv1d.weight[:, 0], self.conv1d.bias, conv, layout.cu_seqlens, lengths=layout.lengths
+        )
+        q, k, a = self._keys_and_decays(seen)
+        v = torch.sigmoid(self.ch_gate_up(self.ch_gate_down(x))) * x  # gated by x before the convolution
+        if layout.lengths is not None:
+            v, a = v * layout.real, a * layout.real  # such a step adds nothing and forgets nothing
+        y, s = ddts(q, k, v, a, s, layout.cu_seqlens, chunk=self.chunk)
+        if state is not None:
+            state.write(conv, s)
+        y = gated_rms_norm(y, z, self.act_norm.weight, self.eps, x=seen, skip=self.residual_weight)
+        return self.out_proj(self.act_dropout(y))
+
+    def _keys_and_decays(self, x):
+        """q, gated k and log-decay, (B, T, N) each, from the convolved stream; all but q in float32."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        q, k = self.in_proj(x).chunk(2, -1)
+        selection, temperature = (self.mem_gate_proj(x).to(wide) + self.mem_gate_bias.to(wide)).chunk(2, -1)
+        gate, temperature = F.softplus(selection), torch.sigmoid(temperature)
+        k = F.normalize(k.to(wide), dim=-1, eps=self.k_norm_eps) * (temperature * _log_softplus(selection)).exp()
+        return q * self.n**-0.5, k, -gate * temperature
+
+
+def _log_softplus(x):
+    """ln(softplus(x)), with its gradient where softplus underflows: ln(softplus(x)) = x - e^x / 2 + ... for x << 0."""
+    low = x < -15
+    return torch.where(low, x - 0.5 * x.clamp(max=-15).exp(), F.softplus(x.clamp(min=-15)).log())
+
+
+class SharedKeyWindow(nn.Module):
+    """SW-SKA, section 4: sliding-window attention whose query heads share one key head. (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: RodimusConfig):
+        super().__init__()
+        self.head_dim, self.window, self.interleaved = config.head_dim, config.sliding_window, config.rope_interleaved
+        self.dropout = config.attention_dropout
+        d = config.hidden_size
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, config.num_key_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(d, config.num_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x, layout, state=None):
+        """`state`: the block's `WindowStateLayer`, whose ring is advanced in place, or None."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if layout.rotary is not None:
+            q, k = (rotate(t, layout.rotary, self.interleaved) for t in (q, k))
+        if state is not None and x.shape[1] == 1 and layout.lengths is None:
+            state.append(k, v, None)
+            o = window_attention_step(q[:, 0], state.keys, state.values, state.held(1))[:, None]
+        else:
+            past = None if state is None else state.past()
+            dropout = self.dropout if self.training else 0.0
+            o = window_attention(q, k, v, self.window, past, layout.cu_seqlens, dropout=dropout)
+            if state is not None:
+                state.append(k, v, layout.lengths)
+        return self.o_proj(o.flatten(2))
+
+
+class RodimusBlock(GradientCheckpointingLayer):
+    """The mixer; in Rodimus+ then attention and feed-forward network as one second hop."""
+
+    def __init__(self, config: RodimusConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = RodimusMixer(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.has_attention = config.has_attention
+        if self.has_attention:
+            self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.attn = SharedKeyWindow(config)
+            self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.ffn = GatedMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x, layout, past_key_values=None):
+        state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        x = x + self.dropout(self.mixer(self.mixer_norm(x), layout, state))
+        if self.has_attention:
+            y = x + self.dropout(self.attn(self.attn_norm(x), layout, state))
+            x = x + self.dropout(self.ffn(self.ffn_norm(y)))
+        if state is not None:
+            past_key_values.count(self.layer_idx, x.shape[1], layout.lengths)
+        return x
+
+
+class RodimusPreTrainedModel(ZooPreTrainedModel):
+    """Initialisation as in the authors' code."""
+
+    config_class = RodimusConfig
+    cache_class = RodimusCache
+    _no_split_modules = ["RodimusBlock"]  # noqa: RUF012 (a class attribute of transformers)
+    _keep_in_fp32_modules_strict = ["mem_gate_bias"]  # noqa: RUF012
+    no_weight_decay = ("mem_gate_bias", "residual_weight")
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        config = self.config
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=config.initializer_range)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, RodimusMixer):
+            self._init_mixer(module)
+        if isinstance(module, (RodimusMixer, SharedKeyWindow, GatedMLP)) and config.rescale_prenorm_residual:
+            hops = 3 if config.has_attention else 1
+            out = module.o_proj if isinstance(module, SharedKeyWindow) else module.out_proj
+            init.normal_(out.weight, std=config.initializer_range * (hops * config.num_hidden_layers) ** -0.5)
+
+    def _init_mixer(self, mixer):
+        bound = mixer.conv1d.kernel_size[0] ** -0.5  # torch's own default, fan-in K
+        init.uniform_(mixer.conv1d.weight, -bound, bound)
+        init.uniform_(mixer.conv1d.bias, -bound, bound)
+        for proj in (mixer.in_proj, mixer.mem_gate_proj, mixer.ch_gate_down, mixer.ch_gate_up):
+            init.xavier_uniform_(proj.weight, gain=2**-2.5)
+        selection = inverse_softplus(log_uniform(mixer.n, 0.001, 0.1, 1e-4))
+        temperature = torch.empty(mixer.n).uniform_(1 / 16, 0.9).logit()
+        init.copy_(mixer.mem_gate_bias, torch.cat([selection, temperature]))
+        init.ones_(mixer.residual_weight)
+
+
+class RodimusModel(RodimusPreTrainedModel, ZooModel):
+    """Embedding, Rodimus or Rodimus+ blocks, final norm."""
+
+    block_class = RodimusBlock
+
+    def __init__(self, config: RodimusConfig):
+        super().__init__(config)
+        self.embed_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.norm_embedding else None
+        self.post_init()
+
+    def embed(self, inputs_embeds):
+        if self.config.scale_embedding:
+            inputs_embeds = inputs_embeds * self.config.state_size**0.5
+        return inputs_embeds if self.embed_norm is None else self.embed_norm(inputs_embeds)
+
+    def locate(self, layout, dtype):
+        if not self.config.has_attention or self.config.rotary_dim == 0:
+            return layout
+        table = rotary_table(layout.positions, self.config.rotary_dim, self.config.rope_theta, dtype)
+        return layout.with_rotary(table)
+
+
+class RodimusForCausalLM(RodimusPreTrainedModel, ZooForCausalLM):
+    """Rodimus or Rodimus+ language model."""
+
+    model_class = RodimusModel
+
+
+__all__ = ["RodimusForCausalLM", "RodimusModel", "RodimusPreTrainedModel"]

@@ -1,0 +1,159 @@
+"""SSD language model (Mamba-2, arXiv:2405.21060, sections 6 and 7; https://github.com/state-spaces/mamba).
+
+    X <- X + Mixer(RMSNorm(X))        for each block; then a norm and the head
+
+Where this differs from other ports, and why: the step size is computed in float32 and its clamp holds in every path (one
+token at a time too); the gated norm takes its mean over each group of channels, as the authors' kernel does; states are
+float32; packed documents never mix; padding may stand anywhere.
+
+B batch, T time, D hidden size, I = H * P inner width, H heads, P head_dim, G groups, N state size, K convolution taps.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from scrubjay.configuration.configuration_ssd import SSDConfig
+from scrubjay.kernels.conv import causal_conv
+from scrubjay.kernels.norm import gated_rms_norm
+from scrubjay.kernels.ssd import ssd
+from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
+from scrubjay.modeling.cache import SSDCache
+from scrubjay.modeling.layers import RMSNorm, inverse_softplus, log_uniform
+
+# Official and transformers' own Mamba-2 checkpoints load as they are.
+register_checkpoint_conversion_mapping(
+    SSDConfig.model_type,
+    [
+        WeightRenaming(r"^backbone\.embeddings?\.", "model.embed_tokens."),
+        WeightRenaming(r"^backbone\.norm_f\.", "model.norm."),
+        WeightRenaming(r"^backbone\.layers\.", "model.layers."),
+    ],
+    overwrite=True,
+)
+
+
+class SSDMixer(nn.Module):
+    """(B, T, D) -> (B, T, D). `in_proj` packs [z (I), v (I), k (G N), q (G N), dt (H)], the authors' [z, x, B, C, dt]."""
+
+    def __init__(self, config: SSDConfig):
+        super().__init__()
+        self.inner, self.keys, self.heads = config.inner_size, config.n_groups * config.state_size, config.num_heads
+        self.groups, self.chunk, self.limit = config.n_groups, config.chunk_size, config.time_step_limit
+        self.eps = config.layer_norm_epsilon
+        out = self.inner + config.conv_size + self.heads
+        self.in_proj = nn.Linear(config.hidden_size, out, bias=config.use_bias)
+        self.conv1d = nn.Conv1d(
+            config.conv_size, config.conv_size, config.conv_kernel, groups=config.conv_size, bias=config.use_conv_bias
+        )
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.norm = RMSNorm(self.inner, self.eps)
+        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.use_bias)
+
+    def forward(self, x, layout, state=None):
+        """`state`: the block's `StateLayer`, advanced in place, or None."""
+        B, T, _ = x.shape
+        z, vkq, dt = self.in_proj(x).split([self.inner, self.inner + 2 * self.keys, self.heads], -1)
+        conv, s = (None, None) if state is None else state.read(vkq)
+        vkq, conv = causal_conv(
+            vkq, self.conv1d.weight[:, 0], self.conv1d.bias, conv, layout.cu_seqlens, lengths=layout.lengths
+        )
+        v, k, q = vkq.split([self.inner, self.keys, self.keys], -1)
+
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.limit)  # (B, T, H), step size > 0
+        if layout.lengths is not None:
+            dt = dt * layout.real  # a step of size 0 leaves the state as it is
+        y, s = ssd(
+            q.view(B, T, self.groups, -1),
+            k.view(B, T, self.groups, -1),
+            (v.view(B, T, self.heads, -1) * dt[..., None]).to(v.dtype),
+            -dt * self.A_log.to(wide).exp(),
+            s,
+            layout.cu_seqlens,
+            chunk=self.chunk,
+        )
+        if state is not None:
+            state.write(conv, s)
+        skip = self.D.repeat_interleave(self.inner // self.heads)
+        y = gated_rms_norm(y.flatten(2), z, self.norm.weight, self.eps, self.groups, v, skip)
+        return self.out_proj(y)
+
+
+class SSDBlock(GradientCheckpointingLayer):
+    """Norm, mixer, residual."""
+
+    def __init__(self, config: SSDConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = SSDMixer(config)
+
+    def forward(self, x, layout, past_key_values=None):
+        state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        x = x + self.mixer(self.norm(x), layout, state)
+        if state is not None:
+            past_key_values.count(self.layer_idx, x.shape[1], layout.lengths)
+        return x
+
+
+class SSDPreTrainedModel(ZooPreTrainedModel):
+    """Initialisation as in the authors' code."""
+
+    config_class = SSDConfig
+    cache_class = SSDCache
+    _no_split_modules = ["SSDBlock"]  # noqa: RUF012 (a class attribute of transformers)
+    # the recurrence multiplies an error in these over the whole sequence
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]  # noqa: RUF012
+    no_weight_decay = ("A_log", "D", "dt_bias")
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        config = self.config
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=config.initializer_range)
+        elif isinstance(module, nn.Linear) and module.out_features == config.vocab_size:
+            init.normal_(module.weight, std=config.initializer_range)
+        elif isinstance(module, (nn.Linear, nn.Conv1d)):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, SSDMixer):
+            self._init_mixer(module)
+
+    def _init_mixer(self, mixer):
+        config = self.config
+        bound = config.conv_kernel**-0.5  # torch's own default for a convolution's bias
+        if mixer.conv1d.bias is not None:
+            init.uniform_(mixer.conv1d.bias, -bound, bound)
+        steps = log_uniform(mixer.heads, config.time_step_min, config.time_step_max, config.time_step_floor)
+        init.copy_(mixer.dt_bias, inverse_softplus(steps))
+        init.copy_(mixer.A_log, torch.empty(mixer.heads).uniform_(*config.A_initializer_range).log())
+        init.ones_(mixer.D)
+        if config.rescale_prenorm_residual:
+            bound = (config.inner_size * config.num_hidden_layers) ** -0.5
+            init.uniform_(mixer.out_proj.weight, -bound, bound)
+
+
+class SSDModel(SSDPreTrainedModel, ZooModel):
+    """Embedding, SSD blocks, final norm."""
+
+    block_class = SSDBlock
+    norm_eps_name = "layer_norm_epsilon"
+
+
+class SSDForCausalLM(SSDPreTrainedModel, ZooForCausalLM):
+    """SSD language model."""
+
+    model_class = SSDModel
+
+
+__all__ = ["SSDForCausalLM", "SSDModel", "SSDPreTrainedModel"]

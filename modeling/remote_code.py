@@ -1,0 +1,67 @@
+"""The code that travels with a checkpoint: a model's own source and all it imports, flattened into one folder.
+
+transformers loads remote code from flat siblings alone (`from .x import y`), so the closure of a modeling file is written
+side by side and each `from scrubjay.<folder>.<module> import ...` becomes `from .<module> import ...`. Code that was itself
+loaded from such a folder is copied as it is.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+OWN_IMPORT = re.compile(r"^(\s*)from scrubjay\.\w+\.(\w+) import ", re.MULTILINE)
+FLAT_IMPORT = re.compile(r"^\s*from \.(\w+) import ", re.MULTILINE)
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Refuse a path that is a file; transformers would log an error and save nothing."""
+    if os.path.isfile(folder):
+        raise ValueError(f"save_pretrained needs a folder; got the file {os.fspath(folder)}.")
+
+
+def auto_map(model_class: type) -> dict[str, str]:
+    """What config.json says of where the classes are, as module.Class of the flat folder."""
+    head = _related(model_class, "ForCausalLM")
+    return {
+        "AutoConfig": _flat_name(head.config_class),
+        "AutoModel": _flat_name(head.model_class),
+        "AutoModelForCausalLM": _flat_name(head),
+    }
+
+
+def code_files(model_class: type) -> dict[str, str]:
+    """{file name: source} of everything that the model needs to run."""
+    files: dict[str, str] = {}
+    waiting = [Path(sys.modules[model_class.__module__].__file__)]
+    waiting.append(Path(sys.modules[model_class.config_class.__module__].__file__))
+    while waiting:
+        path = waiting.pop()
+        if path.name in files:
+            continue
+        text = path.read_text(encoding="utf-8")
+        files[path.name] = OWN_IMPORT.sub(r"\1from .\2 import ", text)
+        waiting += [path.parent / f"{name}.py" for name in FLAT_IMPORT.findall(text)]
+        waiting += [_module_path(path, name) for name in OWN_IMPORT.findall(text)]
+    return files
+
+
+def write_code(model_class: type, folder: str | os.PathLike) -> None:
+    """Write `code_files` into a folder."""
+    for name, text in code_files(model_class).items():
+        (Path(folder) / name).write_text(text, encoding="utf-8")
+
+
+def _related(model_class, suffix):
+    """The causal-LM class that stands in the same module as `model_class`."""
+    module = sys.modules[model_class.__module__]
+    return next(getattr(module, name) for name in vars(module) if name.endswith(suffix) and not name.startswith("Zoo"))
+
+
+def _flat_name(cls):
+    return f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}"
+
+
+def _module_path(path, found):
+    """Source of `scrubjay.<folder>.<module>`, whose names are unique over all folders."""
+    return next(path.parent.parent.glob(f"*/{found[1]}.py"))
