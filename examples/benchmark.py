@@ -54,8 +54,8 @@ def summary(result: dict) -> str:
         rows[-1] += [f"{ratio:.2f}x", *promise]
     title = f"{where['cpu']}, {where['torch_threads']} threads, load {where['load_average_at_start']:.2f} at start"
     legend = [
-        f"Medians of {result['repetitions']} in turn; ratio: peer / scrubjay. peer: transformers' Mamba2 with the same weights,",
-        "at the chunk size given (its fastest in prefill and training); for SW-SKA torch's SDPA with a dense band mask.",
+        f"Medians of {result['repetitions']} taken in turn. peer: transformers' Mamba2 with the same weights, at the",
+        "chunk size given (its fastest in prefill and training); for SW-SKA, torch's SDPA with a dense band mask.",
         f"memory: {result['memory']}.",
     ]
     return "\n\n".join([table(title, ["peer", "scrubjay", "chunk", "ratio", "floor", ""], rows), "\n".join(legend)])

@@ -41,7 +41,9 @@ class ZooPreTrainedModel(PreTrainedModel):
         check_folder(save_directory)
         kwargs.setdefault("save_original_format", False)
         self.config.auto_map = auto_map(type(self))
-        hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in kwargs}
+        hub = {
+            name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in kwargs
+        }
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
             write_code(type(self), save_directory)
@@ -118,7 +120,9 @@ class ZooModel(ZooPreTrainedModel):
         x = plan.enter(self.embed(x))
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
         states = (plan.leave(x),) if output_hidden_states else None
         for i, block in enumerate(self.layers):
             x = self._run(block, x, layout, cache)
@@ -130,7 +134,9 @@ class ZooModel(ZooPreTrainedModel):
 
     def _embedded(self, input_ids, inputs_embeds):
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of input_ids (batch, length) and inputs_embeds (batch, length, hidden_size).")
+            raise ValueError(
+                "Pass exactly one of input_ids (batch, length) and inputs_embeds (batch, length, hidden_size)."
+            )
         if inputs_embeds is not None:
             if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
                 raise ValueError(
@@ -152,7 +158,9 @@ class ZooModel(ZooPreTrainedModel):
                     f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. Pass past_key_values={name}(model), or none."
                 )
             if checkpointing:
-                raise ValueError("Gradient checkpointing runs blocks twice and cannot advance a cache: pass past_key_values=None.")
+                raise ValueError(
+                    "Gradient checkpointing runs blocks twice and cannot advance a cache: pass past_key_values=None."
+                )
             cache.check(self.config, x.shape[0])
             return cache, use_cache
         # a training step has no use for a cache, and its states would hold the graph
@@ -239,14 +247,28 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         model_kwargs["past_key_values"] = self.cache_class(self.config, offload=wanted == "offloaded")
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        **kwargs,
+    ):
         """As in transformers, which would feed the whole prompt again when it holds nothing new."""
         if next_sequence_length is not None and next_sequence_length < 1:
+            given = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             raise ValueError(
-                f"The cache holds {past_key_values.get_seq_length()} tokens and the prompt has "
-                f"{input_ids.shape[1]}: nothing is new. Pass the whole conversation with at least one new token, or only "
-                "the new tokens with an attention_mask that covers the old ones too."
+                f"The cache holds {past_key_values.get_seq_length()} columns and the prompt has {given}: nothing is new. "
+                "Pass the whole conversation with at least one new token, or only the new tokens with an attention_mask "
+                "that covers the old ones too."
             )
         return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )

@@ -242,7 +242,9 @@ class StateCache(Cache):
         if not self.layers[0].is_initialized:
             raise ValueError("This cache is empty: run the model on a prompt before saving it.")
         path = Path(path)
-        tensors = {f"{i}.{n}": t.contiguous() for i, layer in enumerate(self.layers) for n, t in layer.tensors().items()}
+        tensors = {
+            f"{i}.{n}": t.contiguous() for i, layer in enumerate(self.layers) for n, t in layer.tensors().items()
+        }
         about = {"class": type(self).__name__, "shape": json.dumps(self.shape), "seen": str(self.get_seq_length())}
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
         os.close(handle)
@@ -262,7 +264,9 @@ class StateCache(Cache):
         with safe_open(path, framework="pt", device=str(device)) as file:
             about = file.metadata() or {}
             if about.get("class") != cls.__name__:
-                raise ValueError(f"{path} holds {about.get('class', 'no cache')}; {cls.__name__}.load needs its own kind.")
+                raise ValueError(
+                    f"{path} holds {about.get('class', 'no cache')}; {cls.__name__}.load needs its own kind."
+                )
             cache = cls.__new__(cls)
             cache._build(json.loads(about["shape"]), offload=False)
             for i, layer in enumerate(cache.layers):

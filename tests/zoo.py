@@ -1,0 +1,53 @@
+"""The models that every contract test runs over: one line each, small, with every part of the architecture in it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from scrubjay import RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM
+
+VOCAB = 97
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name, how to make the configuration, and the model's class."""
+
+    name: str
+    config: Callable
+    model: type
+
+    def build(self, dtype=torch.float32, seed=0, **changes):
+        """A model in eval mode whose every parameter matters: norms, biases and gates are moved off their start."""
+        torch.manual_seed(seed)
+        model = self.model(self.config(**changes)).to(dtype).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        return model
+
+
+def _sizes(**more):
+    return dict(hidden_size=48, num_hidden_layers=2, vocab_size=VOCAB, state_size=16, pad_token_id=None) | more
+
+
+ZOO = (
+    Entry("ssd", lambda **c: SSDConfig(**_sizes(head_dim=16, n_groups=3, use_bias=True) | c), SSDForCausalLM),
+    Entry("rodimus", lambda **c: RodimusConfig(**_sizes(block_type="rodimus") | c), RodimusForCausalLM),
+    Entry(
+        "rodimus_plus",
+        lambda **c: RodimusConfig(**_sizes(num_attention_heads=4, sliding_window=9) | c),
+        RodimusForCausalLM,
+    ),
+)
+
+
+def tokens(batch, length, seed=1):
+    """(batch, length) random token ids."""
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def relative(got, want):
+    """Largest difference over the largest value wanted."""
+    return float((got.detach().double() - want.detach().double()).abs().max() / want.detach().double().abs().max())
