@@ -11,8 +11,8 @@ class RodimusConfig(PreTrainedConfig):
     r"""Sizes of a Rodimus or Rodimus+ language model (arXiv:2410.06577).
 
     Args:
-        block_type: "rodimus": the recurrent mixer alone. "rodimus_plus": the mixer, then sliding-window attention with one
-            shared key head and a feed-forward network.
+        block_type: "rodimus": the recurrent mixer alone. "rodimus_plus": the mixer, then sliding-window attention with
+            one shared key head and a feed-forward network.
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         num_hidden_layers: number of blocks.
@@ -21,31 +21,31 @@ class RodimusConfig(PreTrainedConfig):
         conv_kernel: taps of the causal convolution.
         input_gate_rank: inner width of the low-rank input gate. None is max(hidden_size // 64, 16).
         k_norm_eps: smallest norm by which a key is divided. 1e-12 in the first checkpoints, 1e-5 in the Coder ones.
-        num_attention_heads: query heads of the window attention (rodimus_plus). None derives heads of about 128 channels.
+        num_attention_heads: query heads of the window attention (rodimus_plus). None: heads of about 128 channels.
         num_key_heads: key heads; 1, shared by all query heads, is the paper's.
         num_value_heads: value heads; None is one per query head, as in the paper. Query head h reads key head
             h mod num_key_heads and value head h mod num_value_heads.
         sliding_window: keys that a query sees, its own included. The official code's `window_size` W sees W // 2 + 1.
-        rope_theta, rotary_dim, rope_interleaved: base of the rotary encoding; channels of a head that it turns (None: all,
-            0: none); whether it pairs neighbours instead of halves.
+        rope_theta, rotary_dim, rope_interleaved: base of the rotary encoding; channels of a head that it turns (None:
+            all, 0: none); whether it pairs neighbours instead of halves.
         intermediate_size: width of the feed-forward network. None is 4/3 hidden_size, rounded up to a multiple of 8.
         scale_embedding: multiply embeddings by sqrt(state_size).
         norm_embedding: normalise embeddings before the first block.
-        hidden_dropout, activation_dropout, attention_dropout: after each mixer, attention and feed-forward network; inside
-            the mixer behind its norm; on attention weights.
+        hidden_dropout, activation_dropout, attention_dropout: after each mixer, attention and feed-forward network;
+            inside the mixer behind its norm; on attention weights.
         rms_norm_eps: added to the mean square in every norm.
         residual_in_fp32: keep the residual stream in float32 whatever the dtype of the weights is.
         chunk_size: steps solved as one product. Changes speed, never the result beyond rounding.
-        initializer_range: standard deviation of the initial embeddings and of those projections that have no rule of their own.
+        initializer_range: standard deviation of the initial embeddings and of projections without a rule of their own.
         rescale_prenorm_residual: divide the initial output projections by sqrt(num_hidden_layers), rodimus_plus by
             sqrt(3 * num_hidden_layers).
         use_cache: whether forward returns a cache by default.
     """
 
     model_type = "scrubjay_rodimus"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (a class attribute of transformers)
+    keys_to_ignore_at_inference = ["past_key_values"]
 
-    base_model_tp_plan = {  # noqa: RUF012
+    base_model_tp_plan = {
         "layers.*.mixer.fc": "colwise_gather_output",
         "layers.*.mixer.out_proj": "rowwise_split_input",
         "layers.*.attn.q_proj": "colwise_gather_output",
@@ -54,7 +54,7 @@ class RodimusConfig(PreTrainedConfig):
         "layers.*.ffn.fc": "colwise_gather_output",
         "layers.*.ffn.out_proj": "rowwise_split_input",
     }
-    base_model_pp_plan = {  # noqa: RUF012
+    base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),

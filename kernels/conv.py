@@ -65,8 +65,8 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
 
 
 def _convolve(window, weight, bias):
-    """(B, K - 1 + T, C) -> (B, T, C). As a convolution over an image of height 1 whose channels are the fastest axis, the
-    layout that x has already: half the time of the same call on (B, C, T), and no transpose."""
+    """(B, K - 1 + T, C) -> (B, T, C), as a convolution over an image of height 1 whose channels are the fastest axis:
+    the layout that x has already, and many times faster on a CPU than the same call on (B, C, T)."""
     image = window.transpose(1, 2).unsqueeze(2)
     bias = None if bias is None else bias.to(image.dtype)
     y = F.conv2d(image, weight[:, None, None].to(image.dtype), bias, groups=weight.shape[0])

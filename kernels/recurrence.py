@@ -59,9 +59,9 @@ class ChunkedRecurrence(torch.autograd.Function):
     """y and the final state of a linear recurrence, one chunk after the other.
 
     `piece(q, k, v, a)`, all (B, Q, ...), solves one chunk as products: `outputs(s)` are its y from the state before it,
-    `advance_(s)` replaces that state by the one after it, `gradients_(dy, s, ds)` returns dq, dk, dv, da and replaces the
-    gradient of the state after the chunk by that of the state before it. The working set is one chunk, which stays in
-    the processor's cache, and the backward pass recomputes it, so that nothing of size T x Q is kept.
+    `advance_(s)` replaces that state by the one after it, `gradients_(dy, s, ds)` returns dq, dk, dv, da and replaces
+    the gradient of the state after the chunk by that of the state before it. The working set is one chunk, which stays
+    in the processor's cache, and the backward pass recomputes it, so that nothing of size T x Q is kept.
     """
 
     @staticmethod

@@ -30,7 +30,7 @@ def ssd_step(q, k, v, a, state):
 
 
 def ssd_reference(q, k, v, a, initial_state=None, cu_seqlens=None):
-    """The recurrence, one step at a time, in float32 (float64 for float64 inputs). Slow; the law for every other path."""
+    """The recurrence, one step at a time, in float32 (float64 for float64). Slow; the law for every other path."""
     state = _initial(q, v, initial_state, cu_seqlens)
     ys, states = [], []
     for rows, start, stop in documents(cu_seqlens, *v.shape[:2]):

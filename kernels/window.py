@@ -56,7 +56,7 @@ def window_attention(q, k, v, window, past=None, cu_seqlens=None, *, scale=None,
         q, k, v: shapes in the header; positions already encoded.
         window: W, keys that a query sees, itself included.
         past: (k, v, real) of the S steps before, in order: (B, S, K, P), (B, S, V, P) and (B, S) bool.
-        cu_seqlens: (D + 1,) offsets of the documents packed into the one row of the batch; no query sees another's keys.
+        cu_seqlens: (D + 1,) offsets of the documents packed into the batch's one row; no query sees another's keys.
         scale: of the scores; None is P ** -0.5.
         dropout: probability with which a weight is zeroed.
         backend: None chooses by device; "torch" and "triton" are obeyed or refused.
@@ -77,8 +77,8 @@ def window_attention(q, k, v, window, past=None, cu_seqlens=None, *, scale=None,
 
 
 def _banded(q, k, v, window, past, scale, dropout):
-    """One document. Blocks of queries against the blocks of keys that they reach; split and cat, because the gradient of
-    a slice is as large as what it was cut from."""
+    """One document. Blocks of queries against the blocks of keys that they reach; split and cat, because the gradient
+    of a slice is as large as what it was cut from."""
     T, H = q.shape[1:3]
     k, v = (_tiled(x, H) for x in (k, v))
     if past is None and window >= T:

@@ -52,7 +52,7 @@ class ZooPreTrainedModel(PreTrainedModel):
             self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
 
     def weight_decay_groups(self, weight_decay: float) -> list[dict]:
-        """Parameter groups for an optimizer: matrices decay; biases, norms, gates' and decays' own parameters do not."""
+        """Parameter groups for an optimizer: matrices decay; biases, norms, and gates' own parameters do not."""
         decayed, kept = [], []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -62,7 +62,7 @@ class ZooPreTrainedModel(PreTrainedModel):
 
 
 class ZooModel(ZooPreTrainedModel):
-    """Embedding, blocks, final norm. Subclasses give `block_class`, the blocks' `block(x, layout, past_key_values=)`."""
+    """Embedding, blocks, final norm. Subclasses give `block_class`, called as block(x, layout, past_key_values=)."""
 
     block_class: type[nn.Module]
     norm_eps_name = "rms_norm_eps"
@@ -140,7 +140,8 @@ class ZooModel(ZooPreTrainedModel):
         if inputs_embeds is not None:
             if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
                 raise ValueError(
-                    f"inputs_embeds must have shape (batch, length, {self.config.hidden_size}); got {tuple(inputs_embeds.shape)}."
+                    f"inputs_embeds must have shape (batch, length, {self.config.hidden_size}); "
+                    f"got {tuple(inputs_embeds.shape)}."
                 )
             return inputs_embeds
         if input_ids.ndim != 2:
@@ -155,7 +156,8 @@ class ZooModel(ZooPreTrainedModel):
             if not isinstance(cache, self.cache_class):
                 name = self.cache_class.__name__
                 raise ValueError(
-                    f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. Pass past_key_values={name}(model), or none."
+                    f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. "
+                    f"Pass past_key_values={name}(model), or none."
                 )
             if checkpointing:
                 raise ValueError(
@@ -182,9 +184,9 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
     """A `ZooModel` and its language-model head. Subclasses set `model_class`."""
 
     model_class: type[ZooModel]
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (a class attribute of transformers)
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __init__(self, config):
         super().__init__(config)
@@ -260,9 +262,9 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         if next_sequence_length is not None and next_sequence_length < 1:
             given = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             raise ValueError(
-                f"The cache holds {past_key_values.get_seq_length()} columns and the prompt has {given}: nothing is new. "
-                "Pass the whole conversation with at least one new token, or only the new tokens with an attention_mask "
-                "that covers the old ones too."
+                f"The cache holds {past_key_values.get_seq_length()} columns and the prompt has {given}: nothing is "
+                "new. Pass the whole conversation with at least one new token, or only the new tokens with an "
+                "attention_mask that covers the old ones too."
             )
         return super().prepare_inputs_for_generation(
             input_ids,

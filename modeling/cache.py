@@ -115,8 +115,8 @@ class StateLayer(CacheLayerMixin):
         """Refused: a sum cannot give tokens back."""
         if tokens_to_remove != 0:
             raise ValueError(
-                f"A recurrent state cannot give {abs(tokens_to_remove)} tokens back: they are summed into it. Keep a copy "
-                "(copy.deepcopy(cache) or cache.save(path)) at the point that you want to return to."
+                f"A recurrent state cannot give {abs(tokens_to_remove)} tokens back: they are summed into it. Keep a "
+                "copy (copy.deepcopy(cache) or cache.save(path)) at the point that you want to return to."
             )
 
 
@@ -143,7 +143,7 @@ class WindowStateLayer(StateLayer):
         self.values = key_states.new_zeros(len(key_states), *self.shapes["values"])
 
     def past(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """The last W - 1 steps in order, right-aligned: (B, W - 1, K | V, P) and which are real (B, W - 1); None if none."""
+        """The last S < W steps in order: (B, S, K, P), (B, S, V, P) and which are real, (B, S); None before any."""
         if self.seen == 0 or self.window == 1:
             return None
         steps = min(self.window - 1, self.seen)
@@ -153,7 +153,7 @@ class WindowStateLayer(StateLayer):
 
     def append(self, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Write the last W real steps of k (B, T, K, P) and v (B, T, V, P); `lengths` (B,) are real, None: all T."""
-        batch, columns = k.shape[:2]
+        columns = k.shape[1]
         ends = torch.full_like(self.counts, columns) if lengths is None else lengths
         steps = ends[:, None] + torch.arange(-min(columns, self.window), 0, device=k.device)
         slots = (self.counts[:, None] + steps) % self.window
@@ -238,7 +238,7 @@ class StateCache(Cache):
             )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the state to one safetensors file, all of it or nothing. A prompt's state can be loaded again and again."""
+        """Write the state to one safetensors file, all of it or nothing. It can be loaded again and again."""
         if not self.layers[0].is_initialized:
             raise ValueError("This cache is empty: run the model on a prompt before saving it.")
         path = Path(path)
@@ -292,7 +292,8 @@ class SSDCache(StateCache):
 class RodimusCache(StateCache):
     """Convolution window and recurrent state of each block; for Rodimus+ also the window of keys and values.
 
-    Bytes a row: layers * ((K - 1) * m * itemsize + n * m * 4 + 8 + W * (key heads + value heads) * head_dim * itemsize).
+    Bytes a row: layers * ((K - 1) * m * itemsize + n * m * 4 + 8), Rodimus+ also layers * W * (key heads + value heads)
+    * head_dim * itemsize.
     """
 
     @staticmethod

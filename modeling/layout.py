@@ -2,8 +2,8 @@
 
 Blocks see one of three arrangements and nothing else:
     plain    every column of every row is a token
-    ragged   the real tokens of each row come first, `lengths` (B,) of them. Causal operations never look right, so what
-             comes after a row's end reaches no token; only the states that are handed on must stop there
+    ragged   the real tokens of each row come first, `lengths` (B,) of them. Causal operations never look right, so
+             what comes after a row's end reaches no token; only the states that are handed on must stop there
     packed   one row of documents, `cu_seqlens` (D + 1,) their offsets; nothing crosses them
 
 A padding mask, whatever its pattern, becomes ragged by one stable sort of the columns, undone after the last block. So a
@@ -107,7 +107,8 @@ def _documents(shape, device, position_ids, cu_seqlens, seq_idx, padded):
         offsets = cu_seqlens.to(device, torch.int64).flatten()
         if offsets[0] != 0 or offsets[-1] != total or bool((offsets.diff() < 0).any()):
             raise ValueError(
-                f"cu_seq_lens_q must rise from 0 to batch * length = {total}; got {offsets.tolist()[:8]} ... {int(offsets[-1])}."
+                f"cu_seq_lens_q must rise from 0 to batch * length = {total}; got {offsets.tolist()[:8]}, the last "
+                f"being {int(offsets[-1])}."
             )
         rows = torch.arange(0, total + 1, shape[1], device=device)
         return torch.cat([offsets, rows]).unique() if shape[0] > 1 else offsets

@@ -3,14 +3,14 @@
     Rodimus    X <- X + Mixer(RMSNorm(X))
     Rodimus+   X <- X + Mixer(RMSNorm(X));  Y = X + Attention(RMSNorm(X));  X <- X + FFN(RMSNorm(Y))
 
-The output of the attention is not kept in the residual stream: it reaches it through the feed-forward network alone.
+The output of the attention is not kept in the residual stream; it gets there through the feed-forward network alone.
 
-Where this differs from the authors' code, and why: gates, decays and the state are float32 in every mode; the window has
-the same keys in whole sequences and in single steps (W // 2 + 1 for their `window_size` W, where their decoding loses
-one); a prompt may be longer than the window; any number of tokens continues a cache; packed documents never mix and
-padding may stand anywhere.
+Where this differs from the authors' code, and why: gates, decays and the state are float32 in every mode; the window
+has the same keys in whole sequences and in single steps (W // 2 + 1 for their `window_size` W, where their decoding
+loses one); a prompt may be longer than the window; any number of tokens continues a cache; packed documents never mix
+and padding may stand anywhere.
 
-B batch, T time, D hidden size, M inner width, N state size, R rank of the input gate, K convolution taps, H heads, P head_dim.
+B batch, T time, D hidden size, M inner width, N state size, R rank of the input gate, H heads, P head_dim.
 """
 
 import torch
@@ -30,7 +30,8 @@ from scrubjay.modeling.layers import GatedMLP, RMSNorm, inverse_softplus, log_un
 
 
 class RodimusMixer(nn.Module):
-    """(B, T, D) -> (B, T, D), section 3. `fc` packs [x, z], `in_proj` [q, k], `mem_gate_proj` [selection, temperature]."""
+    """(B, T, D) -> (B, T, D), section 3. `fc` packs [x, z], `in_proj` [q, k], `mem_gate_proj` [selection,
+    temperature]."""
 
     def __init__(self, config: RodimusConfig):
         super().__init__()
@@ -144,8 +145,8 @@ class RodimusPreTrainedModel(ZooPreTrainedModel):
 
     config_class = RodimusConfig
     cache_class = RodimusCache
-    _no_split_modules = ["RodimusBlock"]  # noqa: RUF012 (a class attribute of transformers)
-    _keep_in_fp32_modules_strict = ["mem_gate_bias"]  # noqa: RUF012
+    _no_split_modules = ["RodimusBlock"]
+    _keep_in_fp32_modules_strict = ["mem_gate_bias"]
     no_weight_decay = ("mem_gate_bias", "residual_weight")
 
     @torch.no_grad()

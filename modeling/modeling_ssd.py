@@ -2,9 +2,9 @@
 
     X <- X + Mixer(RMSNorm(X))        for each block; then a norm and the head
 
-Where this differs from other ports, and why: the step size is computed in float32 and its clamp holds in every path (one
-token at a time too); the gated norm takes its mean over each group of channels, as the authors' kernel does; states are
-float32; packed documents never mix; padding may stand anywhere.
+Where this differs from other ports, and why: the step size is computed in float32 and its clamp holds in every path
+(one token at a time too); the gated norm takes its mean over each group of channels, as the authors' kernel does;
+states are float32; packed documents never mix; padding may stand anywhere.
 
 B batch, T time, D hidden size, I = H * P inner width, H heads, P head_dim, G groups, N state size, K convolution taps.
 """
@@ -38,7 +38,7 @@ register_checkpoint_conversion_mapping(
 
 
 class SSDMixer(nn.Module):
-    """(B, T, D) -> (B, T, D). `in_proj` packs [z (I), v (I), k (G N), q (G N), dt (H)], the authors' [z, x, B, C, dt]."""
+    """(B, T, D) -> (B, T, D). `in_proj` packs z (I), v (I), k (G N), q (G N), dt (H): the authors' [z, x, B, C, dt]."""
 
     def __init__(self, config: SSDConfig):
         super().__init__()
@@ -108,15 +108,17 @@ class SSDPreTrainedModel(ZooPreTrainedModel):
 
     config_class = SSDConfig
     cache_class = SSDCache
-    _no_split_modules = ["SSDBlock"]  # noqa: RUF012 (a class attribute of transformers)
+    _no_split_modules = ["SSDBlock"]
     # the recurrence multiplies an error in these over the whole sequence
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]
     no_weight_decay = ("A_log", "D", "dt_bias")
 
     @torch.no_grad()
     def _init_weights(self, module):
         config = self.config
-        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module.out_features == config.vocab_size):
+        if isinstance(module, nn.Embedding) or (
+            isinstance(module, nn.Linear) and module.out_features == config.vocab_size
+        ):
             init.normal_(module.weight, std=config.initializer_range)
         elif isinstance(module, (nn.Linear, nn.Conv1d)):
             init.kaiming_uniform_(module.weight, a=5**0.5)

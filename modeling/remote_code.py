@@ -1,8 +1,8 @@
 """The code that travels with a checkpoint: a model's own source and all it imports, flattened into one folder.
 
-transformers loads remote code from flat siblings alone (`from .x import y`), so the closure of a modeling file is written
-side by side and each `from scrubjay.<folder>.<module> import ...` becomes `from .<module> import ...`. Code that was itself
-loaded from such a folder is copied as it is.
+transformers loads remote code from flat siblings alone (`from .x import y`), so the closure of a modeling file is
+written side by side and each `from scrubjay.<folder>.<module> import ...` becomes `from .<module> import ...`. Code
+that was itself loaded from such a folder is copied as it is.
 """
 
 import os
