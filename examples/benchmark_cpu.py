@@ -111,6 +111,7 @@ def write_checkpoint(shape: Shape, folder: str) -> None:
         n_groups=1,
         chunk_size=DEFAULT_CHUNK,
         tie_word_embeddings=True,
+        initializer_range=0.02,  # its default of 0.1 makes a chaotic network, whose bfloat16 logits are a third noise
     )
     Mamba2ForCausalLM(config).save_pretrained(folder)
 
@@ -186,7 +187,7 @@ def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
 def check_logits(folder: str, shape: Shape) -> dict[str, float]:
     """Relative errors of the logits; a benchmark of two different functions would mean nothing.
 
-    In float32 both differ by rounding alone: 1e-4 is 20 times what transformers differs from float64 after 24 layers.
+    In float32 both differ by rounding alone, 1.6e-6 at the 130M shape when this was written.
     In bfloat16 each is held against float32: ours must not be further from it than theirs, give or take chance.
     """
     ids = tokens(shape.vocab_size, shape.short)
@@ -194,7 +195,7 @@ def check_logits(folder: str, shape: Shape) -> dict[str, float]:
     exact = logits["peer", "float32"]
     theirs = relative_error(logits["peer", "bfloat16"], exact)
     return {
-        "logits float32": checked("logits float32", logits["scrubjay", "float32"], exact, 1e-4),
+        "logits float32": checked("logits float32", logits["scrubjay", "float32"], exact, 1e-5),
         "logits bfloat16": checked("logits bfloat16", logits["scrubjay", "bfloat16"], exact, 1.5 * theirs),
         "logits bfloat16, peer": theirs,
     }

@@ -6,8 +6,8 @@ Blocks see one of three arrangements and nothing else:
              what comes after a row's end reaches no token; only the states that are handed on must stop there
     packed   one row of documents, `cu_seqlens` (D + 1,) their offsets; nothing crosses them
 
-A padding mask, whatever its pattern, becomes ragged by one stable sort of the columns, undone after the last block. So a
-row gives what it would give alone, and padding before, after or between tokens is the same case.
+A padding mask, whatever its pattern, becomes ragged by one stable sort of the columns, undone after the last block. So
+a row gives what it would give alone, and padding before, after or between tokens is the same case.
 """
 
 from dataclasses import dataclass, replace

@@ -150,20 +150,20 @@ def _shared_key_window(w, sizes, h, t, seen, wrong):
     H, p = sizes.num_attention_heads, sizes.hidden_size // sizes.num_attention_heads
     q, k, v = ((h @ w[f"{name}_proj.weight"].T).split(p, -1) for name in "qkv")
     q, k = ([_turn(head, t, sizes, wrong) for head in heads] for heads in (q, k))
-    seen.append((k, v))
+    seen.append((torch.stack(k, 1), torch.stack(v, 1)))
     window = sizes.sliding_window - (wrong == "window one key short") + (wrong == "window one key long")
+    keys, values = (torch.stack(held, 1) for held in zip(*seen[-window:], strict=True))  # (B, W, heads, p)
     heads = []
     for head in range(H):
         j, l = head % len(k), head % len(v)
         if wrong == "key and value heads grouped":
             j, l = head * len(k) // H, head * len(v) // H
-        scores = torch.stack([(q[head] * keys[j]).sum(-1) for keys, _ in seen[-window:]], -1)
+        scores = (keys[:, :, j] * q[head][:, None]).sum(-1)
         if wrong != "scores not scaled":
             scores = scores / math.sqrt(p)
         weights = torch.exp(scores - scores.max(-1, keepdim=True).values)
         weights = weights / weights.sum(-1, keepdim=True)
-        values = torch.stack([values[l] for _, values in seen[-window:]], 1)
-        heads.append((weights[:, :, None] * values).sum(1))
+        heads.append((weights[:, :, None] * values[:, :, l]).sum(1))
     return torch.cat(heads, -1) @ w["o_proj.weight"].T
 
 
@@ -178,9 +178,10 @@ def _turn(x, t, sizes, wrong):
     first, second = list(range(dim // 2)), list(range(dim // 2, dim))
     if sizes.rope_interleaved != (wrong == "other pairs turned"):
         first, second = list(range(0, dim, 2)), list(range(1, dim, 2))
-    a, b, x = x[:, first], x[:, second], x.clone()
-    x[:, first], x[:, second] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
-    return x
+    a, b, turned = x[:, first], x[:, second], x.clone()
+    turned[:, first] = a * angle.cos() - b * angle.sin()
+    turned[:, second] = b * angle.cos() + a * angle.sin()
+    return turned
 
 
 def _swiglu(w, h, wrong):
