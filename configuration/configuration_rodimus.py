@@ -116,7 +116,7 @@ class RodimusConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.hidden_size // (self.num_attention_heads or 1)
 
     @property
     def has_attention(self) -> bool:

@@ -25,7 +25,7 @@ class Recipe:
     vocab_size: int = 4096
     batch_size: int = 8
     length: int = 128
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-3
     warmup: float = 0.05
     decay: float = 0.8
     betas: tuple[float, float] = (0.9, 0.95)
@@ -37,7 +37,7 @@ class Recipe:
     num_evals: int = 5
     glance_bytes: int = 1 << 15
     train_bytes: int = 1 << 30
-    heldout_bytes: int = 1 << 18
+    heldout_bytes: int = 1 << 20
     contexts: tuple[int, ...] = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000)
     new_tokens: int = 64
 

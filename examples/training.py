@@ -80,12 +80,12 @@ def build_model(name: str, recipe: Recipe, vocab_size: int, eos_token_id: int) -
     from scrubjay import RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM  # the baseline needs none
 
     if name == "ssd":
-        return SSDForCausalLM(SSDConfig(num_hidden_layers=layers or 9, **sizes))
+        return SSDForCausalLM(SSDConfig(num_hidden_layers=layers or 8, **sizes))
     if name == "rodimus":
-        return RodimusForCausalLM(RodimusConfig(block_type="rodimus", num_hidden_layers=layers or 9, **sizes))
+        return RodimusForCausalLM(RodimusConfig(block_type="rodimus", num_hidden_layers=layers or 7, **sizes))
     window = {"sliding_window": recipe.length // 2}
     return RodimusForCausalLM(
-        RodimusConfig(block_type="rodimus_plus", num_hidden_layers=layers or 5, **window, **sizes)
+        RodimusConfig(block_type="rodimus_plus", num_hidden_layers=layers or 4, **window, **sizes)
     )
 
 

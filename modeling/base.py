@@ -53,7 +53,8 @@ class ZooPreTrainedModel(PreTrainedModel):
 
     def weight_decay_groups(self, weight_decay: float) -> list[dict]:
         """Parameter groups for an optimizer: matrices decay; biases, norms, and gates' own parameters do not."""
-        decayed, kept = [], []
+        decayed: list[nn.Parameter] = []
+        kept: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 exempt = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in self.no_weight_decay
@@ -111,8 +112,8 @@ class ZooModel(ZooPreTrainedModel):
         """
         x = self._embedded(input_ids, inputs_embeds)
         cache, use_cache = self._cache(past_key_values, use_cache, x)
-        seen, counts = (0, None) if cache is None else (cache.get_seq_length(), cache.layers[0].counts)
-        counts = None if counts is None else counts.to(x.device)
+        seen = 0 if cache is None else cache.get_seq_length()
+        counts = cache.layers[0].counts.to(x.device) if seen else None
         plan = arrange(x.shape[:2], x.device, counts, attention_mask, position_ids, cu_seq_lens_q, seq_idx, seen)
         if past_key_values is None and plan.layout.cu_seqlens is not None:
             cache = None  # documents that end in a row have no state to hand on
@@ -123,14 +124,13 @@ class ZooModel(ZooPreTrainedModel):
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
-        states = (plan.leave(x),) if output_hidden_states else None
-        for i, block in enumerate(self.layers):
+        states = []
+        for block in self.layers:
+            if output_hidden_states:
+                states.append(plan.leave(x))
             x = self._run(block, x, layout, cache)
-            if output_hidden_states and i + 1 < len(self.layers):
-                states += (plan.leave(x),)
         x = plan.leave(self.norm(x))
-        states = (*states, x) if output_hidden_states else None
-        return BaseModelOutputWithPast(x, cache if use_cache else None, states)
+        return BaseModelOutputWithPast(x, cache if use_cache else None, (*states, x) if output_hidden_states else None)
 
     def _embedded(self, input_ids, inputs_embeds):
         if (input_ids is None) == (inputs_embeds is None):

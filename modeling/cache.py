@@ -26,11 +26,13 @@ class StateLayer(CacheLayerMixin):
     """
 
     names: tuple[str, ...] = ("conv", "state", "counts")
+    conv: torch.Tensor
+    state: torch.Tensor
+    counts: torch.Tensor
 
     def __init__(self, conv: list[int], state: list[int]):
         super().__init__()
         self.shapes = {"conv": tuple(conv), "state": tuple(state)}
-        self.conv = self.state = self.counts = None
         self.seen = 0
 
     def tensors(self) -> dict[str, torch.Tensor]:

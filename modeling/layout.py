@@ -42,7 +42,7 @@ class Layout:
     def segment(self, start: int, stop: int) -> "Layout":
         """The columns [start, stop) of a plain or ragged layout."""
         lengths = None if self.lengths is None else (self.lengths - start).clamp(0, stop - start)
-        rotary = None if self.rotary is None else tuple(x[:, start:stop] for x in self.rotary)
+        rotary = None if self.rotary is None else (self.rotary[0][:, start:stop], self.rotary[1][:, start:stop])
         return replace(self, positions=self.positions[:, start:stop], lengths=lengths, rotary=rotary)
 
 

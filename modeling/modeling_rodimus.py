@@ -33,7 +33,7 @@ class RodimusMixer(nn.Module):
     """(B, T, D) -> (B, T, D), section 3. `fc` packs [x, z], `in_proj` [q, k], `mem_gate_proj` [selection,
     temperature]."""
 
-    def __init__(self, config: RodimusConfig):
+    def __init__(self, config):
         super().__init__()
         m, n = config.inner_size, config.state_size
         self.n, self.chunk = n, config.chunk_size
@@ -86,7 +86,7 @@ def _log_softplus(x):
 class SharedKeyWindow(nn.Module):
     """SW-SKA, section 4: sliding-window attention whose query heads share one key head. (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, config: RodimusConfig):
+    def __init__(self, config):
         super().__init__()
         self.head_dim, self.window, self.interleaved = config.head_dim, config.sliding_window, config.rope_interleaved
         self.dropout = config.attention_dropout
@@ -116,7 +116,7 @@ class SharedKeyWindow(nn.Module):
 class RodimusBlock(GradientCheckpointingLayer):
     """The mixer; in Rodimus+ then attention and feed-forward network as one second hop."""
 
-    def __init__(self, config: RodimusConfig, layer_idx: int):
+    def __init__(self, config, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -186,7 +186,7 @@ class RodimusModel(RodimusPreTrainedModel, ZooModel):
 
     block_class = RodimusBlock
 
-    def __init__(self, config: RodimusConfig):
+    def __init__(self, config):
         super().__init__(config)
         self.embed_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.norm_embedding else None
         self.post_init()

@@ -40,7 +40,7 @@ register_checkpoint_conversion_mapping(
 class SSDMixer(nn.Module):
     """(B, T, D) -> (B, T, D). `in_proj` packs z (I), v (I), k (G N), q (G N), dt (H): the authors' [z, x, B, C, dt]."""
 
-    def __init__(self, config: SSDConfig):
+    def __init__(self, config):
         super().__init__()
         self.inner, self.keys, self.heads = config.inner_size, config.n_groups * config.state_size, config.num_heads
         self.groups, self.chunk, self.limit = config.n_groups, config.chunk_size, config.time_step_limit
@@ -89,7 +89,7 @@ class SSDMixer(nn.Module):
 class SSDBlock(GradientCheckpointingLayer):
     """Norm, mixer, residual."""
 
-    def __init__(self, config: SSDConfig, layer_idx: int):
+    def __init__(self, config, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)

@@ -5,10 +5,12 @@ written side by side and each `from scrubjay.<folder>.<module> import ...` becom
 that was itself loaded from such a folder is copied as it is.
 """
 
+import inspect
 import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 OWN_IMPORT = re.compile(r"^(\s*)from scrubjay\.\w+\.(\w+) import ", re.MULTILINE)
 FLAT_IMPORT = re.compile(r"^\s*from \.(\w+) import ", re.MULTILINE)
@@ -20,7 +22,7 @@ def check_folder(folder: str | os.PathLike) -> None:
         raise ValueError(f"save_pretrained needs a folder; got the file {os.fspath(folder)}.")
 
 
-def auto_map(model_class: type) -> dict[str, str]:
+def auto_map(model_class: Any) -> dict[str, str]:
     """What config.json says of where the classes are, as module.Class of the flat folder."""
     head = _related(model_class, "ForCausalLM")
     return {
@@ -30,11 +32,10 @@ def auto_map(model_class: type) -> dict[str, str]:
     }
 
 
-def code_files(model_class: type) -> dict[str, str]:
+def code_files(model_class: Any) -> dict[str, str]:
     """{file name: source} of everything that the model needs to run."""
     files: dict[str, str] = {}
-    waiting = [Path(sys.modules[model_class.__module__].__file__)]
-    waiting.append(Path(sys.modules[model_class.config_class.__module__].__file__))
+    waiting = [Path(inspect.getfile(cls)) for cls in (model_class, model_class.config_class)]
     while waiting:
         path = waiting.pop()
         if path.name in files:
@@ -46,7 +47,7 @@ def code_files(model_class: type) -> dict[str, str]:
     return files
 
 
-def write_code(model_class: type, folder: str | os.PathLike) -> None:
+def write_code(model_class: Any, folder: str | os.PathLike) -> None:
     """Write `code_files` into a folder."""
     for name, text in code_files(model_class).items():
         (Path(folder) / name).write_text(text, encoding="utf-8")

@@ -247,8 +247,8 @@ def bound_of(kernel, name, inputs):
     return KERNELS[kernel].bounds[coarsest]
 
 
-def assert_within(kernel, got, expected, inputs, exact=False):
-    """Every tensor of `expected` is in `got`, within the bound of `kernel` for `inputs`' dtypes, or equal bit for bit.
+def assert_within(kernel, got, expected, inputs, bound=None):
+    """Every tensor of `expected` is in `got`, within `bound`; None is that of `kernel` for the inputs' dtypes.
 
     Raises:
         OutOfBoundError: the first that is not: its name, its error, its bound.
@@ -258,10 +258,10 @@ def assert_within(kernel, got, expected, inputs, exact=False):
     for name, want in expected.items():
         if got[name].shape != want.shape:
             raise OutOfBoundError(f"{kernel} {name}: shape {tuple(got[name].shape)}, not {tuple(want.shape)}")
-        bound = 0.0 if exact else bound_of(kernel, name, inputs)
+        limit = bound_of(kernel, name, inputs) if bound is None else bound
         found = error(got[name], want)
-        if not found <= bound:
-            raise OutOfBoundError(f"{kernel} {name}: error {found:.2e}, bound {bound:.0e}")
+        if not found <= limit:
+            raise OutOfBoundError(f"{kernel} {name}: error {found:.2e}, bound {limit:.0e}")
 
 
 def against_reference(kernel, inputs, fast=None, **options):
