@@ -1,4 +1,4 @@
-"""From a folder or Hub name that a model of the zoo loads from to a folder that loads where the zoo is not installed."""
+"""From a folder or Hub name that a model of the zoo loads from, to a folder that loads where the zoo is absent."""
 
 from pathlib import Path
 

@@ -95,9 +95,6 @@ def rows_of(shape: Shape) -> list[Row]:
     ]
 
 
-# The models and their passes
-
-
 def write_checkpoint(shape: Shape, folder: str) -> None:
     """A randomly initialised Mamba2 of transformers, in its own layout."""
     torch.manual_seed(0)
@@ -176,9 +173,6 @@ def window_pass(side: str, shape: Shape) -> Callable[[], torch.Tensor]:
     return torch.no_grad()(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2))
 
 
-# Agreement
-
-
 def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
     return float((x.float() - reference).norm() / reference.norm())
 
@@ -212,9 +206,6 @@ def checked(name: str, x: torch.Tensor, reference: torch.Tensor, limit: float) -
     if not error <= limit:
         raise RuntimeError(f"{name}: the two sides differ by {error:.1e} relative, at most {limit:.1e} is rounding.")
     return error
-
-
-# Time
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -258,9 +249,6 @@ def summarized(row: Row, samples: dict[str, list[float]]) -> dict:
     middle = {side: median(values) for side, values in samples.items()}
     ratio = middle["peer"] / max(middle["scrubjay"], 1e-9)  # memory can be 0 at tiny sizes
     return {"name": row.name, "unit": unit, **middle, "ratio": ratio, "floor": row.floor, "samples": samples}
-
-
-# Memory
 
 
 def peak_memory(side: str, row: Row, shape: Shape, folder: str, chunk: int, threads: int) -> int:

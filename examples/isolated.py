@@ -27,7 +27,7 @@ def main(folder: str, result: str, new_tokens: int, seed: int, prompts: list[str
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # it reads config.json, which names code
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     completions = []

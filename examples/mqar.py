@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     out = args.out or (RESULTS if args.sweep and not args.smoke else None)
     records = run_all(runs, out, command, **options)
     if out:
-        plot(records, out.with_suffix(".png"))
+        plot(json.loads(out.read_text()), out.with_suffix(".png"))  # earlier commands' runs too
     return records
 
 

@@ -12,7 +12,7 @@ import torch
 
 
 def ssd_logits(weights, sizes, ids, wrong=None):
-    """Mamba-2 (arXiv:2405.21060): S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_t^T and y_t = S_t C_t + D x_t in every head."""
+    """Mamba-2 (arXiv:2405.21060): S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_t^T, y_t = S_t C_t + D x_t in every head."""
     weights = {name: weight.double() for name, weight in weights.items()}
     memory = [{} for _ in range(sizes.num_hidden_layers)]
     return torch.stack([_ssd_token(weights, sizes, token, memory, wrong) for token in ids.T], 1)
@@ -204,14 +204,12 @@ def _conv(w, taps, x, memory, wrong):
 
 def _gated_norm(y, z, weight, eps, groups, wrong):
     """Gate, then norm over each of `groups` equal slices of the channels."""
-    width = y.shape[-1] // groups
-    if wrong == "norm before gate":
-        return torch.cat([_rms(part, 1, eps) for part in y.split(width, -1)], -1) * weight * _silu(z)
-    if wrong == "gate without its activation":
-        y = y * z
-    else:
-        y = y * _silu(z)
-    return torch.cat([_rms(part, 1, eps) for part in y.split(width, -1)], -1) * weight
+    eps = 0 if wrong == "gated norm without eps" else eps
+    gate = z if wrong == "gate without its activation" else _silu(z)
+    if wrong != "norm before gate":
+        y = y * gate
+    y = torch.cat([_rms(part, 1, eps) for part in y.split(y.shape[-1] // groups, -1)], -1) * weight
+    return y * gate if wrong == "norm before gate" else y
 
 
 def _rms(x, weight, eps):
