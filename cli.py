@@ -141,14 +141,11 @@ def add_export(commands) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    destination = arguments.destination
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"{destination} already exists and is not an empty folder. Name a new folder.")
-    model, tokenizer = _load(arguments, tokenizer_required=False)
-    model.save_pretrained(destination)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(destination)
-    print(f"{destination}: {', '.join(sorted(path.name for path in destination.iterdir()))}")
+    check_source(arguments.source)
+    from scrubjay.conversion.export_hub import export as run
+
+    files = run(arguments.source, arguments.destination, trust_remote_code=arguments.trust_remote_code)
+    print(f"{arguments.destination}: {', '.join(files)}")
 
 
 def add_eval(commands) -> None:
@@ -193,14 +190,19 @@ def _add_source(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
-def _load(arguments: argparse.Namespace, tokenizer_required: bool = True):
-    """Model (on the GPU where there is one) and tokenizer."""
-    source = getattr(arguments, "model", None) or arguments.source
+def check_source(source: str) -> None:
+    """Refuse what is neither a model's folder nor a name on the Hub."""
     if not (Path(source) / "config.json").is_file() and (Path(source).exists() or source.count("/") != 1):
         raise ValueError(
             f"no config.json in {source}. Pass a folder that save_pretrained wrote, such as the --output of `scrubjay "
             "demo`, or owner/name on the Hub."
         )
+
+
+def _load(arguments: argparse.Namespace):
+    """Model (on the GPU where there is one) and tokenizer."""
+    source = arguments.model
+    check_source(source)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -210,12 +212,7 @@ def _load(arguments: argparse.Namespace, tokenizer_required: bool = True):
     model = AutoModelForCausalLM.from_pretrained(source, **trust).eval()
     if torch.cuda.is_available():
         model.cuda()
-    try:
-        return model, AutoTokenizer.from_pretrained(source, **trust)
-    except (OSError, ValueError):
-        if tokenizer_required:
-            raise
-        return model, None
+    return model, AutoTokenizer.from_pretrained(source, **trust)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Recipe:
             num_evals=2,
             glance_bytes=1 << 12,
             train_bytes=1 << 18,
-            heldout_bytes=1 << 13,
+            heldout_bytes=1 << 15,
             contexts=(1_000, 2_000, 4_000),
             new_tokens=8,
         )

@@ -1,0 +1,422 @@
+"""The configurations: what is derived, what is refused, what survives a file, and that nothing in them is idle."""
+
+import copy
+import dataclasses
+import inspect
+import json
+import logging
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from transformers import AutoConfig, Mamba2Config
+from transformers.configuration_utils import PreTrainedConfig
+
+from scrubjay import RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM
+
+HIDDEN_SIZES = (*range(1, 34), 47, 48, 64, 97, 100, 127, 129, 255, 768, 2048)
+BUILD = {
+    "ssd": SSDConfig,
+    "rodimus": lambda **c: RodimusConfig(block_type="rodimus", **c),
+    "rodimus_plus": RodimusConfig,
+}
+MODELS = {"ssd": SSDForCausalLM, "rodimus": RodimusForCausalLM, "rodimus_plus": RodimusForCausalLM}
+READ_BY_TRANSFORMERS = {"tie_word_embeddings", "bos_token_id", "eos_token_id"}
+
+# A value for each field that is not its default.
+OTHER_VALUES = {
+    SSDConfig: {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "state_size": 16,
+        "expand": 1.5,
+        "num_heads": 9,
+        "head_dim": 8,
+        "n_groups": 3,
+        "conv_kernel": 3,
+        "use_conv_bias": False,
+        "use_bias": True,
+        "chunk_size": 17,
+        "hidden_act": "swish",
+        "layer_norm_epsilon": 1e-6,
+        "residual_in_fp32": False,
+        "time_step_limit": [0.01, 0.5],
+        "time_step_min": 0.002,
+        "time_step_max": 0.2,
+        "time_step_floor": 1e-3,
+        "A_initializer_range": [2.0, 3.0],
+        "initializer_range": 0.1,
+        "rescale_prenorm_residual": False,
+        "use_cache": False,
+        "tie_word_embeddings": False,
+        "pad_token_id": 3,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 4],
+    },
+    RodimusConfig: {
+        "block_type": "rodimus",
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "expand": 1.5,
+        "state_size": 16,
+        "conv_kernel": 3,
+        "input_gate_rank": 5,
+        "k_norm_eps": 1e-5,
+        "num_attention_heads": 6,
+        "num_key_heads": 2,
+        "num_value_heads": 3,
+        "sliding_window": 9,
+        "rope_theta": 500.0,
+        "rotary_dim": 4,
+        "rope_interleaved": True,
+        "intermediate_size": 40,
+        "scale_embedding": True,
+        "norm_embedding": True,
+        "hidden_dropout": 0.1,
+        "activation_dropout": 0.2,
+        "attention_dropout": 0.3,
+        "rms_norm_eps": 1e-6,
+        "residual_in_fp32": False,
+        "chunk_size": 8,
+        "initializer_range": 0.1,
+        "rescale_prenorm_residual": False,
+        "use_cache": False,
+        "tie_word_embeddings": False,
+        "pad_token_id": 3,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 4],
+    },
+}
+
+
+@pytest.fixture
+def log(caplog):
+    """What transformers logs: its logger hands nothing on to the root's."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def own_fields(config_class):
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    return {field.name: field for field in dataclasses.fields(config_class) if field.name not in inherited}
+
+
+@pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
+@pytest.mark.parametrize("name", BUILD)
+def test_three_sizes_are_enough(name, hidden_size):
+    config = BUILD[name](hidden_size=hidden_size, num_hidden_layers=2, vocab_size=11)
+    if name == "ssd":
+        assert config.num_heads * config.head_dim == config.inner_size == 2 * hidden_size
+        assert config.head_dim <= 64
+    else:
+        assert config.inner_size % 8 == config.intermediate_size % 8 == 0
+        assert config.num_attention_heads * config.head_dim == hidden_size
+        assert config.rotary_dim in (config.head_dim, config.head_dim - 1)
+    with torch.device("meta"):
+        MODELS[name](config)
+
+
+@pytest.mark.parametrize("hidden_size", [1, 3, 48, 100])
+@pytest.mark.parametrize("name", BUILD)
+def test_a_model_of_three_sizes_computes(name, hidden_size):
+    model = MODELS[name](BUILD[name](hidden_size=hidden_size, num_hidden_layers=1, vocab_size=1))
+    assert model(torch.zeros(2, 5, dtype=torch.int64)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("given", "heads", "head_dim"),
+    [
+        ({}, 24, 64),
+        ({"num_heads": 12}, 12, 128),
+        ({"head_dim": 16}, 96, 16),
+        ({"expand": 1}, 12, 64),
+        ({"expand": 0.5, "hidden_size": 100}, 25, 2),
+        ({"hidden_size": 9, "expand": 1}, 9, 1),
+    ],
+    ids=str,
+)
+def test_ssd_heads_follow_from_what_is_given(given, heads, head_dim):
+    config = SSDConfig(**given)
+    assert (config.num_heads, config.head_dim) == (heads, head_dim)
+    assert config.conv_size == heads * head_dim + 2 * config.n_groups * config.state_size
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "derived"),
+    [
+        (48, {"num_attention_heads": 1, "rotary_dim": 48, "intermediate_size": 64, "input_gate_rank": 16}),
+        (100, {"num_attention_heads": 1, "rotary_dim": 100, "intermediate_size": 136, "input_gate_rank": 16}),
+        (768, {"num_attention_heads": 6, "rotary_dim": 128, "intermediate_size": 1024, "input_gate_rank": 16}),
+        (2048, {"num_attention_heads": 16, "rotary_dim": 128, "intermediate_size": 2736, "input_gate_rank": 32}),
+    ],
+    ids=str,
+)
+def test_rodimus_sizes_follow_from_the_width(hidden_size, derived):
+    config = RodimusConfig(hidden_size=hidden_size)
+    assert {name: getattr(config, name) for name in derived} == derived
+    assert config.num_value_heads == config.num_attention_heads
+    assert config.num_key_heads == 1
+    assert RodimusConfig(hidden_size=hidden_size, expand=1.01).inner_size == -(-int(1.01 * hidden_size) // 8) * 8
+
+
+def test_rodimus_needs_no_fitting_heads_without_attention():
+    assert not RodimusConfig(block_type="rodimus", num_attention_heads=7, num_key_heads=3).has_attention
+
+
+# Sizes of published models. The numbers of parameters are those of the authors' own code at these sizes.
+
+
+@pytest.mark.parametrize(
+    ("sizes", "conv_size", "in_proj", "parameters"),
+    [
+        ({"hidden_size": 768, "num_hidden_layers": 24}, 1792, 3352, 128_989_632),
+        ({"hidden_size": 1024, "num_hidden_layers": 48}, 2304, 4384, 368_346_624),
+        ({"hidden_size": 1536, "num_hidden_layers": 48}, 3328, 6448, 780_161_280),
+        ({"hidden_size": 2048, "num_hidden_layers": 48}, 4352, 8512, 1_343_757_312),
+        ({"hidden_size": 2560, "num_hidden_layers": 64}, 5376, 10576, 2_702_599_680),
+        (
+            {
+                "hidden_size": 4096,
+                "num_hidden_layers": 64,
+                "n_groups": 8,
+                "vocab_size": 32768,
+                "tie_word_embeddings": False,
+            },
+            *(10240, 18560, 7_285_403_648),
+        ),
+    ],
+    ids=["mamba2-130m", "mamba2-370m", "mamba2-780m", "mamba2-1.3b", "mamba2-2.7b", "Mamba-Codestral-7B"],
+)
+def test_published_mamba2_configurations_load(sizes, conv_size, in_proj, parameters, tmp_path, log):
+    """From what transformers' own class writes, and with the number of parameters that the model has."""
+    defaults = {"n_groups": 1, "vocab_size": 50288, "tie_word_embeddings": True, "eos_token_id": 0, "pad_token_id": 0}
+    theirs = Mamba2Config(num_heads=sizes["hidden_size"] // 32, **defaults | sizes)
+    theirs.save_pretrained(tmp_path)
+    config = SSDConfig.from_pretrained(tmp_path)
+    assert "`mamba2`" in log.text
+    assert "`scrubjay_ssd`" in log.text
+    shared = set(own_fields(SSDConfig)) & set(theirs.to_dict()) - {"chunk_size", "time_step_limit"}
+    assert len(shared) > 20
+    assert {name: getattr(config, name) for name in shared} == {name: getattr(theirs, name) for name in shared}
+    assert config.time_step_limit == [0.0, math.inf]
+    assert config.conv_size == conv_size
+    with torch.device("meta"):
+        model = SSDForCausalLM(config)
+    assert model.model.layers[0].mixer.in_proj.out_features == in_proj
+    assert model.num_parameters() == parameters
+
+
+def test_chunk_of_another_librarys_file_is_not_taken_over_unless_asked_for(tmp_path):
+    """It suits that library's kernels; it changes no result."""
+    Mamba2Config(chunk_size=256).save_pretrained(tmp_path)
+    assert SSDConfig.from_pretrained(tmp_path).chunk_size == SSDConfig().chunk_size
+    assert SSDConfig.from_pretrained(tmp_path, chunk_size=32).chunk_size == 32
+    SSDConfig(chunk_size=256).save_pretrained(tmp_path)
+    assert SSDConfig.from_pretrained(tmp_path).chunk_size == 256
+
+
+@pytest.mark.parametrize(
+    ("sizes", "derived", "parameters"),
+    [
+        ({"block_type": "rodimus", "num_hidden_layers": 48}, (4096, 32, 2736, 16), 1_531_551_744),
+        ({"num_hidden_layers": 24}, (4096, 32, 2736, 16), 1_607_095_296),
+        ({"num_hidden_layers": 24, "tie_word_embeddings": False}, (4096, 32, 2736, 16), 1_866_093_568),
+        (
+            {"hidden_size": 3072, "num_hidden_layers": 32, "tie_word_embeddings": False},
+            *((6144, 48, 4096, 24), 4_786_527_232),
+        ),
+        ({"hidden_size": 3072, "num_hidden_layers": 32}, (6144, 48, 4096, 24), 4_398_029_824),
+    ],
+    ids=["1.4B", "1.6B", "1.6B-untied", "4B", "4B-tied"],
+)
+def test_published_rodimus_sizes_give_their_number_of_parameters(sizes, derived, parameters):
+    config = RodimusConfig(**sizes)
+    found = (config.inner_size, config.input_gate_rank, config.intermediate_size, config.num_attention_heads)
+    assert found == derived
+    with torch.device("meta"):
+        assert RodimusForCausalLM(config).num_parameters() == parameters
+
+
+@pytest.mark.parametrize("config_class", OTHER_VALUES)
+def test_every_field_survives_a_file(config_class, tmp_path):
+    values = OTHER_VALUES[config_class]
+    assert values.keys() == own_fields(config_class).keys(), "give each field a value in OTHER_VALUES"
+    assert [name for name, value in values.items() if value == getattr(config_class(), name)] == []
+    config = config_class(**values)
+    config.save_pretrained(tmp_path)
+    for loaded in (config_class.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path), copy.deepcopy(config)):
+        assert type(loaded) is config_class
+        assert loaded == config
+        assert {name: getattr(loaded, name) for name in values} == values
+    first = (tmp_path / "config.json").read_text()
+    config_class.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == first
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_derived_values_survive_a_file(name, tmp_path):
+    config = BUILD[name](hidden_size=48, num_hidden_layers=2, vocab_size=11)
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("written", "limit"),
+    [
+        ('{"time_step_limit": [0.0, Infinity]}', [0.0, math.inf]),
+        ('{"time_step_limit": [0.0, {"__float__": "Infinity"}]}', [0.0, math.inf]),
+        ('{"time_step_limit": null}', [0.0, math.inf]),
+        ("{}", [0.0, math.inf]),
+        ('{"time_step_limit": [0.001, 0.5]}', [0.001, 0.5]),
+        ('{"time_step_limit": [0, 1]}', [0.0, 1.0]),
+    ],
+)
+def test_time_step_limit_is_read_as_published_files_write_it(written, limit, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(written)
+    loaded = [SSDConfig.from_pretrained(tmp_path), SSDConfig.from_json_file(file), SSDConfig(**json.loads(written))]
+    loaded[0].save_pretrained(tmp_path)
+    for config in (*loaded, SSDConfig.from_pretrained(tmp_path)):
+        assert config.time_step_limit == limit
+        assert all(type(x) is float for x in config.time_step_limit)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "given", "said"),
+    [
+        *(
+            (SSDConfig, {name: value}, rf"{name} must be at least 1; got {value}")
+            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "num_heads", "head_dim")
+            for value in (0, -3)
+        ),
+        *((SSDConfig, {name: 0}, f"{name} must be at least 1; got 0") for name in ("n_groups", "conv_kernel")),
+        (SSDConfig, {"chunk_size": 0}, "chunk_size must be at least 1; got 0"),
+        (
+            *(SSDConfig, {"num_heads": 5, "head_dim": 64}),
+            r"num_heads \* head_dim must equal expand \* hidden_size; got 5 \* 64 = 320 and 2 \* 768 = 1536",
+        ),
+        (SSDConfig, {"num_heads": 7}, r"got 7 \* 219 = 1533 and 2 \* 768 = 1536"),
+        (SSDConfig, {"head_dim": 100}, r"got 15 \* 100 = 1500 and 2 \* 768 = 1536"),
+        (SSDConfig, {"n_groups": 5}, "n_groups must divide num_heads = 24; got 5"),
+        (SSDConfig, {"hidden_act": "gelu"}, "hidden_act must be \"silu\".*; got 'gelu'"),
+        *(
+            (SSDConfig, {"layer_norm_epsilon": value}, f"layer_norm_epsilon must be positive; got {value}")
+            for value in (0.0, -1e-5, math.nan)
+        ),
+        (
+            SSDConfig,
+            {"time_step_limit": [0.5, 0.1]},
+            r"time_step_limit must satisfy 0 <= low <= high; got \(0.5, 0.1\)",
+        ),
+        (SSDConfig, {"time_step_limit": [-1, 1]}, r"time_step_limit must satisfy .* got \(-1.0, 1.0\)"),
+        (SSDConfig, {"time_step_limit": [0, math.nan]}, r"time_step_limit must satisfy .* got \(0.0, nan\)"),
+        (SSDConfig, {"time_step_limit": [1]}, r"time_step_limit must be a pair \(low, high\); got \[1.0\]"),
+        (SSDConfig, {"time_step_limit": [1, 2, 3]}, r"time_step_limit must be a pair .* got \[1.0, 2.0, 3.0\]"),
+        (SSDConfig, {"time_step_limit": [None, 1]}, "time_step_limit .*None"),
+        (SSDConfig, {"A_initializer_range": [3, 2]}, r"A_initializer_range must satisfy .* got \(3.0, 2.0\)"),
+        (SSDConfig, {"A_initializer_range": []}, r"A_initializer_range must be a pair .* got \[\]"),
+        (SSDConfig, {"A_initializer_range": [1, "x"]}, "A_initializer_range .*x"),
+        (SSDConfig, {"time_step_min": 0.0}, "0 < time_step_min <= time_step_max .* got 0.0, 0.1 and 0.0001"),
+        (SSDConfig, {"time_step_max": 1e-4}, "time_step_min <= time_step_max .* got 0.001, 0.0001 and 0.0001"),
+        (SSDConfig, {"time_step_floor": 0.0}, "0 < time_step_floor; got 0.001, 0.1 and 0.0"),
+        *(
+            (config_class, {"expand": value}, rf"expand .*{value}")
+            for config_class in (SSDConfig, RodimusConfig)
+            for value in (0, -1.5, math.nan, math.inf)
+        ),
+        (
+            RodimusConfig,
+            {"block_type": "mamba"},
+            r"block_type must be one of \('rodimus', 'rodimus_plus'\); got 'mamba'",
+        ),
+        *(
+            (RodimusConfig, {name: value}, rf"{name} must be at least 1; got {value}")
+            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "conv_kernel")
+            for value in (0, -3)
+        ),
+        *(
+            (RodimusConfig, {name: 0}, rf"{name} must be at least 1; got 0")
+            for name in ("num_attention_heads", "num_key_heads", "num_value_heads", "sliding_window", "chunk_size")
+        ),
+        *(
+            (RodimusConfig, {name: 0}, rf"{name} must be at least 1; got 0")
+            for name in ("input_gate_rank", "intermediate_size")
+        ),
+        *(
+            (RodimusConfig, {name: value}, rf"{name} must be positive; got {value}")
+            for name in ("rms_norm_eps", "k_norm_eps", "rope_theta")
+            for value in (0.0, -1.0, math.nan)
+        ),
+        *(
+            (RodimusConfig, {name: value}, rf"{name} must lie in \[0, 1\); got {value}")
+            for name in ("hidden_dropout", "activation_dropout", "attention_dropout")
+            for value in (1.0, -0.1, math.nan)
+        ),
+        (RodimusConfig, {"num_attention_heads": 3}, "num_attention_heads must divide hidden_size = 2048; got 3"),
+        (RodimusConfig, {"num_key_heads": 3}, "num_key_heads must divide num_attention_heads = 16; got 3"),
+        (RodimusConfig, {"num_value_heads": 5}, "num_value_heads must divide num_attention_heads = 16; got 5"),
+        (RodimusConfig, {"rotary_dim": 3}, "rotary_dim must be even and at most head_dim = 128; got 3"),
+        (RodimusConfig, {"rotary_dim": 130}, "rotary_dim must be even and at most head_dim = 128; got 130"),
+        (RodimusConfig, {"rotary_dim": -2}, "rotary_dim must be even and .*got -2"),
+    ],
+    ids=lambda x: f"{x}" if isinstance(x, dict) else "",
+)
+def test_sizes_that_do_not_fit_are_refused_with_value_and_rule(config_class, given, said):
+    with pytest.raises(StrictDataclassClassValidationError, match=said):
+        config_class(**given)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "given"),
+    [
+        *((c, {"hidden_size": x}) for c in OTHER_VALUES for x in ("48", 48.5, None, True)),
+        *((c, {"use_cache": 1}) for c in OTHER_VALUES),
+        (SSDConfig, {"time_step_limit": 0.5}),
+        (SSDConfig, {"A_initializer_range": None}),
+        (SSDConfig, {"expand": "2"}),
+        (RodimusConfig, {"block_type": None}),
+        (RodimusConfig, {"num_key_heads": None}),
+    ],
+    ids=str,
+)
+def test_values_of_a_wrong_type_are_refused_by_name(config_class, given):
+    ((name, value),) = given.items()
+    with pytest.raises(StrictDataclassFieldValidationError, match=rf"'{name}'(.|\n)*{value}"):
+        config_class(**given)
+
+
+@pytest.mark.parametrize("heads", [4, 20])
+def test_heads_of_an_odd_size_turn_all_channels_that_pair(heads):
+    config = RodimusConfig(hidden_size=100, num_attention_heads=heads)
+    assert config.rotary_dim == config.head_dim - 1
+
+
+def sources(config_class):
+    """Where fields may be read: the configuration's own module and the modeling files."""
+    own = Path(inspect.getfile(config_class))
+    return own, [own, *sorted((own.parents[1] / "modeling").glob("*.py"))]
+
+
+@pytest.mark.parametrize("config_class", OTHER_VALUES)
+def test_every_field_is_read(config_class):
+    _, files = sources(config_class)
+    other = {SSDConfig: "rodimus", RodimusConfig: "ssd"}[config_class]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files if other not in file.name)
+    fields = set(own_fields(config_class)) - READ_BY_TRANSFORMERS
+    idle = {name for name in fields if not re.search(rf"\b(config|self)\.{name}\b(?! = )", text)}
+    assert idle == set()
+
+
+@pytest.mark.parametrize("config_class", OTHER_VALUES)
+def test_every_field_is_documented_and_none_that_is_gone(config_class):
+    documented = re.findall(r"^ {4}(\w+(?:, \w+)*):", inspect.cleandoc(config_class.__doc__), re.MULTILINE)
+    names = {name for line in documented for name in line.split(", ")}
+    of_transformers = READ_BY_TRANSFORMERS | {"pad_token_id"}
+    assert names == set(own_fields(config_class)) - of_transformers
