@@ -31,6 +31,7 @@ class ZooPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # assisted decoding would have to take tokens back from a sum
     cache_class: type
     no_weight_decay: tuple[str, ...] = ()
+    no_weight_decay_on_embedding = False  # where the head has weights of its own
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Write weights, configuration and the code that runs them.
@@ -53,11 +54,14 @@ class ZooPreTrainedModel(PreTrainedModel):
 
     def weight_decay_groups(self, weight_decay: float) -> list[dict]:
         """Parameter groups for an optimizer: matrices decay; biases, norms, and gates' own parameters do not."""
+        spared = self.no_weight_decay
+        if self.no_weight_decay_on_embedding and not self.config.tie_word_embeddings:
+            spared += ("embed_tokens",)
         decayed: list[nn.Parameter] = []
         kept: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                exempt = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in self.no_weight_decay
+                exempt = parameter.ndim < 2 or any(part in spared for part in name.split("."))
                 (kept if exempt else decayed).append(parameter)
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
@@ -67,10 +71,12 @@ class ZooModel(ZooPreTrainedModel):
 
     block_class: type[nn.Module]
     norm_eps_name = "rms_norm_eps"
+    has_padding_row = False  # whether the embedding of pad_token_id is zero and learns nothing
 
     def __init__(self, config):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        padding_row = config.pad_token_id if self.has_padding_row else None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_row)
         self.layers = nn.ModuleList(self.block_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, getattr(config, self.norm_eps_name))
         self.gradient_checkpointing = False
@@ -232,6 +238,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         x = x if isinstance(keep, int) else x[:, keep]
         logits = self.lm_head(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = None
         if labels is not None or loss_kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)

@@ -27,11 +27,20 @@ class GatedMLP(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.fc = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.out_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.out_proj = ends_branch(nn.Linear(intermediate_size, hidden_size, bias=False))
 
     def forward(self, x):
         up, gate = self.fc(x).chunk(2, -1)
         return self.out_proj(F.silu(gate) * up)
+
+
+def ends_branch(projection: nn.Linear) -> nn.Linear:
+    """Mark the last projection of a residual branch, whose initial weights shrink with the depth of the model.
+
+    A mark on the layer itself: transformers initialises no module that has parameters in its children alone.
+    """
+    projection.ends_branch = True
+    return projection
 
 
 def rotary_table(positions: torch.Tensor, dim: int, theta: float, dtype: torch.dtype):

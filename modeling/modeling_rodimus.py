@@ -26,7 +26,7 @@ from scrubjay.kernels.norm import gated_rms_norm
 from scrubjay.kernels.window import window_attention, window_attention_step
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.cache import RodimusCache
-from scrubjay.modeling.layers import GatedMLP, RMSNorm, inverse_softplus, log_uniform, rotary_table, rotate
+from scrubjay.modeling.layers import GatedMLP, RMSNorm, ends_branch, inverse_softplus, log_uniform, rotary_table, rotate
 
 
 class RodimusMixer(nn.Module):
@@ -48,7 +48,7 @@ class RodimusMixer(nn.Module):
         self.residual_weight = nn.Parameter(torch.empty(m))
         self.act_norm = RMSNorm(m, self.eps)
         self.act_dropout = nn.Dropout(config.activation_dropout)
-        self.out_proj = nn.Linear(m, config.hidden_size, bias=False)
+        self.out_proj = ends_branch(nn.Linear(m, config.hidden_size, bias=False))
 
     def forward(self, h, layout, state=None):
         """`state`: the block's `StateLayer`, advanced in place, or None."""
@@ -94,7 +94,7 @@ class SharedKeyWindow(nn.Module):
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, config.num_key_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(d, config.num_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(d, d, bias=False)
+        self.o_proj = ends_branch(nn.Linear(d, d, bias=False))
 
     def forward(self, x, layout, state=None):
         """`state`: the block's `WindowStateLayer`, whose ring is advanced in place, or None."""
@@ -148,6 +148,7 @@ class RodimusPreTrainedModel(ZooPreTrainedModel):
     _no_split_modules = ["RodimusBlock"]
     _keep_in_fp32_modules_strict = ["mem_gate_bias"]
     no_weight_decay = ("mem_gate_bias", "residual_weight")
+    no_weight_decay_on_embedding = True
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -157,17 +158,15 @@ class RodimusPreTrainedModel(ZooPreTrainedModel):
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=config.initializer_range)
+            rescaled = config.rescale_prenorm_residual and hasattr(module, "ends_branch")
+            branches = (3 if config.has_attention else 1) * config.num_hidden_layers
+            init.normal_(module.weight, std=config.initializer_range * (branches**-0.5 if rescaled else 1))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, RodimusMixer):
             self._init_mixer(module)
-        if isinstance(module, (RodimusMixer, SharedKeyWindow, GatedMLP)) and config.rescale_prenorm_residual:
-            hops = 3 if config.has_attention else 1
-            out = module.o_proj if isinstance(module, SharedKeyWindow) else module.out_proj
-            init.normal_(out.weight, std=config.initializer_range * (hops * config.num_hidden_layers) ** -0.5)
 
     def _init_mixer(self, mixer):
         bound = mixer.conv1d.kernel_size[0] ** -0.5  # torch's own default, fan-in K
@@ -185,6 +184,7 @@ class RodimusModel(RodimusPreTrainedModel, ZooModel):
     """Embedding, Rodimus or Rodimus+ blocks, final norm."""
 
     block_class = RodimusBlock
+    has_padding_row = True
 
     def __init__(self, config):
         super().__init__(config)

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from huggingface_hub.errors import (
+    StrictDataclassClassValidationError,
+    StrictDataclassError,
+    StrictDataclassFieldValidationError,
+)
 from transformers import AutoConfig, Mamba2Config
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -170,9 +174,6 @@ def test_rodimus_needs_no_fitting_heads_without_attention():
     assert not RodimusConfig(block_type="rodimus", num_attention_heads=7, num_key_heads=3).has_attention
 
 
-# Sizes of published models. The numbers of parameters are those of the authors' own code at these sizes.
-
-
 @pytest.mark.parametrize(
     ("sizes", "conv_size", "in_proj", "parameters"),
     [
@@ -195,7 +196,7 @@ def test_rodimus_needs_no_fitting_heads_without_attention():
     ids=["mamba2-130m", "mamba2-370m", "mamba2-780m", "mamba2-1.3b", "mamba2-2.7b", "Mamba-Codestral-7B"],
 )
 def test_published_mamba2_configurations_load(sizes, conv_size, in_proj, parameters, tmp_path, log):
-    """From what transformers' own class writes, and with the number of parameters that the model has."""
+    """From what transformers' own class writes, and with the number of parameters that the authors' code has."""
     defaults = {"n_groups": 1, "vocab_size": 50288, "tie_word_embeddings": True, "eos_token_id": 0, "pad_token_id": 0}
     theirs = Mamba2Config(num_heads=sizes["hidden_size"] // 32, **defaults | sizes)
     theirs.save_pretrained(tmp_path)
@@ -253,7 +254,7 @@ def test_every_field_survives_a_file(config_class, tmp_path):
     config.save_pretrained(tmp_path)
     for loaded in (config_class.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path), copy.deepcopy(config)):
         assert type(loaded) is config_class
-        assert loaded == config
+        assert loaded.to_dict() == config.to_dict()
         assert {name: getattr(loaded, name) for name in values} == values
     first = (tmp_path / "config.json").read_text()
     config_class.from_pretrained(tmp_path).save_pretrained(tmp_path)
@@ -264,7 +265,7 @@ def test_every_field_survives_a_file(config_class, tmp_path):
 def test_derived_values_survive_a_file(name, tmp_path):
     config = BUILD[name](hidden_size=48, num_hidden_layers=2, vocab_size=11)
     config.save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path) == config
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -319,17 +320,15 @@ def test_time_step_limit_is_read_as_published_files_write_it(written, limit, tmp
         (SSDConfig, {"time_step_limit": [0, math.nan]}, r"time_step_limit must satisfy .* got \(0.0, nan\)"),
         (SSDConfig, {"time_step_limit": [1]}, r"time_step_limit must be a pair \(low, high\); got \[1.0\]"),
         (SSDConfig, {"time_step_limit": [1, 2, 3]}, r"time_step_limit must be a pair .* got \[1.0, 2.0, 3.0\]"),
-        (SSDConfig, {"time_step_limit": [None, 1]}, "time_step_limit .*None"),
         (SSDConfig, {"A_initializer_range": [3, 2]}, r"A_initializer_range must satisfy .* got \(3.0, 2.0\)"),
         (SSDConfig, {"A_initializer_range": []}, r"A_initializer_range must be a pair .* got \[\]"),
-        (SSDConfig, {"A_initializer_range": [1, "x"]}, "A_initializer_range .*x"),
         (SSDConfig, {"time_step_min": 0.0}, "0 < time_step_min <= time_step_max .* got 0.0, 0.1 and 0.0001"),
         (SSDConfig, {"time_step_max": 1e-4}, "time_step_min <= time_step_max .* got 0.001, 0.0001 and 0.0001"),
         (SSDConfig, {"time_step_floor": 0.0}, "0 < time_step_floor; got 0.001, 0.1 and 0.0"),
         *(
             (config_class, {"expand": value}, rf"expand .*{value}")
             for config_class in (SSDConfig, RodimusConfig)
-            for value in (0, -1.5, math.nan, math.inf)
+            for value in (0, -1.5)
         ),
         (
             RodimusConfig,
@@ -376,6 +375,22 @@ def test_sizes_that_do_not_fit_are_refused_with_value_and_rule(config_class, giv
 @pytest.mark.parametrize(
     ("config_class", "given"),
     [
+        *((config_class, {"expand": value}) for config_class in OTHER_VALUES for value in (math.nan, math.inf)),
+        (SSDConfig, {"time_step_limit": [None, 1]}),
+        (SSDConfig, {"A_initializer_range": [1, "x"]}),
+    ],
+    ids=str,
+)
+def test_values_that_are_no_numbers_are_refused_by_name(config_class, given):
+    """Whatever is derived from them first."""
+    ((name, _),) = given.items()
+    with pytest.raises((StrictDataclassError, ValueError), match=name):
+        config_class(**given)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "given"),
+    [
         *((c, {"hidden_size": x}) for c in OTHER_VALUES for x in ("48", 48.5, None, True)),
         *((c, {"use_cache": 1}) for c in OTHER_VALUES),
         (SSDConfig, {"time_step_limit": 0.5}),
@@ -398,20 +413,15 @@ def test_heads_of_an_odd_size_turn_all_channels_that_pair(heads):
     assert config.rotary_dim == config.head_dim - 1
 
 
-def sources(config_class):
-    """Where fields may be read: the configuration's own module and the modeling files."""
-    own = Path(inspect.getfile(config_class))
-    return own, [own, *sorted((own.parents[1] / "modeling").glob("*.py"))]
-
-
 @pytest.mark.parametrize("config_class", OTHER_VALUES)
 def test_every_field_is_read(config_class):
-    _, files = sources(config_class)
-    other = {SSDConfig: "rodimus", RodimusConfig: "ssd"}[config_class]
-    text = "\n".join(file.read_text(encoding="utf-8") for file in files if other not in file.name)
+    """In the configuration's own module or in the modeling files; those of another model do not count."""
+    own = Path(inspect.getfile(config_class))
+    other = {SSDConfig: "modeling_rodimus.py", RodimusConfig: "modeling_ssd.py"}[config_class]
+    files = [own, *(file for file in (own.parents[1] / "modeling").glob("*.py") if file.name != other)]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     fields = set(own_fields(config_class)) - READ_BY_TRANSFORMERS
-    idle = {name for name in fields if not re.search(rf"\b(config|self)\.{name}\b(?! = )", text)}
-    assert idle == set()
+    assert {name for name in fields if not re.search(rf"\b(config|self)\.{name}\b(?! = )", text)} == set()
 
 
 @pytest.mark.parametrize("config_class", OTHER_VALUES)
