@@ -8,11 +8,12 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from scrubjay.examples.recipe import MODELS, Recipe
+
+DEFAULT = "rodimus_plus"
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,11 +62,11 @@ def make_parser() -> Parser:
 
 
 def add_demo(commands) -> None:
-    recipe = Recipe()
+    recipe = Recipe.of(DEFAULT)
     text = "train a small model on real text, load it where scrubjay is absent, hold it against baselines"
     parser = commands.add_parser("demo", help=text, description=f"{text.capitalize()}. Needs no network.")
     parser.set_defaults(run=demo)
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="what to train (default: %(default)s)")
+    parser.add_argument("--model", choices=list(MODELS), default=DEFAULT, help="what to train (default: %(default)s)")
     parser.add_argument(
         "--text", type=Path, metavar="PATH", help="file or folder of UTF-8 text (default: Python's standard library)"
     )
@@ -89,7 +90,7 @@ def add_demo(commands) -> None:
 def demo(arguments: argparse.Namespace) -> None:
     from scrubjay.examples.demo import demo as run
 
-    recipe = replace(Recipe(), batch_size=arguments.batch_size, length=arguments.length)
+    recipe = Recipe.of(arguments.model, batch_size=arguments.batch_size, length=arguments.length)
     run(
         arguments.model,
         recipe=recipe.smoke() if arguments.smoke else recipe,

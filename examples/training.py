@@ -25,6 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from scrubjay import RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM
 from scrubjay.examples.recipe import Recipe
 
 TIMED_STEPS = 6  # the first two also build the optimiser's state and are left out
@@ -64,29 +65,25 @@ class Plan:
 
 def build_model(name: str, recipe: Recipe, vocab_size: int, eos_token_id: int) -> PreTrainedModel:
     """A freshly initialised model of the zoo, or the plain Llama of the same size."""
-    sizes = {"vocab_size": vocab_size, "hidden_size": recipe.hidden_size, "tie_word_embeddings": True}
+    sizes = {"vocab_size": vocab_size, "tie_word_embeddings": True}
+    sizes |= {"hidden_size": recipe.hidden_size, "num_hidden_layers": recipe.num_hidden_layers}
     sizes |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_token_id)
-    layers = recipe.num_hidden_layers
     if name == "llama":
         return LlamaForCausalLM(
             LlamaConfig(
-                num_hidden_layers=layers or 5,
                 num_attention_heads=max(1, recipe.hidden_size // 64),
                 intermediate_size=recipe.hidden_size * 11 // 4,
                 max_position_embeddings=max(recipe.contexts),
                 **sizes,
             )
         )
-    from scrubjay import RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM  # the baseline needs none
-
     if name == "ssd":
-        return SSDForCausalLM(SSDConfig(num_hidden_layers=layers or 8, **sizes))
+        return SSDForCausalLM(SSDConfig(**sizes))
     if name == "rodimus":
-        return RodimusForCausalLM(RodimusConfig(block_type="rodimus", num_hidden_layers=layers or 7, **sizes))
-    window = {"sliding_window": recipe.length // 2}
-    return RodimusForCausalLM(
-        RodimusConfig(block_type="rodimus_plus", num_hidden_layers=layers or 4, **window, **sizes)
-    )
+        return RodimusForCausalLM(RodimusConfig(block_type="rodimus", **sizes))
+    # half of what is seen in training, so that the state has to carry what the window forgets
+    window = recipe.length // 2
+    return RodimusForCausalLM(RodimusConfig(block_type="rodimus_plus", sliding_window=window, **sizes))
 
 
 def make_plan(model: PreTrainedModel, data: Windows, recipe: Recipe, minutes: float, eval_seconds: float) -> Plan:

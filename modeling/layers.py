@@ -39,7 +39,7 @@ def ends_branch(projection: nn.Linear) -> nn.Linear:
 
     A mark on the layer itself: transformers initialises no module that has parameters in its children alone.
     """
-    projection.ends_branch = True
+    projection.ends_branch = True  # type: ignore[assignment]
     return projection
 
 

@@ -116,9 +116,7 @@ class SSDPreTrainedModel(ZooPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         config = self.config
-        if isinstance(module, nn.Embedding) or (
-            isinstance(module, nn.Linear) and module.out_features == config.vocab_size
-        ):
+        if isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):
             init.normal_(module.weight, std=config.initializer_range)
         elif isinstance(module, (nn.Linear, nn.Conv1d)):
             init.kaiming_uniform_(module.weight, a=5**0.5)

@@ -89,7 +89,7 @@ def test_demo_passes_its_arguments_on(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "demo", lambda model, **arguments: seen.update(arguments, model=model))
     argv = ["demo", "--model", "llama", "--minutes", "0.5", "--seed", "3", "--batch-size", "2", "--length", "32"]
     assert cli.main([*argv, "--output", str(tmp_path)]) == 0
-    assert seen["recipe"] == Recipe(batch_size=2, length=32)
+    assert seen["recipe"] == Recipe.of("llama", batch_size=2, length=32)
     assert (seen["model"], seen["minutes"], seen["seed"], seen["output"]) == ("llama", 0.5, 3, tmp_path)
     assert seen["command"].startswith("scrubjay demo --model llama --minutes 0.5")
 

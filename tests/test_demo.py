@@ -4,7 +4,6 @@ import json
 import lzma
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from sysconfig import get_paths
 from types import SimpleNamespace
@@ -217,7 +216,7 @@ def test_stream_bits_equal_one_pass_where_the_window_holds_everything():
 
 def small_llama():
     torch.manual_seed(0)
-    return build_model("llama", replace(Recipe().smoke(), num_hidden_layers=1), vocab_size=50, eos_token_id=0)
+    return build_model("llama", Recipe.of("llama", hidden_size=64, num_hidden_layers=1), vocab_size=50, eos_token_id=0)
 
 
 def test_cache_of_attention_grows_as_computed():
@@ -228,7 +227,7 @@ def test_cache_of_attention_grows_as_computed():
 
 
 def test_schedule_rises_and_ends_at_zero():
-    rate = schedule(Recipe(warmup=0.1, decay=0.5), 100)
+    rate = schedule(Recipe.of("llama", warmup=0.1, decay=0.5), 100)
     assert rate(0) == pytest.approx(0.1)
     assert [rate(step) for step in (9, 30, 50)] == [1, 1, 1]
     assert rate(99) == pytest.approx(0.02)
@@ -236,14 +235,14 @@ def test_schedule_rises_and_ends_at_zero():
 
 
 def test_weight_decay_is_on_matrices_only():
-    for group in make_optimizer(small_llama(), Recipe()).param_groups:
+    for group in make_optimizer(small_llama(), Recipe.of("llama")).param_groups:
         assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
 
 
 def test_plan_leaves_the_model_as_it_was_and_obeys_the_tightest_limit():
     model, data = small_llama(), Windows(random_stream(64 * 40) % 50, 64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    recipe = Recipe(batch_size=4, length=64, precision="float32", max_epochs=2.0, num_evals=1)
+    recipe = Recipe.of("llama", batch_size=4, length=64, precision="float32", max_epochs=2.0, num_evals=1)
     plan = make_plan(model, data, recipe, minutes=100.0, eval_seconds=0.0)
     assert (plan.steps, plan.reason, plan.bfloat16) == (20, "2 epochs", False)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -254,7 +253,13 @@ def test_plan_leaves_the_model_as_it_was_and_obeys_the_tightest_limit():
 def test_training_learns_and_records_every_step():
     model, data = small_llama(), Windows(random_stream(64 * 100) % 50, 64)
     log = train(
-        model, data, Recipe(batch_size=4, num_evals=2), 20, bfloat16=False, show=False, evaluate=lambda model: 1.5
+        model,
+        data,
+        Recipe.of("llama", batch_size=4, num_evals=2),
+        20,
+        bfloat16=False,
+        show=False,
+        evaluate=lambda model: 1.5,
     )
     assert len(log.losses) == len(log.seconds) == 20
     assert [value for _, value in log.evals] == [1.5, 1.5]
@@ -264,7 +269,11 @@ def test_training_learns_and_records_every_step():
 
 @pytest.mark.parametrize(
     ("recipe", "minutes", "name"),
-    [(Recipe(), 0.0, "--minutes"), (Recipe(batch_size=0), 1.0, "--batch-size"), (Recipe(length=3), 1.0, "--length")],
+    [
+        (Recipe.of("llama"), 0.0, "--minutes"),
+        (Recipe.of("llama", batch_size=0), 1.0, "--batch-size"),
+        (Recipe.of("llama", length=3), 1.0, "--length"),
+    ],
 )
 def test_check_names_the_argument(recipe, minutes, name):
     with pytest.raises(ValueError, match=f"{name} is .* at least"):
@@ -275,8 +284,8 @@ def test_check_names_the_argument(recipe, minutes, name):
 def test_every_model_builds_learns_and_is_weighed(name):
     """Each has about 5M parameters in the demo, and a tiny one learns a cycle of 50 tokens."""
     with torch.device("meta"):
-        assert 4.5e6 < build_model(name, Recipe(), 4096, 0).num_parameters() < 5.5e6
-    recipe = replace(Recipe(), hidden_size=32, num_hidden_layers=1, batch_size=4, length=32, num_evals=1)
+        assert 4.5e6 < build_model(name, Recipe.of(name), 4096, 0).num_parameters() < 5.5e6
+    recipe = Recipe.of(name, hidden_size=32, num_hidden_layers=1, batch_size=4, length=32, num_evals=1)
     torch.manual_seed(0)
     model = build_model(name, recipe, 50, 0)
     log = train(model, Windows(np.arange(4000) % 50, 32), recipe, 30, bfloat16=False, show=False)
@@ -294,14 +303,16 @@ def test_demo_smoke_end_to_end(name, tmp_path, capfd):
     text.mkdir()
     for path in stdlib_sample():
         (text / path.name).write_text(path.read_text())
-    result = demo(name, recipe=Recipe().smoke(), text=text, output=tmp_path / "out", command="scrubjay demo --smoke")
+    result = demo(
+        name, recipe=Recipe.of(name).smoke(), text=text, output=tmp_path / "out", command="scrubjay demo --smoke"
+    )
     assert json.loads((tmp_path / "out" / "demo.json").read_text())["command"] == "scrubjay demo --smoke"
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert set(result["bits_per_byte"]) == {
         name, "unigram", "bigram", "trigram", "lzma", "lzma after the training text",
     }  # fmt: skip
-    assert len(result["training"]["bits_per_byte"]) == result["plan"]["steps"] == Recipe().smoke().max_steps
+    assert len(result["training"]["bits_per_byte"]) == result["plan"]["steps"] == Recipe.of(name).smoke().max_steps
     assert [c["prompt"] for c in result["completions"]["completions"]] == ["def ", "import ", "class "]
     if name != "llama":
         assert result["completions"]["module"].startswith("transformers_modules.")  # the saved code, not scrubjay's
