@@ -1,5 +1,7 @@
 """Sizes of a Rodimus or Rodimus+ language model."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -27,7 +29,7 @@ class RodimusConfig(PreTrainedConfig):
             h mod num_key_heads and value head h mod num_value_heads.
         sliding_window: keys that a query sees, its own included. The official code's `window_size` W sees W // 2 + 1.
         rope_theta, rotary_dim, rope_interleaved: base of the rotary encoding; channels of a head that it turns (None:
-            all, 0: none); whether it pairs neighbours instead of halves.
+            all, or all but one of an odd number; 0: none); whether it pairs neighbours instead of halves.
         intermediate_size: width of the feed-forward network. None is 4/3 hidden_size, rounded up to a multiple of 8.
         scale_embedding: multiply embeddings by sqrt(state_size).
         norm_embedding: normalise embeddings before the first block.
@@ -105,13 +107,13 @@ class RodimusConfig(PreTrainedConfig):
         if self.num_value_heads is None:
             self.num_value_heads = self.num_attention_heads
         if self.rotary_dim is None:
-            self.rotary_dim = self.hidden_size // max(self.num_attention_heads, 1)
+            self.rotary_dim = self.hidden_size // max(self.num_attention_heads, 1) // 2 * 2
         super().__post_init__(**kwargs)
 
     @property
     def inner_size(self) -> int:
         """m, width of the mixer's values."""
-        return _round_up(int(self.expand * self.hidden_size), 8)
+        return _round_up(int(self.expand * self.hidden_size), 8) if 0 < self.expand < math.inf else 0
 
     @property
     def head_dim(self) -> int:
@@ -123,17 +125,20 @@ class RodimusConfig(PreTrainedConfig):
         """Whether blocks hold window attention and a feed-forward network."""
         return self.block_type == "rodimus_plus"
 
+    def _at_least_1(self, *names):
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+
     def validate_architecture(self):
         """Refuse sizes that do not fit each other, naming the value and the rule."""
         if self.block_type not in BLOCK_TYPES:
             raise ValueError(f"block_type must be one of {BLOCK_TYPES}; got {self.block_type!r}.")
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "conv_kernel", "input_gate_rank")
-        heads = ("num_attention_heads", "num_key_heads", "num_value_heads")
-        for name in (*sizes, *heads, "sliding_window", "intermediate_size", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        self._at_least_1("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "conv_kernel", "chunk_size")
         if self.inner_size < 1:
-            raise ValueError(f"expand must be positive; got {self.expand}.")
+            raise ValueError(f"expand must be finite and expand * hidden_size at least 1; got {self.expand}.")
+        self._at_least_1("input_gate_rank", "num_attention_heads", "num_key_heads", "num_value_heads")
+        self._at_least_1("sliding_window", "intermediate_size")
         for name in ("rms_norm_eps", "k_norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")

@@ -88,26 +88,31 @@ class SSDConfig(PreTrainedConfig):
         if self.num_heads is None:
             self.num_heads = inner // max(self.head_dim, 1)
         # Published files write infinity as a bare JSON word, as {"__float__": "Infinity"}, or leave the field out.
-        self.time_step_limit = [_number(x) for x in self.time_step_limit or (0.0, math.inf)]
-        self.A_initializer_range = [float(x) for x in self.A_initializer_range]
+        self.time_step_limit = _numbers("time_step_limit", self.time_step_limit or (0.0, math.inf))
+        self.A_initializer_range = _numbers("A_initializer_range", self.A_initializer_range)
         super().__post_init__(**kwargs)
 
     @property
     def inner_size(self) -> int:
         """Width of the values, num_heads * head_dim."""
-        return int(self.expand * self.hidden_size)
+        return int(self.expand * self.hidden_size) if 0 < self.expand < math.inf else 0
 
     @property
     def conv_size(self) -> int:
         """Channels that are convolved: values, keys and queries."""
         return self.inner_size + 2 * self.n_groups * self.state_size
 
-    def validate_architecture(self):
-        """Refuse sizes that do not fit each other, naming the value and the rule."""
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "num_heads", "head_dim", "n_groups")
-        for name in (*sizes, "conv_kernel", "chunk_size"):
+    def _at_least_1(self, *names):
+        for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+
+    def validate_architecture(self):
+        """Refuse sizes that do not fit each other, naming the value and the rule."""
+        self._at_least_1("vocab_size", "hidden_size", "num_hidden_layers", "state_size")
+        if self.inner_size < 1:
+            raise ValueError(f"expand must be finite and expand * hidden_size at least 1; got {self.expand}.")
+        self._at_least_1("num_heads", "head_dim", "n_groups", "conv_kernel", "chunk_size")
         if self.num_heads * self.head_dim != self.inner_size:
             raise ValueError(
                 f"num_heads * head_dim must equal expand * hidden_size; got {self.num_heads} * {self.head_dim} = "
@@ -120,9 +125,9 @@ class SSDConfig(PreTrainedConfig):
         if not self.layer_norm_epsilon > 0:
             raise ValueError(f"layer_norm_epsilon must be positive; got {self.layer_norm_epsilon}.")
         for name in ("time_step_limit", "A_initializer_range"):
-            low, high = _pair(name, getattr(self, name))
-            if not 0 <= low <= high:
-                raise ValueError(f"{name} must satisfy 0 <= low <= high; got {(low, high)}.")
+            pair = getattr(self, name)
+            if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
+                raise ValueError(f"{name} must be a pair (low, high) with 0 <= low <= high; got {pair}.")
         if not 0 < self.time_step_min <= self.time_step_max or not self.time_step_floor > 0:
             raise ValueError(
                 "The initial step sizes need 0 < time_step_min <= time_step_max and 0 < time_step_floor; got "
@@ -130,14 +135,12 @@ class SSDConfig(PreTrainedConfig):
             )
 
 
-def _number(value) -> float:
-    return float(value["__float__"] if isinstance(value, dict) else value)
-
-
-def _pair(name, value):
-    if len(value) != 2:
-        raise ValueError(f"{name} must be a pair (low, high); got {value}.")
-    return value
+def _numbers(name: str, value) -> list[float]:
+    """As floats; {"__float__": "Infinity"} is how transformers writes what JSON cannot."""
+    try:
+        return [float(x["__float__"] if isinstance(x, dict) else x) for x in value]
+    except (TypeError, ValueError, KeyError):
+        raise ValueError(f"{name} must be a pair of numbers (low, high); got {value!r}.") from None
 
 
 __all__ = ["SSDConfig"]

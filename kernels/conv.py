@@ -9,7 +9,7 @@ last K - 1 inputs (before the convolution), oldest first.
 import torch
 import torch.nn.functional as F
 
-from scrubjay.kernels.dispatch import choose
+from scrubjay.kernels.dispatch import choose, without_autocast
 from scrubjay.kernels.recurrence import documents, num_states
 
 
@@ -33,6 +33,7 @@ def causal_conv_reference(x, weight, bias=None, initial_state=None, cu_seqlens=N
     return torch.stack(ys, 1), torch.cat(states)
 
 
+@without_autocast
 def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, lengths=None, backend=None):
     """Convolve whole sequences.
 
@@ -50,6 +51,8 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
     """
     _check(x, weight, bias)
     choose(backend, "causal_conv", x, weight)
+    if lengths is not None and cu_seqlens is not None:
+        raise ValueError("causal_conv takes lengths of rows or packed documents (cu_seqlens), not both.")
     state = _initial(x, weight, initial_state, cu_seqlens)
     if x.shape[1] == 1 and cu_seqlens is None and lengths is None:
         y, state = causal_conv_step(x[:, 0], weight, bias, state)
@@ -85,7 +88,7 @@ def _packed(x, weight, bias, state, cu_seqlens):
 
 
 def _initial(x, weight, state, cu_seqlens):
-    shape = (num_states(cu_seqlens, x.shape[0]), weight.shape[1] - 1, x.shape[2])
+    shape = (num_states(cu_seqlens, *x.shape[:2]), weight.shape[1] - 1, x.shape[2])
     if state is None:
         return x.new_zeros(shape)
     if tuple(state.shape) != shape:

@@ -17,10 +17,11 @@ rounded once. In its gradient every a_t gathers only the pairs (i >= t > j) that
 
 import torch
 
-from scrubjay.kernels.dispatch import choose
-from scrubjay.kernels.recurrence import ChunkedRecurrence, documents, initial_or_zeros, num_states
+from scrubjay.kernels.dispatch import choose, without_autocast
+from scrubjay.kernels.recurrence import ChunkedRecurrence, documents, initial_or_zeros, num_states, wants_gradient
 
 
+@without_autocast
 def ddts_step(q, k, v, a, state):
     """One token. q, k, a (B, N), v (B, M), state (B, N, M) -> y (B, M) in v's dtype, new state."""
     wide = state.dtype
@@ -61,7 +62,7 @@ def ddts(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=16, backend=N
     """
     _check(q, k, v, a, chunk)
     choose(backend, "ddts", q, k, v, a)
-    if q.shape[1] == 1 and cu_seqlens is None:
+    if q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(q, k, v, a, initial_state):
         y, state = ddts_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], _initial(q, v, initial_state, None))
         return y[:, None], state
     state = _initial(q, v, initial_state, cu_seqlens)
@@ -140,7 +141,7 @@ def _crossing(pairs):
 
 
 def _initial(q, v, state, cu_seqlens):
-    shape = (num_states(cu_seqlens, v.shape[0]), q.shape[2], v.shape[2])
+    shape = (num_states(cu_seqlens, *v.shape[:2]), q.shape[2], v.shape[2])
     return initial_or_zeros(state, shape, v, "ddts")
 
 

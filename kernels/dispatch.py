@@ -41,9 +41,9 @@ def without_autocast(function):
     """
 
     @functools.wraps(function)
-    def exact(*args):
-        device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+    def exact(*args, **kwargs):
+        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
         with torch.autocast(device, enabled=False):
-            return function(*args)
+            return function(*args, **kwargs)
 
     return exact

@@ -7,6 +7,7 @@ Without it every batch row is one document and states have one row per batch row
 from collections.abc import Iterator
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.dispatch import without_autocast
 
@@ -30,9 +31,15 @@ def documents(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[
     return [(slice(d, d + 1), offsets[d], offsets[d + 1]) for d in range(len(offsets) - 1)]
 
 
-def num_states(cu_seqlens: torch.Tensor | None, batch: int) -> int:
-    """Rows that an initial or final state has."""
+def num_states(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> int:
+    """Rows that an initial or final state has: one a batch row, or one a document."""
+    documents(cu_seqlens, batch, length)  # refuses offsets that name no documents
     return batch if cu_seqlens is None else cu_seqlens.numel() - 1
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether a backward pass may come: a single step then takes the chunked form too, whose backward is exact."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -80,6 +87,7 @@ class ChunkedRecurrence(torch.autograd.Function):
         return y, state
 
     @staticmethod
+    @once_differentiable
     @without_autocast
     def backward(ctx, dy, dstate):
         q, k, v, a, state, cu_seqlens = ctx.saved_tensors

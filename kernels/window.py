@@ -131,5 +131,11 @@ def _check(q, k, v, window, past, cu_seqlens):
         raise ValueError("window_attention needs at least one step; got a sequence of length 0.")
     if window < 1:
         raise ValueError(f"window_attention: window must be at least 1, the query's own key; got {window}.")
+    if past is not None:
+        S, (pk, pv, real) = past[0].shape[1], past
+        wanted = (k.shape[0], S, *k.shape[2:]), (v.shape[0], S, *v.shape[2:]), (k.shape[0], S)
+        got = tuple(pk.shape), tuple(pv.shape), tuple(real.shape)
+        if got != wanted:
+            raise ValueError(f"window_attention needs past of shapes {wanted} for k {tuple(k.shape)}; got {got}.")
     if past is not None and cu_seqlens is not None:
         raise ValueError("window_attention takes past keys or packed documents, not both.")
