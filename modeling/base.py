@@ -156,7 +156,8 @@ class ZooModel(ZooPreTrainedModel):
 
     def _cache(self, cache, use_cache, x):
         """The cache to advance, if any, and whether to return it."""
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache is None:  # a training step has no use for one, and its states would hold the graph
+            use_cache = self.config.use_cache and not self.training
         checkpointing = self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.layers)
         if cache is not None:
             if not isinstance(cache, self.cache_class):
@@ -171,8 +172,7 @@ class ZooModel(ZooPreTrainedModel):
                 )
             cache.check(self.config, x.shape[0])
             return cache, use_cache
-        # a training step has no use for a cache, and its states would hold the graph
-        if not use_cache or self.training:
+        if not use_cache or checkpointing:
             return None, False
         return self.cache_class(self.config), True
 

@@ -5,8 +5,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
-from scrubjay.kernels.norm import rms_norm
+from scrubjay.kernels.conv import causal_conv
+from scrubjay.kernels.norm import gated_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -19,6 +21,40 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm of (y + skip * x) * silu(z) over `groups` groups of channels: (B, T, D) each, skip (D,) -> (B, T, D)."""
+
+    def __init__(self, size: int, eps: float, groups: int = 1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.groups = eps, groups
+
+    def forward(self, y, z, x, skip):
+        return gated_rms_norm(y, z, self.weight, self.eps, self.groups, x, skip)
+
+
+class CausalConv(nn.Module):
+    """Causal depthwise convolution and SiLU, (B, T, C) -> (B, T, C), with the state that continues it, (B, K - 1, C).
+
+    Parameters are named and shaped as those of a depthwise `nn.Conv1d`: weight (C, 1, K), bias (C,).
+    """
+
+    def __init__(self, size: int, taps: int, bias: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, 1, taps))
+        self.bias = nn.Parameter(torch.empty(size)) if bias else None
+
+    def reset_parameters(self):
+        """torch's own start of a convolution: uniform up to K ** -0.5."""
+        bound = self.weight.shape[-1] ** -0.5
+        init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x, state, layout):
+        return causal_conv(x, self.weight[:, 0], self.bias, state, layout.cu_seqlens, lengths=layout.lengths)
 
 
 class GatedMLP(nn.Module):

@@ -39,6 +39,12 @@ class Layout:
         """The same with the table of a rotary encoding."""
         return replace(self, rotary=table)
 
+    def to(self, device, non_blocking: bool = False) -> "Layout":
+        """The same on another device, as accelerate asks of a block's arguments when blocks lie on several."""
+        rotary = None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device))
+        tensors = (None if x is None else x.to(device) for x in (self.positions, self.lengths, self.cu_seqlens))
+        return Layout(*tensors, rotary)
+
     def segment(self, start: int, stop: int) -> "Layout":
         """The columns [start, stop) of a plain or ragged layout."""
         lengths = None if self.lengths is None else (self.lengths - start).clamp(0, stop - start)

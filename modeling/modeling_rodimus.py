@@ -20,13 +20,21 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_rodimus import RodimusConfig
-from scrubjay.kernels.conv import causal_conv
 from scrubjay.kernels.ddts import ddts
-from scrubjay.kernels.norm import gated_rms_norm
 from scrubjay.kernels.window import window_attention, window_attention_step
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.cache import RodimusCache
-from scrubjay.modeling.layers import GatedMLP, RMSNorm, ends_branch, inverse_softplus, log_uniform, rotary_table, rotate
+from scrubjay.modeling.layers import (
+    CausalConv,
+    GatedMLP,
+    GatedRMSNorm,
+    RMSNorm,
+    ends_branch,
+    inverse_softplus,
+    log_uniform,
+    rotary_table,
+    rotate,
+)
 
 
 class RodimusMixer(nn.Module):
@@ -37,16 +45,16 @@ class RodimusMixer(nn.Module):
         super().__init__()
         m, n = config.inner_size, config.state_size
         self.n, self.chunk = n, config.chunk_size
-        self.eps, self.k_norm_eps = config.rms_norm_eps, config.k_norm_eps
+        self.k_norm_eps = config.k_norm_eps
         self.fc = nn.Linear(config.hidden_size, 2 * m, bias=False)
-        self.conv1d = nn.Conv1d(m, m, config.conv_kernel, groups=m)
+        self.conv1d = CausalConv(m, config.conv_kernel)
         self.in_proj = nn.Linear(m, 2 * n, bias=False)
         self.mem_gate_proj = nn.Linear(m, 2 * n, bias=False)
         self.mem_gate_bias = nn.Parameter(torch.empty(2 * n))  # its own parameter, because it is added in float32
         self.ch_gate_down = nn.Linear(m, config.input_gate_rank, bias=False)
         self.ch_gate_up = nn.Linear(config.input_gate_rank, m)
         self.residual_weight = nn.Parameter(torch.empty(m))
-        self.act_norm = RMSNorm(m, self.eps)
+        self.act_norm = GatedRMSNorm(m, config.rms_norm_eps)
         self.act_dropout = nn.Dropout(config.activation_dropout)
         self.out_proj = ends_branch(nn.Linear(m, config.hidden_size, bias=False))
 
@@ -54,9 +62,7 @@ class RodimusMixer(nn.Module):
         """`state`: the block's `StateLayer`, advanced in place, or None."""
         x, z = self.fc(h).chunk(2, -1)  # (B, T, M) twice
         conv, s = (None, None) if state is None else state.read(x)
-        seen, conv = causal_conv(
-            x, self.conv1d.weight[:, 0], self.conv1d.bias, conv, layout.cu_seqlens, lengths=layout.lengths
-        )
+        seen, conv = self.conv1d(x, conv, layout)
         q, k, a = self._keys_and_decays(seen)
         v = torch.sigmoid(self.ch_gate_up(self.ch_gate_down(x))) * x  # gated by x before the convolution
         if layout.lengths is not None:
@@ -64,8 +70,7 @@ class RodimusMixer(nn.Module):
         y, s = ddts(q, k, v, a, s, layout.cu_seqlens, chunk=self.chunk)
         if state is not None:
             state.write(conv, s)
-        y = gated_rms_norm(y, z, self.act_norm.weight, self.eps, x=seen, skip=self.residual_weight)
-        return self.out_proj(self.act_dropout(y))
+        return self.out_proj(self.act_dropout(self.act_norm(y, z, seen, self.residual_weight)))
 
     def _keys_and_decays(self, x):
         """q, gated k and log-decay, (B, T, N) each, from the convolved stream; all but q in float32."""
@@ -163,15 +168,14 @@ class RodimusPreTrainedModel(ZooPreTrainedModel):
             init.normal_(module.weight, std=config.initializer_range * (branches**-0.5 if rescaled else 1))
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, CausalConv):
+            module.reset_parameters()
+        elif isinstance(module, (RMSNorm, GatedRMSNorm)):
             init.ones_(module.weight)
         elif isinstance(module, RodimusMixer):
             self._init_mixer(module)
 
     def _init_mixer(self, mixer):
-        bound = mixer.conv1d.kernel_size[0] ** -0.5  # torch's own default, fan-in K
-        init.uniform_(mixer.conv1d.weight, -bound, bound)
-        init.uniform_(mixer.conv1d.bias, -bound, bound)
         for proj in (mixer.in_proj, mixer.mem_gate_proj, mixer.ch_gate_down, mixer.ch_gate_up):
             init.xavier_uniform_(proj.weight, gain=2**-2.5)
         selection = inverse_softplus(log_uniform(mixer.n, 0.001, 0.1, 1e-4))

@@ -18,12 +18,10 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_ssd import SSDConfig
-from scrubjay.kernels.conv import causal_conv
-from scrubjay.kernels.norm import gated_rms_norm
 from scrubjay.kernels.ssd import ssd
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.cache import SSDCache
-from scrubjay.modeling.layers import RMSNorm, inverse_softplus, log_uniform
+from scrubjay.modeling.layers import CausalConv, GatedRMSNorm, RMSNorm, inverse_softplus, log_uniform
 
 # Official and transformers' own Mamba-2 checkpoints load as they are.
 register_checkpoint_conversion_mapping(
@@ -44,16 +42,13 @@ class SSDMixer(nn.Module):
         super().__init__()
         self.inner, self.keys, self.heads = config.inner_size, config.n_groups * config.state_size, config.num_heads
         self.groups, self.chunk, self.limit = config.n_groups, config.chunk_size, config.time_step_limit
-        self.eps = config.layer_norm_epsilon
         out = self.inner + config.conv_size + self.heads
         self.in_proj = nn.Linear(config.hidden_size, out, bias=config.use_bias)
-        self.conv1d = nn.Conv1d(
-            config.conv_size, config.conv_size, config.conv_kernel, groups=config.conv_size, bias=config.use_conv_bias
-        )
+        self.conv1d = CausalConv(config.conv_size, config.conv_kernel, config.use_conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.empty(self.heads))
-        self.norm = RMSNorm(self.inner, self.eps)
+        self.norm = GatedRMSNorm(self.inner, config.layer_norm_epsilon, self.groups)
         self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.use_bias)
 
     def forward(self, x, layout, state=None):
@@ -61,9 +56,7 @@ class SSDMixer(nn.Module):
         B, T, _ = x.shape
         z, vkq, dt = self.in_proj(x).split([self.inner, self.inner + 2 * self.keys, self.heads], -1)
         conv, s = (None, None) if state is None else state.read(vkq)
-        vkq, conv = causal_conv(
-            vkq, self.conv1d.weight[:, 0], self.conv1d.bias, conv, layout.cu_seqlens, lengths=layout.lengths
-        )
+        vkq, conv = self.conv1d(vkq, conv, layout)
         v, k, q = vkq.split([self.inner, self.keys, self.keys], -1)
 
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -82,8 +75,7 @@ class SSDMixer(nn.Module):
         if state is not None:
             state.write(conv, s)
         skip = self.D.repeat_interleave(self.inner // self.heads)
-        y = gated_rms_norm(y.flatten(2), z, self.norm.weight, self.eps, self.groups, v, skip)
-        return self.out_proj(y)
+        return self.out_proj(self.norm(y.flatten(2), z, v, skip))
 
 
 class SSDBlock(GradientCheckpointingLayer):
@@ -118,20 +110,19 @@ class SSDPreTrainedModel(ZooPreTrainedModel):
         config = self.config
         if isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):
             init.normal_(module.weight, std=config.initializer_range)
-        elif isinstance(module, (nn.Linear, nn.Conv1d)):
+        elif isinstance(module, CausalConv):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=5**0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, (RMSNorm, GatedRMSNorm)):
             init.ones_(module.weight)
         elif isinstance(module, SSDMixer):
             self._init_mixer(module)
 
     def _init_mixer(self, mixer):
         config = self.config
-        bound = config.conv_kernel**-0.5  # torch's own default for a convolution's bias
-        if mixer.conv1d.bias is not None:
-            init.uniform_(mixer.conv1d.bias, -bound, bound)
         steps = log_uniform(mixer.heads, config.time_step_min, config.time_step_max, config.time_step_floor)
         init.copy_(mixer.dt_bias, inverse_softplus(steps))
         init.copy_(mixer.A_log, torch.empty(mixer.heads).uniform_(*config.A_initializer_range).log())

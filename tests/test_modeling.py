@@ -290,3 +290,16 @@ def test_parallel_plans_name_modules_that_exist(entry):
             assert optional or any(fnmatch(name, pattern) for name in names), pattern
     for name in model._no_split_modules:
         assert any(type(module).__name__ == name for module in model.modules())
+
+
+def test_layers_kept_on_disk_give_the_same(entry, tmp_path):
+    """accelerate loads an offloaded layer's weights when its own module runs, so nothing may read them from outside."""
+    model, ids = entry.build(), tokens(2, 30)
+    model.save_pretrained(tmp_path / "model")
+    placed = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    placed |= {"model.norm": "cpu", "lm_head": "cpu"}
+    loaded = entry.model.from_pretrained(tmp_path / "model", device_map=placed, offload_folder=tmp_path / "offload")
+    assert loaded.model.layers[1].mixer.out_proj.weight.device.type == "meta"
+    with torch.no_grad():
+        assert relative(loaded(ids).logits, model(ids).logits) < 2e-5
+        assert relative(through(loaded, ids, [10] + [1] * 20), model(ids).logits) < 2e-5
