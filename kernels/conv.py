@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from scrubjay.kernels.dispatch import choose, without_autocast
-from scrubjay.kernels.recurrence import documents, num_states
+from scrubjay.kernels.recurrence import by_steps, documents, num_states
 
 
 def causal_conv_step(x, weight, bias, state):
@@ -22,15 +22,11 @@ def causal_conv_step(x, weight, bias, state):
 
 def causal_conv_reference(x, weight, bias=None, initial_state=None, cu_seqlens=None):
     """One step at a time. Slow; the law for the other path."""
-    state = _initial(x, weight, initial_state, cu_seqlens)
-    ys, states = [], []
-    for rows, start, stop in documents(cu_seqlens, *x.shape[:2]):
-        s = state[rows]
-        for t in range(start, stop):
-            y, s = causal_conv_step(x[:, t], weight, bias, s)
-            ys.append(y)
-        states.append(s)
-    return torch.stack(ys, 1), torch.cat(states)
+
+    def step(x_t, state):
+        return causal_conv_step(x_t, weight, bias, state)
+
+    return by_steps(step, _initial(x, weight, initial_state, cu_seqlens), cu_seqlens, x)
 
 
 @without_autocast

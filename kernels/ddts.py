@@ -18,7 +18,7 @@ rounded once. In its gradient every a_t gathers only the pairs (i >= t > j) that
 import torch
 
 from scrubjay.kernels.dispatch import choose, without_autocast
-from scrubjay.kernels.recurrence import ChunkedRecurrence, documents, initial_or_zeros, num_states, wants_gradient
+from scrubjay.kernels.recurrence import ChunkedRecurrence, by_steps, initial_or_zeros, num_states, wants_gradient
 
 
 @without_autocast
@@ -31,15 +31,7 @@ def ddts_step(q, k, v, a, state):
 
 def ddts_reference(q, k, v, a, initial_state=None, cu_seqlens=None):
     """The recurrence, one step at a time, in float32 (float64 for float64). Slow; the law for every other path."""
-    state = _initial(q, v, initial_state, cu_seqlens)
-    ys, states = [], []
-    for rows, start, stop in documents(cu_seqlens, *v.shape[:2]):
-        s = state[rows]
-        for t in range(start, stop):
-            y, s = ddts_step(q[:, t], k[:, t], v[:, t], a[:, t], s)
-            ys.append(y)
-        states.append(s)
-    return torch.stack(ys, 1), torch.cat(states)
+    return by_steps(ddts_step, _initial(q, v, initial_state, cu_seqlens), cu_seqlens, q, k, v, a)
 
 
 def ddts(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=16, backend=None):

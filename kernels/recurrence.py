@@ -62,6 +62,18 @@ def initial_or_zeros(state: torch.Tensor | None, shape: tuple[int, ...], like: t
     return state.to(dtype)
 
 
+def by_steps(step, state, cu_seqlens, *sequences):
+    """The law of a recurrence: `step(*inputs, state) -> (y, state)` for each step of (B, T, ...) sequences in turn."""
+    ys, states = [], []
+    for rows, start, stop in documents(cu_seqlens, *sequences[0].shape[:2]):
+        s = state[rows]
+        for t in range(start, stop):
+            y, s = step(*(x[:, t] for x in sequences), s)
+            ys.append(y)
+        states.append(s)
+    return torch.stack(ys, 1), torch.cat(states)
+
+
 class ChunkedRecurrence(torch.autograd.Function):
     """y and the final state of a linear recurrence, one chunk after the other.
 
