@@ -27,7 +27,7 @@ test-oldest: .venv-oldest/.test ## the model contract on the oldest supported tr
 	$(call PYTEST,.venv-oldest) -n $(WORKERS) $(CONTRACT)
 
 test-kernels: .venv/.dev ## the kernels alone
-	$(call PYTEST,.venv) tests/test_kernels.py
+	$(call PYTEST,.venv) tests/test_kernels*.py
 
 gpu: .venv/.dev ## the tests that need a CUDA device
 	$(call PYTEST,.venv) -m gpu

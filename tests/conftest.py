@@ -12,3 +12,12 @@ def entry(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan():
+    """torch fills what `torch.empty` and its kin return with NaN, so that a result which is never written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from scrubjay.kernels.conv import causal_conv, causal_conv_reference
 from scrubjay.kernels.ddts import ddts, ddts_reference
@@ -285,6 +283,11 @@ def check(kernel, inputs, fast=None, **options):
     assert_within(kernel, *against_reference(kernel, inputs, fast, **options), inputs)
 
 
+def all_of(kernel, inputs, **options):
+    """Every result of the fast path, by name."""
+    return results(KERNELS[kernel].fast, inputs, **KERNELS[kernel].options, **options)[0]
+
+
 def worst_error(kernel, dtype, seeds=20):
     """Largest error over seeds, lengths, variants and results; those that have float32's bound count as float32."""
     worst = 0.0
@@ -297,6 +300,17 @@ def worst_error(kernel, dtype, seeds=20):
     return worst
 
 
+def two_borders(kernel):
+    """A length of two chunks and three steps."""
+    return KERNELS[kernel].lengths[4]
+
+
+def around_borders(kernel):
+    """Steps at both ends of `two_borders` and on either side of the first border."""
+    chunk, after, T = KERNELS[kernel].lengths[2:5]
+    return 1, chunk - 1, chunk, after, T - 1
+
+
 def timed(kernel, inputs):
     """Names of the inputs that have one entry a step."""
     return [name for name in inputs if name in {"causal_conv": ("x",)}.get(kernel, ("q", "k", "v", "a"))]
@@ -305,6 +319,14 @@ def timed(kernel, inputs):
 def cut(kernel, inputs, start, stop):
     """The inputs of the steps [start, stop); what is not one entry a step stays."""
     return {name: x[:, start:stop] if name in timed(kernel, inputs) else x for name, x in inputs.items()}
+
+
+def perturbed(kernel, inputs, start, stop):
+    """The inputs with everything at the steps [start, stop) moved; a log-decay stays one."""
+    moved = {name: x.clone() for name, x in inputs.items()}
+    for name in timed(kernel, inputs):
+        moved[name][:, start:stop] += -1 if name == "a" else 1
+    return moved
 
 
 def in_pieces(kernel, cuts):
@@ -329,46 +351,3 @@ def _windowed(inputs, start, stop, window):
     past = cut("window_attention", inputs, max(0, start - window + 1), start)
     now = cut("window_attention", inputs, start, stop)
     return KERNELS["window_attention"].fast(**now, past_k=past["k"], past_v=past["v"], window=window)
-
-
-def separately(kernel, cu_seqlens):
-    """A path that calls the fast one on each packed document alone; a document without steps keeps its state."""
-
-    def call(initial_state=None, **inputs):
-        ys, states = [], []
-        for d, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
-            document = cut(kernel, inputs, start, stop)
-            state = None if initial_state is None else initial_state[d : d + 1]
-            if start == stop:
-                states.append(state)
-            elif kernel == "window_attention":
-                ys.append(KERNELS[kernel].fast(**document))
-            else:
-                y, state = KERNELS[kernel].fast(**document, initial_state=state)
-                ys.append(y)
-                states.append(state)
-        return torch.cat(ys, 1) if kernel == "window_attention" else (torch.cat(ys, 1), torch.cat(states))
-
-    return call
-
-
-def check_packed(kernel, inputs, cu_seqlens):
-    """Packed documents give what each gives alone."""
-    packed, cotangents = results(KERNELS[kernel].fast, inputs, **KERNELS[kernel].options, cu_seqlens=cu_seqlens)
-    alone, _ = results(separately(kernel, cu_seqlens), inputs, cotangents, **KERNELS[kernel].options)
-    assert_within(kernel, packed, alone, inputs)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the elements of the largest memory that an operation inside it returned; views own none."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return out

@@ -113,6 +113,27 @@ def test_generate_streams_the_prompt_and_more_and_repeats_itself(folder, capsys)
     assert all(output.startswith("def cache") for output in outputs)
 
 
+def test_generate_leaves_a_last_space_to_the_first_new_token(folder, capsys):
+    """The tokenizer of TEXT has "Ġcache" and "Ġhide": after "def " a word must come, never a space alone and a word."""
+    for seed in "0123":
+        argv = [
+            "generate",
+            str(folder),
+            "--prompt",
+            "def ",
+            "--max-new-tokens",
+            "1",
+            "--temperature",
+            "9",
+            "--seed",
+            seed,
+        ]
+        assert cli.main(argv) == 0
+        output = capsys.readouterr().out
+        assert output.startswith("def ")
+        assert output.removesuffix("\n") != "def"
+
+
 @pytest.mark.parametrize(
     "extra",
     [("--temperature", "-1"), ("--top-p", "0"), ("--max-new-tokens", "0"), ("--prompt", "")],

@@ -1,10 +1,8 @@
 """The configurations: what is derived, what is refused, what survives a file, and that nothing in them is idle."""
 
 import copy
-import dataclasses
 import inspect
 import json
-import logging
 import math
 import re
 from pathlib import Path
@@ -17,7 +15,7 @@ from huggingface_hub.errors import (
     StrictDataclassFieldValidationError,
 )
 from transformers import AutoConfig, Mamba2Config
-from transformers.configuration_utils import PreTrainedConfig
+from zoo import own_fields
 
 from scrubjay import RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM
 
@@ -98,20 +96,6 @@ OTHER_VALUES = {
 }
 
 
-@pytest.fixture
-def log(caplog):
-    """What transformers logs: its logger hands nothing on to the root's."""
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
-def own_fields(config_class):
-    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    return {field.name: field for field in dataclasses.fields(config_class) if field.name not in inherited}
-
-
 def content(config):
     """Everything but where it was read and which version of transformers wrote it."""
     return {n: value for n, value in config.to_dict().items() if n not in ("transformers_version", "_name_or_path")}
@@ -179,46 +163,6 @@ def test_rodimus_needs_no_fitting_heads_without_attention():
     assert not RodimusConfig(block_type="rodimus", num_attention_heads=7, num_key_heads=3).has_attention
 
 
-@pytest.mark.parametrize(
-    ("sizes", "conv_size", "in_proj", "parameters"),
-    [
-        ({"hidden_size": 768, "num_hidden_layers": 24}, 1792, 3352, 128_989_632),
-        ({"hidden_size": 1024, "num_hidden_layers": 48}, 2304, 4384, 368_346_624),
-        ({"hidden_size": 1536, "num_hidden_layers": 48}, 3328, 6448, 780_161_280),
-        ({"hidden_size": 2048, "num_hidden_layers": 48}, 4352, 8512, 1_343_757_312),
-        ({"hidden_size": 2560, "num_hidden_layers": 64}, 5376, 10576, 2_702_599_680),
-        (
-            {
-                "hidden_size": 4096,
-                "num_hidden_layers": 64,
-                "n_groups": 8,
-                "vocab_size": 32768,
-                "tie_word_embeddings": False,
-            },
-            *(10240, 18560, 7_285_403_648),
-        ),
-    ],
-    ids=["mamba2-130m", "mamba2-370m", "mamba2-780m", "mamba2-1.3b", "mamba2-2.7b", "Mamba-Codestral-7B"],
-)
-def test_published_mamba2_configurations_load(sizes, conv_size, in_proj, parameters, tmp_path, log):
-    """From what transformers' own class writes, and with the number of parameters that the authors' code has."""
-    defaults = {"n_groups": 1, "vocab_size": 50288, "tie_word_embeddings": True, "eos_token_id": 0, "pad_token_id": 0}
-    theirs = Mamba2Config(num_heads=sizes["hidden_size"] // 32, **defaults | sizes)
-    theirs.save_pretrained(tmp_path)
-    config = SSDConfig.from_pretrained(tmp_path)
-    assert "`mamba2`" in log.text
-    assert "`scrubjay_ssd`" in log.text
-    shared = set(own_fields(SSDConfig)) & set(theirs.to_dict()) - {"chunk_size", "time_step_limit"}
-    assert len(shared) > 20
-    assert {name: getattr(config, name) for name in shared} == {name: getattr(theirs, name) for name in shared}
-    assert config.time_step_limit == [0.0, math.inf]
-    assert config.conv_size == conv_size
-    with torch.device("meta"):
-        model = SSDForCausalLM(config)
-    assert model.model.layers[0].mixer.in_proj.out_features == in_proj
-    assert model.num_parameters() == parameters
-
-
 def test_chunk_of_another_librarys_file_is_not_taken_over_unless_asked_for(tmp_path):
     """It suits that library's kernels; it changes no result."""
     Mamba2Config(chunk_size=256).save_pretrained(tmp_path)
@@ -226,28 +170,6 @@ def test_chunk_of_another_librarys_file_is_not_taken_over_unless_asked_for(tmp_p
     assert SSDConfig.from_pretrained(tmp_path, chunk_size=32).chunk_size == 32
     SSDConfig(chunk_size=256).save_pretrained(tmp_path)
     assert SSDConfig.from_pretrained(tmp_path).chunk_size == 256
-
-
-@pytest.mark.parametrize(
-    ("sizes", "derived", "parameters"),
-    [
-        ({"block_type": "rodimus", "num_hidden_layers": 48}, (4096, 32, 2736, 16), 1_531_551_744),
-        ({"num_hidden_layers": 24}, (4096, 32, 2736, 16), 1_607_095_296),
-        ({"num_hidden_layers": 24, "tie_word_embeddings": False}, (4096, 32, 2736, 16), 1_866_093_568),
-        (
-            {"hidden_size": 3072, "num_hidden_layers": 32, "tie_word_embeddings": False},
-            *((6144, 48, 4096, 24), 4_786_527_232),
-        ),
-        ({"hidden_size": 3072, "num_hidden_layers": 32}, (6144, 48, 4096, 24), 4_398_029_824),
-    ],
-    ids=["1.4B", "1.6B", "1.6B-untied", "4B", "4B-tied"],
-)
-def test_published_rodimus_sizes_give_their_number_of_parameters(sizes, derived, parameters):
-    config = RodimusConfig(**sizes)
-    found = (config.inner_size, config.input_gate_rank, config.intermediate_size, config.num_attention_heads)
-    assert found == derived
-    with torch.device("meta"):
-        assert RodimusForCausalLM(config).num_parameters() == parameters
 
 
 @pytest.mark.parametrize("config_class", OTHER_VALUES, ids=lambda c: c.__name__)

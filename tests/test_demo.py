@@ -27,7 +27,16 @@ from scrubjay.examples.corpus import (
 from scrubjay.examples.demo import check, demo
 from scrubjay.examples.measure import cache_growth, decode_rate, full_cache_nbytes, stream_bits, windows
 from scrubjay.examples.recipe import MODELS, Recipe
-from scrubjay.examples.training import Windows, build_model, make_optimizer, make_plan, schedule, train
+from scrubjay.examples.training import (
+    Plan,
+    Windows,
+    build_model,
+    make_optimizer,
+    plan_steps,
+    schedule,
+    time_steps,
+    train,
+)
 
 VOCAB = 11
 
@@ -206,6 +215,13 @@ def test_stream_bits_are_exact_on_a_known_distribution(length):
     assert stream_bits(KnownModel(), stream, length, batch_size=3) == pytest.approx(expected, rel=1e-6)
 
 
+def test_stream_bits_of_a_sample_of_windows_estimate_the_whole():
+    stream = random_stream(5000)
+    whole, sample = (stream_bits(KnownModel(), stream, 16, every=every) for every in (1, 5))
+    assert sample == pytest.approx(whole, rel=0.02)
+    assert sample != whole
+
+
 def test_stream_bits_equal_one_pass_where_the_window_holds_everything():
     model = small_llama()
     stream = random_stream(60) % 50
@@ -239,18 +255,32 @@ def test_weight_decay_is_on_matrices_only():
         assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
 
 
-def test_plan_leaves_the_model_as_it_was_and_obeys_the_tightest_limit():
+def test_timing_leaves_the_model_as_it_was(tmp_path):
     model, data = small_llama(), Windows(random_stream(64 * 40) % 50, 64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    recipe = Recipe.of("llama", batch_size=4, length=64, precision="float32", max_epochs=2.0, num_evals=1)
-    plan = make_plan(model, data, recipe, minutes=100.0, eval_seconds=0.0)
-    assert (plan.steps, plan.reason, plan.bfloat16) == (20, "2 epochs", False)
+    bfloat16, seconds = time_steps(
+        model, data, Recipe.of("llama", batch_size=4, length=64, precision="float32"), tmp_path
+    )
+    assert (bfloat16, seconds > 0) == (False, True)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    short = make_plan(model, data, recipe, minutes=1e-9, eval_seconds=0.0)
-    assert (short.steps, short.reason) == (1, "1e-09 minutes")
 
 
-def test_training_learns_and_records_every_step():
+def test_a_run_over_its_limit_stops(tmp_path):
+    data = Windows(random_stream(64 * 40) % 50, 64)
+    recipe = Recipe.of("llama", batch_size=4, length=64)
+    log = train(small_llama(), data, recipe, 20, bfloat16=False, output=tmp_path, show=False, limit=0.0)
+    assert len(log.seconds) == len(log.losses) == 1
+
+
+def test_plan_obeys_the_tightest_limit():
+    recipe = Recipe.of("llama", batch_size=4, max_epochs=2.0, num_evals=5)
+    assert plan_steps(recipe, 40, minutes=1.0, step_seconds=0.1, eval_seconds=0.0) == Plan(20, "2 epochs")
+    assert plan_steps(recipe, 40_000, minutes=1.0, step_seconds=0.1, eval_seconds=2.0) == Plan(500, "1 minutes")
+    assert plan_steps(recipe, 40, minutes=0.01, step_seconds=9.0, eval_seconds=0.0) == Plan(1, "0.01 minutes")
+    assert plan_steps(recipe.smoke(), 40_000, minutes=1.0, step_seconds=0.1, eval_seconds=0.0) == Plan(8, "max_steps")
+
+
+def test_training_learns_and_records_every_step(tmp_path):
     model, data = small_llama(), Windows(random_stream(64 * 100) % 50, 64)
     log = train(
         model,
@@ -258,6 +288,7 @@ def test_training_learns_and_records_every_step():
         Recipe.of("llama", batch_size=4, num_evals=2),
         20,
         bfloat16=False,
+        output=tmp_path,
         show=False,
         evaluate=lambda model: 1.5,
     )
@@ -281,14 +312,14 @@ def test_check_names_the_argument(recipe, minutes, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_builds_learns_and_is_weighed(name):
+def test_every_model_builds_learns_and_is_weighed(name, tmp_path):
     """Each has about 5M parameters in the demo, and a tiny one learns a cycle of 50 tokens."""
     with torch.device("meta"):
         assert 4.5e6 < build_model(name, Recipe.of(name), 4096, 0).num_parameters() < 5.5e6
     recipe = Recipe.of(name, hidden_size=32, num_hidden_layers=1, batch_size=4, length=32, num_evals=1)
     torch.manual_seed(0)
     model = build_model(name, recipe, 50, 0)
-    log = train(model, Windows(np.arange(4000) % 50, 32), recipe, 30, bfloat16=False, show=False)
+    log = train(model, Windows(np.arange(4000) % 50, 32), recipe, 30, bfloat16=False, output=tmp_path, show=False)
     assert log.losses[-1] < log.losses[0] - 0.3
     model.eval()
     grown = cache_growth(model, np.arange(50), [100, 200], chunk=64)["nbytes"]
@@ -312,7 +343,7 @@ def test_demo_smoke_end_to_end(name, tmp_path, capfd):
     assert set(result["bits_per_byte"]) == {
         name, "unigram", "bigram", "trigram", "lzma", "lzma after the training text",
     }  # fmt: skip
-    assert len(result["training"]["bits_per_byte"]) == result["plan"]["steps"] == Recipe.of(name).smoke().max_steps
+    assert len(result["training"]["bits_per_byte"]) == result["training"]["steps"] == Recipe.of(name).smoke().max_steps
     assert [c["prompt"] for c in result["completions"]["completions"]] == ["def ", "import ", "class "]
     if name != "llama":
         assert result["completions"]["module"].startswith("transformers_modules.")  # the saved code, not scrubjay's

@@ -1,9 +1,11 @@
 """The models that every contract test runs over: one line each, small, with every part of the architecture in it."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers.configuration_utils import PreTrainedConfig
 
 from scrubjay import RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM
 
@@ -41,6 +43,12 @@ ZOO = (
         RodimusForCausalLM,
     ),
 )
+
+
+def own_fields(config_class):
+    """The fields, by name, that a configuration has beyond those of transformers' own base class."""
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    return {field.name: field for field in dataclasses.fields(config_class) if field.name not in inherited}
 
 
 def tokens(batch, length, seed=1):
