@@ -254,7 +254,7 @@ def plot(records: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     runs = [(Run(**record["settings"]), record) for record in records]
-    cells = list(dict.fromkeys((run.pairs, run.state_size) for run, _ in runs))
+    cells = sorted({(run.pairs, run.state_size) for run, _ in runs})
     models = [model for model in MODELS if any(run.model == model for run, _ in runs)]
     width = 0.8 / len(models)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -266,14 +266,16 @@ def plot(records: list[dict], path: Path) -> None:
         label = f"{run.model}, {run.pairs} pairs, state {run.state_size}"
         left.plot(steps, values, ("-", "--", "-.", ":")[cell % 4], color=color, label=label)
         at = cell + width * (models.index(run.model) - (len(models) - 1) / 2)
-        bar = right.bar(at, record["test_accuracy"], width, color=color, label=None if cell else run.model)
+        bar = right.bar(at, record["test_accuracy"], width, color=color, label=run.model)
         right.bar_label(bar, fmt="%.3f", fontsize=8)
     left.set(xlabel="step", ylabel="validation accuracy", ylim=(0, 1.02), title="Multi-query associative recall")
     labels = [f"{pairs} pairs\nstate size {state_size}" for pairs, state_size in cells]
-    right.set(ylabel="test accuracy", ylim=(0, 1.1), xticks=range(len(cells)), xticklabels=labels)
+    right.set(ylabel="test accuracy", ylim=(0, 1.2), xticks=range(len(cells)), xticklabels=labels)
     right.set_title(f"{runs[0][0].layers} layers of width {runs[0][0].hidden_size}")
+    left.legend(frameon=False, fontsize=7)
+    named = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))  # one entry a model, not a bar
+    right.legend(named.values(), named.keys(), frameon=False, fontsize=8, ncols=len(named), loc="upper center")
     for axes in (left, right):
-        axes.legend(frameon=False, fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
