@@ -120,17 +120,15 @@ def generate(arguments: argparse.Namespace) -> None:
             f"{arguments.max_new_tokens}; needed: temperature >= 0, 0 < top-p <= 1, max-new-tokens >= 1."
         )
     model, tokenizer = _load(arguments)
-    from transformers import TextStreamer, set_seed
+    from transformers import set_seed
 
-    inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    if inputs.input_ids.shape[1] == 0:
-        raise ValueError(f"--prompt {arguments.prompt!r} has no tokens. Pass some text.")
+    from scrubjay.examples.isolated import stream
+
     set_seed(arguments.seed)
     sampling = {"do_sample": False}
     if arguments.temperature > 0:
         sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    model.generate(**inputs, **sampling, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
+    stream(model, tokenizer, arguments.prompt, **sampling, max_new_tokens=arguments.max_new_tokens)
 
 
 def add_export(commands) -> None:

@@ -33,7 +33,7 @@ from scrubjay.examples.corpus import Corpus, encode, joined, load_corpus, num_by
 from scrubjay.examples.measure import cache_growth, decode_rate, full_cache_nbytes, stream_bits
 from scrubjay.examples.recipe import Recipe
 from scrubjay.examples.report import commit, figure, machine, summary, versions
-from scrubjay.examples.training import Log, Windows, build_model, make_plan, train
+from scrubjay.examples.training import Log, Windows, build_model, plan_steps, time_steps, train
 
 PROMPTS = ("def ", "import ", "class ")
 
@@ -75,15 +75,13 @@ def demo(
             data = tokenize(corpus, recipe)
         with section("baselines: n-grams and lzma"):
             bits = {**score_ngrams(data), **score_lzma(data, compression)}
-    network, log, plan = fit(model, data, recipe, minutes, output, seed)
+    network, training, bits[model] = fit(model, data, recipe, minutes, output, seed)
     with section("save, and load where scrubjay is absent"):
         network.save_pretrained(output)
         data.tokenizer.save_pretrained(output)
         completions = complete_in_isolation(output, recipe.new_tokens, seed)
-    with section("held-out text"):
-        bits[model] = stream_bits(network.eval(), data.heldout, recipe.length) / data.heldout_bytes
     with section("cache and speed"):
-        cache, speed = weigh(network, data, recipe)
+        cache, speed = weigh(network.eval(), data, recipe)
     result = {
         "command": command,
         "model": model,
@@ -96,8 +94,7 @@ def demo(
         "completions": completions,
         "corpus": describe(data),
         "recipe": asdict(recipe),
-        "plan": asdict(plan),
-        "training": curve(log, data),
+        "training": training,
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
@@ -166,36 +163,37 @@ def score_lzma(data: Text, compression: Future) -> dict[str, float]:
     return {name: value / data.heldout_bytes for name, value in compression.result().items()}
 
 
-def fit(name: str, data: Text, recipe: Recipe, minutes: float, output: Path, seed: int):
-    """Build, time, train. Returns the model, its log and the plan that the timing made."""
+def fit(name: str, data: Text, recipe: Recipe, minutes: float, output: Path, seed: int) -> tuple:
+    """Build, time and train a model. Returns it, what it did, and the held-out bits per byte of all of it."""
     network = build_model(name, recipe, len(data.tokenizer), data.tokenizer.eos_token_id)
-    windows = Windows(data.train, recipe.length)
-    glance, glance_bytes = first_tokens(data, recipe.glance_bytes)
     if torch.cuda.is_available():
         network.cuda()
-
-    def evaluate(model: PreTrainedModel) -> float:
-        return stream_bits(model, glance, recipe.length) / glance_bytes
+    windows = Windows(data.train, recipe.length)
 
     with section(f"time a few steps of {name}, {network.num_parameters() / 1e6:.2f}M parameters"):
+        bfloat16, step_seconds = time_steps(network, windows, recipe, output)
+        precision, rate = (
+            "bfloat16 autocast" if bfloat16 else "float32",
+            recipe.batch_size * recipe.length / step_seconds,
+        )
+        print(f"   {step_seconds:.3f} s a step in {precision}, {rate:,.0f} tokens/s")
+
+        def evaluate(model: PreTrainedModel, every: int = recipe.glance) -> float:
+            bits = stream_bits(model, data.heldout, recipe.length, bfloat16=bfloat16, every=every)
+            return bits / data.heldout_bytes
+
         started = time.perf_counter()
         untrained = evaluate(network)
-        plan = make_plan(network, windows, recipe, minutes, eval_seconds=time.perf_counter() - started)
-        precision = "bfloat16 autocast" if plan.bfloat16 else "float32"
-        rate = recipe.batch_size * recipe.length / plan.seconds_per_step
-        print(f"   {plan.seconds_per_step:.3f} s a step in {precision}, {rate:,.0f} tokens/s")
+        plan = plan_steps(recipe, len(windows), minutes, step_seconds, time.perf_counter() - started)
+
     with section(f"train {plan.steps} steps ({plan.reason})"):
         log = train(
-            network, windows, recipe, plan.steps, bfloat16=plan.bfloat16, seed=seed, output=output, evaluate=evaluate
+            network, windows, recipe, plan.steps, bfloat16=bfloat16, seed=seed, output=output, evaluate=evaluate
         )
     log.evals.insert(0, (0.0, untrained))
-    return network, log, plan
-
-
-def first_tokens(data: Text, limit: int) -> tuple[np.ndarray, int]:
-    """The held-out stream's first documents, at most about `limit` bytes, and their bytes exactly."""
-    documents = data.corpus.limited(0, limit).heldout
-    return encode(data.tokenizer, documents), num_bytes(documents)
+    training = {**asdict(plan), "bfloat16": bfloat16, "seconds_per_step": step_seconds, **curve(log, data)}
+    with section("held-out text"):
+        return network, training, evaluate(network, every=1)
 
 
 def complete_in_isolation(folder: Path, new_tokens: int, seed: int) -> dict:

@@ -22,7 +22,7 @@ def main(folder: str, result: str, new_tokens: int, seed: int, prompts: list[str
     """Stream a completion of each prompt to stdout and write all of them to `result`."""
     sys.meta_path.insert(0, Absent())  # before anything else is imported
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -33,22 +33,38 @@ def main(folder: str, result: str, new_tokens: int, seed: int, prompts: list[str
     completions = []
     for prompt in prompts:
         set_seed(seed)
-        # a space belongs to the word after it in this vocabulary: the model writes it, we do not
-        inputs = tokenizer(prompt.rstrip(" "), return_tensors="pt").to(model.device)
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
         print(f"--- {prompt!r}", flush=True)
-        ids = model.generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            streamer=streamer,
-            max_new_tokens=new_tokens,
-            do_sample=True,
-            temperature=0.7,
-            top_p=0.95,
-        )
-        completions.append({"prompt": prompt, "text": tokenizer.decode(ids[0], skip_special_tokens=True)})
+        sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": new_tokens}
+        completions.append({"prompt": prompt, "text": stream(model, tokenizer, prompt, **sampling)})
     loaded = {"model_class": type(model).__name__, "module": type(model).__module__}
     Path(result).write_text(json.dumps({**loaded, "completions": completions}))
+
+
+def stream(model, tokenizer, prompt: str, **options) -> str:
+    """Print the prompt and, as it comes, what `model.generate(**options)` adds; return both.
+
+    Most vocabularies keep the space before a word in the word's token, and a space alone hardly ever stood before a
+    word in training. So a last space is left to the model, whose first token must then begin with one.
+    """
+    from transformers import TextStreamer
+
+    spaced = [i for token, i in tokenizer.get_vocab().items() if token.startswith(("Ġ", "▁"))]
+    healed = prompt.removesuffix(" ") if spaced else prompt
+    inputs = tokenizer(healed or prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    length = inputs.input_ids.shape[1]
+    if length == 0:
+        raise ValueError(f"the prompt {prompt!r} has no tokens. Pass some text.")
+
+    def begin_with_space(input_ids, scores):
+        if healed in ("", prompt) or input_ids.shape[1] > length:
+            return scores
+        allowed = scores.new_full(scores.shape, float("-inf"))
+        allowed[:, spaced] = scores[:, spaced]
+        return allowed
+
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    ids = model.generate(**inputs, **options, logits_processor=[begin_with_space], streamer=streamer)
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
 if __name__ == "__main__":

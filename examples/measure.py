@@ -11,23 +11,36 @@ from transformers import PreTrainedModel
 
 
 @torch.no_grad()
-def stream_bits(model: PreTrainedModel, stream: np.ndarray, length: int, batch_size: int = 16) -> float:
+def stream_bits(
+    model: PreTrainedModel,
+    stream: np.ndarray,
+    length: int,
+    batch_size: int = 16,
+    *,
+    bfloat16: bool = False,
+    every: int = 1,
+) -> float:
     """Bits of the T tokens after the first of a stream (T + 1,), each scored once.
 
     Windows of `length` overlap by a quarter, which only gives context: every token but the first few has at least
     length / 4 tokens before it, and none sees what comes after it.
+
+    Args:
+        bfloat16: run the model in autocast.
+        every: score only one window in so many, spread evenly, and scale to T tokens: an estimate, exact at 1.
     """
     was_training = model.training
     model.eval()
+    inputs, labels = (part[::every] for part in windows(stream, length, length // 4))
     nats = 0.0
-    inputs, labels = windows(stream, length, length // 4)
     for start in range(0, len(inputs), batch_size):
         x = torch.from_numpy(inputs[start : start + batch_size]).to(model.device)
         y = torch.from_numpy(labels[start : start + batch_size]).to(model.device)
-        logits = model(input_ids=x, use_cache=False).logits.float()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
+            logits = model(input_ids=x, use_cache=False).logits.float()
         nats += cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-100, reduction="sum").item()
     model.train(was_training)
-    return nats / math.log(2)
+    return nats / math.log(2) * (len(stream) - 1) / int((labels != -100).sum())
 
 
 def windows(stream: np.ndarray, length: int, overlap: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ class Recipe:
         max_epochs: the run ends early rather than read the training text more often than this (a GPU would).
         max_steps: None lets the time budget decide.
         precision: "bfloat16" (autocast), "float32", or "fastest", which times both on this machine.
-        num_evals: times the held-out loss is looked at while training, on the first `glance_bytes` of the slice.
+        num_evals: times the held-out loss is looked at while training, on one window in `glance`.
         heldout_bytes: slice of the held-out text that the model and every baseline are scored on at the end.
         contexts: lengths at which the cache is weighed; the last one is also what is fed through the model.
     """
@@ -41,7 +41,7 @@ class Recipe:
     max_steps: int | None = None
     precision: str = "fastest"
     num_evals: int = 5
-    glance_bytes: int = 1 << 15
+    glance: int = 24
     train_bytes: int = 1 << 30
     heldout_bytes: int = 1 << 20
     contexts: tuple[int, ...] = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000)
@@ -63,7 +63,7 @@ class Recipe:
             length=min(self.length, 64),
             max_steps=8,
             num_evals=2,
-            glance_bytes=1 << 12,
+            glance=4,
             train_bytes=1 << 18,
             heldout_bytes=1 << 15,
             contexts=(1_000, 2_000, 4_000),

@@ -114,20 +114,21 @@ def figure(result: Mapping, path: Path) -> None:
 
 
 def _draw_learning(axes, result: Mapping) -> None:
-    """Loss of every step (thin) and its running mean, looks at held-out text, the final score, the baselines."""
+    """Loss of every step (thin) and its running mean, estimates on held-out text, the final score, the baselines."""
     run, name = result["training"], result["model"]
     minutes = [seconds / 60 for seconds in run["seconds"]]
     axes.plot(minutes, run["bits_per_byte"], color=OURS, alpha=0.2, linewidth=0.8)
     axes.plot(minutes, _running_mean(run["bits_per_byte"]), color=OURS, linewidth=1.5, label="training")
     at, values = zip(*run["heldout"], strict=True)
-    axes.plot([s / 60 for s in at], values, "o-", color=FULL, markersize=4, label="held-out, first part of the slice")
-    axes.plot(minutes[-1], result["bits_per_byte"][name], "*", color=FULL, markersize=13, label="held-out, whole slice")
+    axes.plot([s / 60 for s in at], values, "o-", color=FULL, markersize=4, label="held-out, a sample")
+    axes.plot(minutes[-1], result["bits_per_byte"][name], "*", color=FULL, markersize=13, label="held-out, all of it")
     top = max(values) * 1.05
     for baseline, value in result["bits_per_byte"].items():
         if baseline != name:
             axes.axhline(value, color=GRAY, linewidth=0.8, linestyle="--", zorder=0)
-            axes.annotate(f"{baseline} {value:.2f}", (1, value), xycoords=("axes fraction", "data"), color=GRAY,
-                          fontsize=8, ha="right", va="bottom")  # fmt: skip
+            label = baseline.replace(" after ", " after\n")
+            where = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "center"}
+            axes.annotate(f"{label} {value:.2f}", (1.01, value), color=GRAY, fontsize=8, **where)
     axes.set(
         title=f"{name}, {result['parameters'] / 1e6:.1f}M parameters, {result['corpus']['name']}",
         xlabel="minutes of training",

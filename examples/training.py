@@ -4,6 +4,7 @@ The clock becomes a number of steps before the run starts: a few real steps are 
 progress bar is right and the learning rate reaches zero when the time is over.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -55,11 +56,9 @@ class Log:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the timing decided."""
+    """How long to train, and which limit says so."""
 
     steps: int
-    bfloat16: bool
-    seconds_per_step: float
     reason: str
 
 
@@ -86,25 +85,33 @@ def build_model(name: str, recipe: Recipe, vocab_size: int, eos_token_id: int) -
     return RodimusForCausalLM(RodimusConfig(block_type="rodimus_plus", sliding_window=window, **sizes))
 
 
-def make_plan(model: PreTrainedModel, data: Windows, recipe: Recipe, minutes: float, eval_seconds: float) -> Plan:
-    """How many steps fit in `minutes` (looks at held-out text included) and in which precision they are fastest."""
+def time_steps(model: PreTrainedModel, data: Windows, recipe: Recipe, output: Path) -> tuple[bool, float]:
+    """Whether bfloat16 autocast is the faster way to train on this machine, and the seconds of a step."""
     choices = {
         "bfloat16": [True],
         "float32": [False],
         "fastest": [True] if torch.cuda.is_available() else [False, True],
     }
-    timed = {}
+    seconds, limit = {}, math.inf
     for bfloat16 in choices[recipe.precision]:
-        log = train(deepcopy(model), data, recipe, TIMED_STEPS, bfloat16=bfloat16, show=False)
-        timed[bfloat16] = statistics.median(np.diff(log.seconds)[1:])
-    bfloat16 = min(timed, key=timed.get)
+        trial = deepcopy(model)
+        log = train(trial, data, recipe, TIMED_STEPS, bfloat16=bfloat16, output=output, show=False, limit=limit)
+        done = len(log.seconds) == TIMED_STEPS
+        seconds[bfloat16] = statistics.median(np.diff(log.seconds)[1:]) if done else math.inf
+        limit = log.seconds[-1]  # a processor without bfloat16 emulates it, very slowly: no need to see all of it
+    fastest = min(seconds, key=seconds.get)
+    return fastest, seconds[fastest]
+
+
+def plan_steps(recipe: Recipe, num_windows: int, minutes: float, step_seconds: float, eval_seconds: float) -> Plan:
+    """The steps that fit in `minutes`, looks at held-out text included, or that another limit allows."""
     limits = {
-        f"{minutes:g} minutes": (60 * minutes - recipe.num_evals * eval_seconds) / timed[bfloat16],
-        f"{recipe.max_epochs:g} epochs": recipe.max_epochs * len(data) / recipe.batch_size,
+        f"{minutes:g} minutes": (60 * minutes - recipe.num_evals * eval_seconds) / step_seconds,
+        f"{recipe.max_epochs:g} epochs": recipe.max_epochs * num_windows / recipe.batch_size,
         "max_steps": recipe.max_steps or float("inf"),
     }
     reason = min(limits, key=limits.get)
-    return Plan(max(1, int(limits[reason])), bfloat16, timed[bfloat16], reason)
+    return Plan(max(1, int(limits[reason])), reason)
 
 
 def train(
@@ -114,12 +121,20 @@ def train(
     steps: int,
     *,
     bfloat16: bool,
+    output: Path,
     seed: int = 0,
-    output: str | Path = "runs/demo",
     evaluate: Callable[[PreTrainedModel], float] | None = None,
     show: bool = True,
+    limit: float = math.inf,
 ) -> Log:
-    """Train `model` in place. `evaluate` is called `recipe.num_evals` times, evenly spaced, the last at the end."""
+    """Train `model` in place.
+
+    Args:
+        output: folder that the Trainer makes; nothing is saved there.
+        evaluate: called `recipe.num_evals` times, evenly spaced, the last time at the end.
+        show: draw a progress bar.
+        limit: stop after the first step that ends later than so many seconds.
+    """
     args = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=recipe.batch_size,
@@ -144,11 +159,13 @@ def train(
         model=model,
         args=args,
         train_dataset=data,
-        callbacks=[_Clock(log, at, evaluate), *([_Bar()] if show else [])],
+        callbacks=[_Clock(log, at, evaluate, limit), *([_Bar()] if show else [])],
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(recipe, steps))),
     )
     trainer.remove_callback(PrinterCallback)
+    use_cache = model.config.use_cache
     trainer.train()
+    model.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved so
     log.losses = torch.stack(trainer.losses).tolist()
     return log
 
@@ -194,10 +211,10 @@ class _Bar(ProgressCallback):
 
 
 class _Clock(TrainerCallback):
-    """Notes when each step ended, and looks at held-out text at the given steps."""
+    """Notes when each step ended, looks at held-out text at the given steps, and stops a run that is over its limit."""
 
-    def __init__(self, log: Log, at: set[int], evaluate: Callable[[PreTrainedModel], float] | None):
-        self.log, self.at, self.evaluate = log, at, evaluate
+    def __init__(self, log: Log, at: set[int], evaluate: Callable[[PreTrainedModel], float] | None, limit: float):
+        self.log, self.at, self.evaluate, self.limit = log, at, evaluate, limit
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()
@@ -205,5 +222,6 @@ class _Clock(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         seconds = time.perf_counter() - self.start
         self.log.seconds.append(seconds)
+        control.should_training_stop |= seconds > self.limit
         if state.global_step in self.at:
             self.log.evals.append((seconds, self.evaluate(model)))

@@ -74,9 +74,11 @@ class _Chunk:
         self.B, self.Q, self.H, self.P, self.G, self.R = B, Q, H, P, G, H // G
         self.q, self.k, self.v = q.transpose(1, 2), k.transpose(1, 2), v  # (B, G, Q, N) twice, (B, Q, H, P)
         self.low, self.wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
-        self.sums = a.double().cumsum(1)  # (B, Q, H)
-        self.into = self.sums.to(self.wide).exp()[..., None]  # exp(c_i), (B, Q, H, 1)
-        self.out_of = (self.sums[:, -1:] - self.sums).to(self.wide).exp()[..., None]  # exp(c_Q - c_i)
+        # (B, H, Q), time fastest: what is computed from it then has the layout that batched products want
+        self.sums = a.transpose(1, 2).contiguous().double().cumsum(2)
+        sums = self.sums.transpose(1, 2)
+        self.into = sums.to(self.wide).exp()[..., None]  # exp(c_i), (B, Q, H, 1)
+        self.out_of = (sums[:, -1:] - sums).to(self.wide).exp()[..., None]  # exp(c_Q - c_i)
 
     def group(self, x):
         """(B, Q, H, P) -> (B, G, Q, R * P)."""
@@ -88,8 +90,7 @@ class _Chunk:
 
     def decays(self):
         """exp(c_i - c_j), (B, H, Q, Q); 1 above the diagonal, where the scores are 0. Clamped before exp: never inf."""
-        sums = self.sums.transpose(1, 2)
-        return (sums[..., :, None] - sums[..., None, :]).to(self.wide).clamp_(max=0).exp_()
+        return (self.sums[..., :, None] - self.sums[..., None, :]).to(self.wide).clamp_(max=0).exp_()
 
     def scores(self):
         """q_i . k_j for j <= i, else 0: (B, G, 1, Q, Q)."""
