@@ -1,7 +1,6 @@
 """The command line: scrubjay demo | generate | export | eval | bench.
 
-Thin: each command parses its arguments and calls one function. Torch and transformers are imported inside it, so that
-`--help` and a mistyped argument answer at once.
+Thin: each command parses its arguments and calls one function, and imports what it needs only then.
 """
 
 import argparse

@@ -33,7 +33,7 @@ from scrubjay.examples.corpus import Corpus, encode, joined, load_corpus, num_by
 from scrubjay.examples.measure import cache_growth, decode_rate, full_cache_nbytes, stream_bits
 from scrubjay.examples.recipe import Recipe
 from scrubjay.examples.report import commit, figure, machine, summary, versions
-from scrubjay.examples.training import Log, Windows, build_model, plan_steps, time_steps, train
+from scrubjay.examples.training import Log, Windows, build_model, find_pace, plan_steps, train
 
 PROMPTS = ("def ", "import ", "class ")
 
@@ -171,27 +171,25 @@ def fit(name: str, data: Text, recipe: Recipe, minutes: float, output: Path, see
     windows = Windows(data.train, recipe.length)
 
     with section(f"time a few steps of {name}, {network.num_parameters() / 1e6:.2f}M parameters"):
-        bfloat16, step_seconds = time_steps(network, windows, recipe, output)
-        precision, rate = (
-            "bfloat16 autocast" if bfloat16 else "float32",
-            recipe.batch_size * recipe.length / step_seconds,
-        )
-        print(f"   {step_seconds:.3f} s a step in {precision}, {rate:,.0f} tokens/s")
+        pace = find_pace(network, windows, recipe, output)
+        how = f"{'bfloat16 autocast' if pace.bfloat16 else 'float32'}, {pace.threads} CPU thread(s)"
+        rate = recipe.batch_size * recipe.length / pace.seconds
+        print(f"   {pace.seconds:.3f} s a step in {how}: {rate:,.0f} tokens/s")
 
         def evaluate(model: PreTrainedModel, every: int = recipe.glance) -> float:
-            bits = stream_bits(model, data.heldout, recipe.length, bfloat16=bfloat16, every=every)
+            bits = stream_bits(model, data.heldout, recipe.length, bfloat16=pace.bfloat16, every=every)
             return bits / data.heldout_bytes
 
         started = time.perf_counter()
         untrained = evaluate(network)
-        plan = plan_steps(recipe, len(windows), minutes, step_seconds, time.perf_counter() - started)
+        plan = plan_steps(recipe, len(windows), minutes, pace.seconds, time.perf_counter() - started)
 
     with section(f"train {plan.steps} steps ({plan.reason})"):
         log = train(
-            network, windows, recipe, plan.steps, bfloat16=bfloat16, seed=seed, output=output, evaluate=evaluate
+            network, windows, recipe, plan.steps, bfloat16=pace.bfloat16, seed=seed, output=output, evaluate=evaluate
         )
     log.evals.insert(0, (0.0, untrained))
-    training = {**asdict(plan), "bfloat16": bfloat16, "seconds_per_step": step_seconds, **curve(log, data)}
+    training = {"plan": asdict(plan), "pace": asdict(pace), **curve(log, data)}
     with section("held-out text"):
         return network, training, evaluate(network, every=1)
 

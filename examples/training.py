@@ -55,6 +55,15 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """The fastest way that was found to take a training step, and its seconds."""
+
+    seconds: float
+    bfloat16: bool
+    threads: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """How long to train, and which limit says so."""
 
@@ -85,22 +94,34 @@ def build_model(name: str, recipe: Recipe, vocab_size: int, eos_token_id: int) -
     return RodimusForCausalLM(RodimusConfig(block_type="rodimus_plus", sliding_window=window, **sizes))
 
 
-def time_steps(model: PreTrainedModel, data: Windows, recipe: Recipe, output: Path) -> tuple[bool, float]:
-    """Whether bfloat16 autocast is the faster way to train on this machine, and the seconds of a step."""
-    choices = {
-        "bfloat16": [True],
-        "float32": [False],
-        "fastest": [True] if torch.cuda.is_available() else [False, True],
-    }
-    seconds, limit = {}, math.inf
-    for bfloat16 in choices[recipe.precision]:
+def find_pace(model: PreTrainedModel, data: Windows, recipe: Recipe, output: Path) -> Pace:
+    """Time a few steps of a copy of the model in each precision, then with ever more threads while that is faster.
+
+    Torch takes a thread for each core. For a model this small fewer can be faster, and where another program keeps a
+    core busy, far faster. The number of threads is left at the best one, never above what it was.
+    """
+    on_gpu, most = torch.cuda.is_available(), torch.get_num_threads()
+    precisions = {"bfloat16": [True], "float32": [False], "fastest": [True] if on_gpu else [False, True]}
+    best, limit = Pace(math.inf, False, most), math.inf
+
+    def faster(bfloat16: bool, threads: int) -> bool:
+        """A processor without bfloat16 emulates it, very slowly: a trial ends when it has taken as long as the best."""
+        nonlocal best, limit
+        torch.set_num_threads(threads)
         trial = deepcopy(model)
         log = train(trial, data, recipe, TIMED_STEPS, bfloat16=bfloat16, output=output, show=False, limit=limit)
-        done = len(log.seconds) == TIMED_STEPS
-        seconds[bfloat16] = statistics.median(np.diff(log.seconds)[1:]) if done else math.inf
-        limit = log.seconds[-1]  # a processor without bfloat16 emulates it, very slowly: no need to see all of it
-    fastest = min(seconds, key=seconds.get)
-    return fastest, seconds[fastest]
+        pace = Pace(statistics.median(np.diff(log.seconds)[1:].tolist() or [math.inf]), bfloat16, threads)
+        if len(log.seconds) < TIMED_STEPS or pace.seconds >= best.seconds:
+            return False
+        best, limit = pace, log.seconds[-1]
+        return True
+
+    for bfloat16 in precisions[recipe.precision]:
+        faster(bfloat16, most if on_gpu else 1)
+    while best.threads < most and faster(best.bfloat16, min(most, 2 * best.threads)):
+        pass
+    torch.set_num_threads(best.threads)
+    return best
 
 
 def plan_steps(recipe: Recipe, num_windows: int, minutes: float, step_seconds: float, eval_seconds: float) -> Plan:

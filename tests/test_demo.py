@@ -31,10 +31,10 @@ from scrubjay.examples.training import (
     Plan,
     Windows,
     build_model,
+    find_pace,
     make_optimizer,
     plan_steps,
     schedule,
-    time_steps,
     train,
 )
 
@@ -255,13 +255,15 @@ def test_weight_decay_is_on_matrices_only():
         assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
 
 
-def test_timing_leaves_the_model_as_it_was(tmp_path):
+def test_finding_the_pace_leaves_the_model_as_it_was(tmp_path):
     model, data = small_llama(), Windows(random_stream(64 * 40) % 50, 64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    bfloat16, seconds = time_steps(
-        model, data, Recipe.of("llama", batch_size=4, length=64, precision="float32"), tmp_path
-    )
-    assert (bfloat16, seconds > 0) == (False, True)
+    threads = torch.get_num_threads()
+    pace = find_pace(model, data, Recipe.of("llama", batch_size=4, length=64, precision="float32"), tmp_path)
+    assert torch.get_num_threads() == pace.threads <= threads
+    torch.set_num_threads(threads)
+    assert 0 < pace.seconds < math.inf
+    assert not pace.bfloat16
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -343,7 +345,11 @@ def test_demo_smoke_end_to_end(name, tmp_path, capfd):
     assert set(result["bits_per_byte"]) == {
         name, "unigram", "bigram", "trigram", "lzma", "lzma after the training text",
     }  # fmt: skip
-    assert len(result["training"]["bits_per_byte"]) == result["training"]["steps"] == Recipe.of(name).smoke().max_steps
+    assert (
+        len(result["training"]["bits_per_byte"])
+        == result["training"]["plan"]["steps"]
+        == Recipe.of(name).smoke().max_steps
+    )
     assert [c["prompt"] for c in result["completions"]["completions"]] == ["def ", "import ", "class "]
     if name != "llama":
         assert result["completions"]["module"].startswith("transformers_modules.")  # the saved code, not scrubjay's
