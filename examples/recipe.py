@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 # About 5M parameters each at the width below. Rates: the best of 2e-3, 4e-3 and 8e-3 in runs of 0.3M to 0.5M tokens,
-# the baseline's too, so that nothing is held against a badly tuned model (ssd: of the first two; rodimus was not tried).
+# the baseline's too, so that nothing is held against a badly tuned model (ssd: of the first two; rodimus: not tried).
 MODELS: dict[str, dict] = {
     "rodimus_plus": {"num_hidden_layers": 4, "learning_rate": 4e-3},
     "rodimus": {"num_hidden_layers": 7, "learning_rate": 4e-3},
