@@ -41,9 +41,9 @@ class Layout:
 
     def to(self, device, non_blocking: bool = False) -> "Layout":
         """The same on another device, as accelerate asks of a block's arguments when blocks lie on several."""
+        lengths, offsets = (None if x is None else x.to(device) for x in (self.lengths, self.cu_seqlens))
         rotary = None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device))
-        tensors = (None if x is None else x.to(device) for x in (self.positions, self.lengths, self.cu_seqlens))
-        return Layout(*tensors, rotary)
+        return Layout(self.positions.to(device), lengths, offsets, rotary)
 
     def segment(self, start: int, stop: int) -> "Layout":
         """The columns [start, stop) of a plain or ragged layout."""
