@@ -28,6 +28,7 @@ from scrubjay.modeling.layers import (
     CausalConv,
     GatedMLP,
     GatedRMSNorm,
+    Linear,
     RMSNorm,
     ends_branch,
     inverse_softplus,
@@ -46,17 +47,17 @@ class RodimusMixer(nn.Module):
         m, n = config.inner_size, config.state_size
         self.n, self.chunk = n, config.chunk_size
         self.k_norm_eps = config.k_norm_eps
-        self.fc = nn.Linear(config.hidden_size, 2 * m, bias=False)
+        self.fc = Linear(config.hidden_size, 2 * m, bias=False)
         self.conv1d = CausalConv(m, config.conv_kernel)
-        self.in_proj = nn.Linear(m, 2 * n, bias=False)
-        self.mem_gate_proj = nn.Linear(m, 2 * n, bias=False)
+        self.in_proj = Linear(m, 2 * n, bias=False)
+        self.mem_gate_proj = Linear(m, 2 * n, bias=False)
         self.mem_gate_bias = nn.Parameter(torch.empty(2 * n))  # its own parameter, because it is added in float32
-        self.ch_gate_down = nn.Linear(m, config.input_gate_rank, bias=False)
-        self.ch_gate_up = nn.Linear(config.input_gate_rank, m)
+        self.ch_gate_down = Linear(m, config.input_gate_rank, bias=False)
+        self.ch_gate_up = Linear(config.input_gate_rank, m)
         self.residual_weight = nn.Parameter(torch.empty(m))
         self.act_norm = GatedRMSNorm(m, config.rms_norm_eps)
         self.act_dropout = nn.Dropout(config.activation_dropout)
-        self.out_proj = ends_branch(nn.Linear(m, config.hidden_size, bias=False))
+        self.out_proj = ends_branch(Linear(m, config.hidden_size, bias=False))
 
     def forward(self, h, layout, state=None):
         """`state`: the block's `StateLayer`, advanced in place, or None."""
@@ -96,10 +97,10 @@ class SharedKeyWindow(nn.Module):
         self.head_dim, self.window, self.interleaved = config.head_dim, config.sliding_window, config.rope_interleaved
         self.dropout = config.attention_dropout
         d = config.hidden_size
-        self.q_proj = nn.Linear(d, d, bias=False)
-        self.k_proj = nn.Linear(d, config.num_key_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(d, config.num_value_heads * self.head_dim, bias=False)
-        self.o_proj = ends_branch(nn.Linear(d, d, bias=False))
+        self.q_proj = Linear(d, d, bias=False)
+        self.k_proj = Linear(d, config.num_key_heads * self.head_dim, bias=False)
+        self.v_proj = Linear(d, config.num_value_heads * self.head_dim, bias=False)
+        self.o_proj = ends_branch(Linear(d, d, bias=False))
 
     def forward(self, x, layout, state=None):
         """`state`: the block's `WindowStateLayer`, whose ring is advanced in place, or None."""

@@ -21,7 +21,7 @@ from scrubjay.configuration.configuration_ssd import SSDConfig
 from scrubjay.kernels.ssd import ssd
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.cache import SSDCache
-from scrubjay.modeling.layers import CausalConv, GatedRMSNorm, RMSNorm, inverse_softplus, log_uniform
+from scrubjay.modeling.layers import CausalConv, GatedRMSNorm, Linear, RMSNorm, inverse_softplus, log_uniform
 
 # Official and transformers' own Mamba-2 checkpoints load as they are.
 register_checkpoint_conversion_mapping(
@@ -43,13 +43,13 @@ class SSDMixer(nn.Module):
         self.inner, self.keys, self.heads = config.inner_size, config.n_groups * config.state_size, config.num_heads
         self.groups, self.chunk, self.limit = config.n_groups, config.chunk_size, config.time_step_limit
         out = self.inner + config.conv_size + self.heads
-        self.in_proj = nn.Linear(config.hidden_size, out, bias=config.use_bias)
+        self.in_proj = Linear(config.hidden_size, out, bias=config.use_bias)
         self.conv1d = CausalConv(config.conv_size, config.conv_kernel, config.use_conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.empty(self.heads))
         self.norm = GatedRMSNorm(self.inner, config.layer_norm_epsilon, self.groups)
-        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.use_bias)
+        self.out_proj = Linear(self.inner, config.hidden_size, bias=config.use_bias)
 
     def forward(self, x, layout, state=None):
         """`state`: the block's `StateLayer`, advanced in place, or None."""
