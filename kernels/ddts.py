@@ -18,14 +18,26 @@ rounded once. In its gradient every a_t gathers only the pairs (i >= t > j) that
 import torch
 
 from scrubjay.kernels.dispatch import choose, without_autocast
-from scrubjay.kernels.recurrence import ChunkedRecurrence, by_steps, initial_or_zeros, num_states, wants_gradient
+from scrubjay.kernels.recurrence import (
+    LOG2_E,
+    ChunkedRecurrence,
+    by_steps,
+    decayed,
+    initial_or_zeros,
+    num_states,
+    wants_gradient,
+)
 
 
 @without_autocast
-def ddts_step(q, k, v, a, state):
-    """One token. q, k, a (B, N), v (B, M), state (B, N, M) -> y (B, M) in v's dtype, new state."""
+def ddts_step(q, k, v, a, state, overwrite=False):
+    """One token. q, k, a (B, N), v (B, M), state (B, N, M) -> y (B, M) in v's dtype, new state.
+
+    `overwrite`: the new state may take the memory of the old one, which saves a pass over memory.
+    """
     wide = state.dtype
-    state = torch.addcmul(state * a.to(wide).exp()[..., None], k.to(wide)[..., None], v.to(wide)[:, None])
+    state = decayed(state, a.to(wide).exp()[..., None], overwrite)
+    state.addcmul_(k.to(wide)[..., None], v.to(wide)[:, None])
     return torch.matmul(q.to(wide)[:, None], state)[:, 0].to(v.dtype), state
 
 
@@ -34,7 +46,7 @@ def ddts_reference(q, k, v, a, initial_state=None, cu_seqlens=None):
     return by_steps(ddts_step, _initial(q, v, initial_state, cu_seqlens), cu_seqlens, q, k, v, a)
 
 
-def ddts(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=16, backend=None):
+def ddts(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=16, overwrite=False, backend=None):
     """DDTS over whole sequences.
 
     Args:
@@ -42,6 +54,7 @@ def ddts(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=16, backend=N
         initial_state: (B, N, M), or (D, N, M) with D packed documents; None is zero.
         cu_seqlens: (D + 1,) offsets of the documents packed into the one row of the batch; no state crosses them.
         chunk: Q, steps solved as one product; changes speed, never the result beyond rounding.
+        overwrite: whether the memory of `initial_state` may be used for the new state.
         backend: None chooses by device; "torch" and "triton" are obeyed or refused.
 
     Returns:
@@ -55,7 +68,7 @@ def ddts(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=16, backend=N
     _check(q, k, v, a, chunk)
     choose(backend, "ddts", q, k, v, a)
     if q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(q, k, v, a, initial_state):
-        y, state = ddts_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], _initial(q, v, initial_state, None))
+        y, state = ddts_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], _initial(q, v, initial_state, None), overwrite)
         return y[:, None], state
     state = _initial(q, v, initial_state, cu_seqlens)
     return ChunkedRecurrence.apply(q, k, v, a, state, cu_seqlens, chunk, _Chunk)
@@ -67,13 +80,14 @@ class _Chunk:
     def __init__(self, q, k, v, a):
         self.low, self.wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
         self.q, self.k, self.v = q.to(self.wide), k.to(self.wide), v
-        self.sums = a.double().cumsum(1)  # (B, Q, N)
-        self.into = self.sums.to(self.wide).exp()  # exp(c_i)
-        self.out_of = (self.sums[:, -1:] - self.sums).to(self.wide).exp()  # exp(c_Q - c_j)
+        # (B, Q, N), in units of log 2, because on some CPUs exp is many times slower than exp2
+        self.sums = (a.double() * LOG2_E).cumsum(1)
+        self.into = self.sums.to(self.wide).exp2()  # exp(c_i)
+        self.out_of = (self.sums[:, -1:] - self.sums).to(self.wide).exp2_()  # exp(c_Q - c_j)
 
     def keys(self):
         """k_j exp(c_i - c_j) for j <= i, else 0: (B, Q, Q, N). Clamped before exp: never inf."""
-        decays = (self.sums[:, :, None] - self.sums[:, None]).to(self.wide).clamp_(max=0).exp_()
+        decays = (self.sums[:, :, None] - self.sums[:, None]).to(self.wide).clamp_(max=0).exp2_()
         return decays.mul_(self.k[:, None]).mul_(_lower(self.sums.shape[1], decays)[..., None])
 
     def outputs(self, s):
@@ -114,7 +128,7 @@ class _Chunk:
 
     def _key_gradient(self, dscores):
         """sum over i >= j of dscores_ij q_i exp(c_i - c_j): (B, Q, N)."""
-        decays = (self.sums[:, :, None] - self.sums[:, None]).to(self.wide).clamp_(max=0).exp_()
+        decays = (self.sums[:, :, None] - self.sums[:, None]).to(self.wide).clamp_(max=0).exp2_()
         weights = (dscores * _lower(self.sums.shape[1], decays)).mT[:, :, None]  # (B, j, 1, i)
         return torch.matmul(weights, decays.mul_(self.q[:, :, None]).transpose(1, 2))[:, :, 0]
 

@@ -1,9 +1,9 @@
-"""The product of a linear layer, y = x W^T + b, by the library that is faster for it on a CPU.
+"""Products of large matrices, by the library that is faster for them on a CPU.
 
 In float32 PyTorch calls Intel's MKL, which takes its slow path on processors of other makers: on an AMD EPYC with
 AVX-512 oneDNN, which PyTorch carries too and uses in bfloat16, was 2.2 times faster on matrices and on vectors.
 
-x: (..., I)   W: (O, I)   b: (O,)   y: (..., O)
+linear: x (..., I), weight (O, I), bias (O,) -> x weight^T + bias (..., O).
 """
 
 import torch
@@ -16,31 +16,45 @@ _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 
 def linear(x, weight, bias=None):
     """`torch.nn.functional.linear`, differentiable as often. Error against it in float32: 1e-6 of the largest value."""
-    if not _wins(x, weight):
+    if x.ndim < 2 or not _wins(x, weight, x.numel() * weight.shape[0]):
         return F.linear(x, weight, bias)
     y = _product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
-def _wins(x, weight):
-    plain = type(x) in _TENSORS and type(weight) in _TENSORS and x.dtype == weight.dtype == torch.float32
-    if _onednn is None or not plain or x.device.type != "cpu" or weight.device.type != "cpu":
-        return False
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:
-        return False
-    if torch._C._are_functorch_transforms_active():  # torch.func: their tensors hide behind the plain type
-        return False
-    return x.numel() * weight.shape[0] >= WORTH_IT
+def matmul(a, b):
+    """`torch.matmul` of few large matrices: (..., R, I) and (..., I, O) with the same leading axes -> (..., R, O)."""
+    if not _wins(a, b, a.shape[-2] * b.shape[-2] * b.shape[-1]):
+        return torch.matmul(a, b)
+    pairs = zip(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), strict=True)
+    y = [_product(x, w.t()) for x, w in pairs]
+    return (y[0] if len(y) == 1 else torch.stack(y)).view(*a.shape[:-1], -1)
 
 
 # A subclass (a tensor of several devices, a quantized one) brings its own product.
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
+def _wins(a, b, multiplications):
+    if _onednn is None or multiplications < WORTH_IT or not a.dtype == b.dtype == torch.float32:
+        return False
+    if type(a) not in _TENSORS or type(b) not in _TENSORS or not a.device.type == b.device.type == "cpu":
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:
+        return False
+    return not torch._C._are_functorch_transforms_active()  # torch.func: its tensors hide behind the plain type
+
+
 def _product(a, b):
     """a b^T of (R, I) and (O, I)."""
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _Product.apply(a, b)
+    return _multiply(a, b)
+
+
+def _multiply(a, b):
+    if not (b.is_contiguous() or b.t().is_contiguous()):
+        b = b.contiguous()  # oneDNN's reference code, a thousand times slower, would take any other layout
     return _onednn(a, b, None, "none", [], "")
 
 
@@ -50,7 +64,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b):
         ctx.save_for_backward(a, b)
-        return _onednn(a, b, None, "none", [], "")
+        return _multiply(a, b)
 
     @staticmethod
     def backward(ctx, grad):

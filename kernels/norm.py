@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.dispatch import choose, without_autocast
+from scrubjay.kernels.recurrence import wants_gradient
 
 # Elements of one tile of rows on a CPU: a tile and what is computed from it stay in one core's second-level cache, so
 # that a chain of elementwise operations reads memory once. 2^16 to 2^18 measured alike, a single tile 2x slower.
@@ -19,6 +20,10 @@ TILE = 2**17
 
 def rms_norm(x, weight, eps):
     """(..., C) -> (..., C) in weight's dtype: a float32 residual stream goes in, the layer's own dtype comes out."""
+    if not wants_gradient(x, weight):
+        wide = torch.promote_types(_wide(x), weight.dtype)
+        x = x.to(wide)
+        return (x * _scale(x, eps)).mul_(weight).to(weight.dtype)
     if x.dtype == weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
     wide = torch.promote_types(x.dtype, weight.dtype)
@@ -58,23 +63,29 @@ def gated_rms_norm(y, z, weight, eps, groups=1, x=None, skip=None, *, backend=No
     if (x is None) != (skip is None) or (x is not None and (x.shape != y.shape or skip.shape != weight.shape)):
         raise ValueError("gated_rms_norm needs x in y's shape together with skip in weight's shape, or neither.")
     choose(backend, "gated_rms_norm", y, z)
-    return _GatedRMSNorm.apply(y, z, x, weight, skip, eps, groups)
+    if wants_gradient(y, z, x, weight, skip):
+        return _GatedRMSNorm.apply(y, z, x, weight, skip, eps, groups)
+    return _gated(y, z, x, weight, skip, eps, groups)
+
+
+@without_autocast
+def _gated(y, z, x, weight, skip, eps, groups):
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
+    y, z, x, flat = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (y, z, x, out))
+    for rows in _tiles(flat):
+        u = _skipped(y, x, skip, rows).mul_(F.silu(z[rows].to(_wide(y))))
+        flat[rows] = u.mul_(_scale(u, eps, groups)).mul_(weight)
+    return out
 
 
 class _GatedRMSNorm(torch.autograd.Function):
     """Keeps its inputs alone; the backward pass computes the gate and the norm again."""
 
     @staticmethod
-    @without_autocast
     def forward(ctx, y, z, x, weight, skip, eps, groups):
         ctx.save_for_backward(y, z, x, weight, skip)
         ctx.eps, ctx.groups = eps, groups
-        out = torch.empty_like(y, memory_format=torch.contiguous_format)
-        y, z, x, flat = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (y, z, x, out))
-        for rows in _tiles(flat):
-            u = _skipped(y, x, skip, rows).mul_(F.silu(z[rows].to(_wide(y))))
-            flat[rows] = u.mul_(_scale(u, eps, groups)).mul_(weight)
-        return out
+        return _gated(y, z, x, weight, skip, eps, groups)
 
     @staticmethod
     @once_differentiable
@@ -122,8 +133,9 @@ def _skipped(y, x, skip, rows):
     return wide if x is None else wide.addcmul_(x[rows].to(wide.dtype), skip.to(wide.dtype))
 
 
-def _scale(u, eps, groups):
-    """rsqrt(mean(u^2) + eps) of each group, (rows, C) or, where one number serves the row, (rows, 1)."""
-    grouped = u.view(len(u), groups, -1)
-    scale = torch.linalg.vecdot(grouped, grouped).div_(grouped.shape[-1]).add_(eps).rsqrt_()
-    return scale if groups == 1 else scale.repeat_interleave(grouped.shape[-1], 1)
+def _scale(u, eps, groups=1):
+    """rsqrt(mean(u^2) + eps) of each group, (..., C) or, where one number serves the row, (..., 1)."""
+    grouped = u if groups == 1 else u.unflatten(-1, (groups, -1))
+    size = grouped.shape[-1]
+    scale = torch.linalg.vector_norm(grouped, dim=-1, keepdim=groups == 1).square_().div_(size).add_(eps).rsqrt_()
+    return scale if groups == 1 else scale.repeat_interleave(size, -1)

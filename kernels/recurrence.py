@@ -4,12 +4,15 @@
 Without it every batch row is one document and states have one row per batch row; with it, one per document.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.dispatch import without_autocast
+
+LOG2_E = 1 / math.log(2)  # exp(x) = exp2(x LOG2_E)
 
 
 def documents(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[tuple[slice, int, int]]:
@@ -60,6 +63,12 @@ def initial_or_zeros(state: torch.Tensor | None, shape: tuple[int, ...], like: t
     if tuple(state.shape) != shape:
         raise ValueError(f"{op}: initial_state must have shape {shape}; got {tuple(state.shape)}.")
     return state.to(dtype)
+
+
+def decayed(state: torch.Tensor, factor: torch.Tensor, overwrite: bool) -> torch.Tensor:
+    """state * factor for one step outside autograd: in the state's memory where it may be overwritten, else in new."""
+    locked = state.requires_grad or (state.is_inference() and not torch.is_inference_mode_enabled())
+    return state.mul_(factor) if overwrite and not locked else state * factor
 
 
 def by_steps(step, state, cu_seqlens, *sequences):

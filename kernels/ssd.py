@@ -17,16 +17,28 @@ In its gradient every a_t gathers only the pairs (i >= t > j) that it decays, so
 import torch
 
 from scrubjay.kernels.dispatch import choose, without_autocast
-from scrubjay.kernels.recurrence import ChunkedRecurrence, by_steps, initial_or_zeros, num_states, wants_gradient
+from scrubjay.kernels.linear import matmul
+from scrubjay.kernels.recurrence import (
+    LOG2_E,
+    ChunkedRecurrence,
+    by_steps,
+    decayed,
+    initial_or_zeros,
+    num_states,
+    wants_gradient,
+)
 
 
 @without_autocast
-def ssd_step(q, k, v, a, state):
-    """One token. q, k (B, G, N), v (B, H, P), a (B, H), state (B, H, N, P) -> y (B, H, P) in v's dtype, new state."""
-    repeats = v.shape[1] // q.shape[1]
-    q, k = (x.to(state.dtype).repeat_interleave(repeats, 1) if repeats > 1 else x.to(state.dtype) for x in (q, k))
-    state = state * a.to(state.dtype).exp()[..., None, None]
-    state = torch.addcmul(state, k[..., None], v.to(state.dtype)[..., None, :])
+def ssd_step(q, k, v, a, state, overwrite=False):
+    """One token. q, k (B, G, N), v (B, H, P), a (B, H), state (B, H, N, P) -> y (B, H, P) in v's dtype, new state.
+
+    `overwrite`: the new state may take the memory of the old one, which saves a pass over memory.
+    """
+    (B, H, N, _), G, wide = state.shape, q.shape[1], state.dtype
+    q, k = (x.to(wide)[:, :, None].expand(B, G, H // G, N).reshape(B, H, N) for x in (q, k))
+    state = decayed(state, a.to(wide).exp()[..., None, None], overwrite)
+    state.addcmul_(k[..., None], v.to(wide)[..., None, :])
     return torch.matmul(q[..., None, :], state)[..., 0, :].to(v.dtype), state
 
 
@@ -35,7 +47,7 @@ def ssd_reference(q, k, v, a, initial_state=None, cu_seqlens=None):
     return by_steps(ssd_step, _initial(q, v, initial_state, cu_seqlens), cu_seqlens, q, k, v, a)
 
 
-def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=64, backend=None):
+def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=64, overwrite=False, backend=None):
     """SSD over whole sequences.
 
     Args:
@@ -43,6 +55,7 @@ def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=64, backend=No
         initial_state: (B, H, N, P), or (D, H, N, P) with D packed documents; None is zero.
         cu_seqlens: (D + 1,) offsets of the documents packed into the one row of the batch; no state crosses them.
         chunk: Q, steps solved as one product; changes speed, never the result beyond rounding.
+        overwrite: whether the memory of `initial_state` may be used for the new state.
         backend: None chooses by device; "torch" and "triton" are obeyed or refused.
 
     Returns:
@@ -56,7 +69,7 @@ def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=64, backend=No
     _check(q, k, v, a, chunk)
     choose(backend, "ssd", q, k, v, a)
     if q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(q, k, v, a, initial_state):
-        y, state = ssd_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], _initial(q, v, initial_state, None))
+        y, state = ssd_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], _initial(q, v, initial_state, None), overwrite)
         return y[:, None], state
     state = _grouped(_initial(q, v, initial_state, cu_seqlens), q.shape[2])
     y, state = ChunkedRecurrence.apply(q, k, v, a, state, cu_seqlens, chunk, _Chunk)
@@ -74,11 +87,12 @@ class _Chunk:
         self.B, self.Q, self.H, self.P, self.G, self.R = B, Q, H, P, G, H // G
         self.q, self.k, self.v = q.transpose(1, 2), k.transpose(1, 2), v  # (B, G, Q, N) twice, (B, Q, H, P)
         self.low, self.wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
-        # (B, H, Q), time fastest: what is computed from it then has the layout that batched products want
-        self.sums = a.transpose(1, 2).contiguous().double().cumsum(2)
+        # (B, H, Q), time fastest: what is computed from it then has the layout that batched products want. In units of
+        # log 2, because on some CPUs exp is many times slower than exp2.
+        self.sums = (a.transpose(1, 2).contiguous().double() * LOG2_E).cumsum(2)
         sums = self.sums.transpose(1, 2)
-        self.into = sums.to(self.wide).exp()[..., None]  # exp(c_i), (B, Q, H, 1)
-        self.out_of = (sums[:, -1:] - sums).to(self.wide).exp()[..., None]  # exp(c_Q - c_i)
+        self.into = sums.to(self.wide).exp2()[..., None]  # exp(c_i), (B, Q, H, 1)
+        self.out_of = (sums[:, -1:] - sums).to(self.wide).exp2_()[..., None]  # exp(c_Q - c_i)
 
     def group(self, x):
         """(B, Q, H, P) -> (B, G, Q, R * P)."""
@@ -90,7 +104,7 @@ class _Chunk:
 
     def decays(self):
         """exp(c_i - c_j), (B, H, Q, Q); 1 above the diagonal, where the scores are 0. Clamped before exp: never inf."""
-        return (self.sums[..., :, None] - self.sums[..., None, :]).to(self.wide).clamp_(max=0).exp_()
+        return (self.sums[..., :, None] - self.sums[..., None, :]).to(self.wide).clamp_(max=0).exp2_()
 
     def scores(self):
         """q_i . k_j for j <= i, else 0: (B, G, 1, Q, Q)."""
@@ -104,7 +118,7 @@ class _Chunk:
         """y (B, Q, H, P), from the state before the chunk."""
         weights = self.times(self.decays(), self.scores())
         within = torch.matmul(weights.to(self.low), self.v.transpose(1, 2)).transpose(1, 2)
-        carried = self.ungroup(torch.matmul(self.q, s.to(self.low)))
+        carried = self.ungroup(matmul(self.q, s.to(self.low)))
         return torch.addcmul(within.to(self.wide), carried.to(self.wide), self.into)
 
     def decay_(self, s):
@@ -114,7 +128,7 @@ class _Chunk:
     def advance_(self, s):
         """Replace the state before the chunk by the state after it."""
         self.decay_(s)
-        s += torch.matmul(self.k.mT.to(self.wide), self.group(self.v * self.out_of))
+        s += matmul(self.k.mT.to(self.wide), self.group(self.v * self.out_of))
 
     def gradients_(self, dy, s, ds):
         """dq, dk (B, Q, G, N), dv (B, Q, H, P), da (B, Q, H); `ds`, the gradient of the state after the chunk, is
@@ -126,11 +140,11 @@ class _Chunk:
         dscores = decays.mul_(dweights).view(self.B, self.G, self.R, self.Q, self.Q).sum(2).tril_().to(low)
 
         dy_in = dy * self.into  # (B, Q, H, P): what reaches the carried state
-        carried = self.ungroup(torch.matmul(q.to(wide), s))
-        returned = self.ungroup(torch.matmul(k.to(wide), ds)) * self.out_of
+        carried = self.ungroup(matmul(q.to(wide), s))
+        returned = self.ungroup(matmul(k.to(wide), ds)) * self.out_of
         dv = torch.matmul(weights.mT.to(low), dy.transpose(1, 2)).transpose(1, 2) + returned
-        dq = torch.matmul(dscores, k) + torch.matmul(self.group(dy_in), s.mT)
-        dk = torch.matmul(dscores.mT, q) + torch.matmul(self.group(self.v * self.out_of), ds.mT)
+        dq = torch.matmul(dscores, k) + matmul(self.group(dy_in), s.mT)
+        dk = torch.matmul(dscores.mT, q) + matmul(self.group(self.v * self.out_of), ds.mT)
 
         da = self._crossing(weights.mul_(dweights))
         da += (dy_in * carried).sum(-1).flip(1).cumsum(1).flip(1)  # y_i sees the state through a_1 .. a_i
@@ -140,7 +154,7 @@ class _Chunk:
         da += kept * self.into[:, -1:, :, 0]
 
         self.decay_(ds)
-        ds += torch.matmul(q.mT.to(wide), self.group(dy_in))
+        ds += matmul(q.mT.to(wide), self.group(dy_in))
         return dq.transpose(1, 2), dk.transpose(1, 2), dv, da
 
     def _crossing(self, pairs):

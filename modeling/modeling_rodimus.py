@@ -68,7 +68,7 @@ class RodimusMixer(nn.Module):
         v = torch.sigmoid(self.ch_gate_up(self.ch_gate_down(x))) * x  # gated by x before the convolution
         if layout.lengths is not None:
             v, a = v * layout.real, a * layout.real  # such a step adds nothing and forgets nothing
-        y, s = ddts(q, k, v, a, s, layout.cu_seqlens, chunk=self.chunk)
+        y, s = ddts(q, k, v, a, s, layout.cu_seqlens, chunk=self.chunk, overwrite=True)
         if state is not None:
             state.write(conv, s)
         return self.out_proj(self.act_dropout(self.act_norm(y, z, seen, self.residual_weight)))

@@ -71,10 +71,11 @@ class SSDMixer(nn.Module):
             s,
             layout.cu_seqlens,
             chunk=self.chunk,
+            overwrite=True,  # the cache's own, replaced below
         )
         if state is not None:
             state.write(conv, s)
-        skip = self.D.repeat_interleave(self.inner // self.heads)
+        skip = self.D[:, None].expand(-1, self.inner // self.heads).reshape(-1)
         return self.out_proj(self.norm(y.flatten(2), z, v, skip))
 
 

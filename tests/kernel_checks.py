@@ -7,7 +7,19 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from kernel_cases import F32, F64, KERNELS, RECURRENT, assert_within, check, cut, draw, results, two_borders
+from kernel_cases import (
+    F32,
+    F64,
+    KERNELS,
+    RECURRENT,
+    against_reference,
+    assert_within,
+    check,
+    cut,
+    draw,
+    results,
+    two_borders,
+)
 
 # Lengths of packed documents: none, one step, across two borders of the fast path, none, a few, one, none.
 DOCUMENTS = {"ssd": (0, 1, 131, 0, 5, 1, 0), "ddts": (0, 1, 35, 0, 5, 1, 0), "causal_conv": (0, 1, 9, 0, 2, 1, 0)}
@@ -30,7 +42,10 @@ def check_borders(kernel, dtype=F32):
 def check_decays(kernel, dtype=F32, scale=1e3):
     inputs = draw(kernel, two_borders(kernel), dtype)
     inputs["a"] *= scale
-    check(kernel, inputs)  # an error that is not finite is out of every bound
+    # An error that is not finite is out of every bound. In float64 the sums of a chunk reach 1e5, where numbers are
+    # 1.5e-11 apart: at scale 1000 the worst gradient of `a` was off by 2.4e-12.
+    bound = 1e-11 if dtype == F64 and scale >= 1e3 else None
+    assert_within(kernel, *against_reference(kernel, inputs), inputs, bound)
 
 
 def check_documents(kernel, dtype=F64, with_state=True):

@@ -166,3 +166,30 @@ def test_second_derivatives_are_refused(kernel):
     grads = torch.autograd.grad(y.square().sum(), list(leaves.values()), create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(sum(g.square().sum() for g in grads), list(leaves.values()))
+
+
+@pytest.mark.parametrize("kernel", ["ssd", "ddts"])
+def test_a_state_is_overwritten_only_when_allowed(kernel):
+    inputs = draw(kernel, 1, F32)
+    state, fast = inputs["initial_state"], KERNELS[kernel].fast
+    before = state.clone()
+    y, after = fast(**inputs)
+    assert torch.equal(state, before)
+    y_over, over = fast(**inputs, overwrite=True)
+    assert over.data_ptr() == state.data_ptr()
+    assert torch.equal(over, after)
+    assert torch.equal(y_over, y)
+
+
+@pytest.mark.parametrize("kernel", ["ssd", "ddts"])
+def test_a_state_that_may_not_change_is_not_overwritten(kernel):
+    inputs = draw(kernel, 1, F32)
+    expected = KERNELS[kernel].fast(**inputs)
+    before = inputs["initial_state"].clone()
+    with torch.inference_mode():
+        locked = before.clone()
+    with torch.no_grad():
+        for state in (locked, before.clone().requires_grad_()):
+            got = KERNELS[kernel].fast(**inputs | {"initial_state": state}, overwrite=True)
+            assert torch.equal(state, before)
+            assert all(torch.equal(x, want) for x, want in zip(got, expected, strict=True))
