@@ -20,7 +20,7 @@ TILE = 2**17
 
 def rms_norm(x, weight, eps):
     """(..., C) -> (..., C) in weight's dtype: a float32 residual stream goes in, the layer's own dtype comes out."""
-    if not wants_gradient(x, weight):
+    if x.ndim > 1 and x.shape[-2] == 1 and not wants_gradient(x, weight):  # one token: torch's takes twice the calls
         wide = torch.promote_types(_wide(x), weight.dtype)
         x = x.to(wide)
         return (x * _scale(x, eps)).mul_(weight).to(weight.dtype)

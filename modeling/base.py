@@ -6,12 +6,14 @@ B batch, T time, D hidden size, V vocabulary.
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from scrubjay.kernels.loss import cross_entropy
 from scrubjay.modeling.layers import Linear, RMSNorm
 from scrubjay.modeling.layout import arrange
 from scrubjay.modeling.remote_code import auto_map, check_folder, write_code
@@ -186,6 +188,17 @@ class ZooModel(ZooPreTrainedModel):
         return torch.cat([block(x[:, a:b], layout.segment(a, b), past_key_values=carrier) for a, b in cuts], 1)
 
 
+def causal_lm_loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs):
+    """transformers' loss of a language model, as a scalar: the mean over labels asked for, or the sum over
+    `num_items_in_batch`."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.reshape(-1).to(logits.device)
+    nats = cross_entropy(logits.reshape(-1, vocab_size), targets, ignore_index)
+    count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return nats.sum() / (count.to(nats.device) if isinstance(count, torch.Tensor) else count)
+
+
 class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
     """A `ZooModel` and its language-model head. Subclasses set `model_class`."""
 
@@ -199,6 +212,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = causal_lm_loss
         self.post_init()
 
     @can_return_tuple

@@ -61,7 +61,8 @@ class StateLayer(CacheLayerMixin):
         """(conv, state) for a block whose input is `like`, on its device; zeros before the first token."""
         if not self.is_initialized:
             self.lazy_initialization(like)
-        self._map(lambda tensor: tensor.to(like.device))
+        if self.conv.device != like.device:
+            self._map(lambda tensor: tensor.to(like.device))
         return self.conv, self.state
 
     def write(self, conv: torch.Tensor, state: torch.Tensor) -> None:
