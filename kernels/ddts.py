@@ -25,6 +25,7 @@ from scrubjay.kernels.recurrence import (
     decayed,
     initial_or_zeros,
     num_states,
+    reuse,
     wants_gradient,
 )
 
@@ -77,7 +78,8 @@ def ddts(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=16, overwrite
 class _Chunk:
     """One chunk of Q steps. Products over steps of the chunk run in v's dtype, what enters the state in float32."""
 
-    def __init__(self, q, k, v, a):
+    def __init__(self, q, k, v, a, memory):
+        self.memory = memory
         self.low, self.wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
         self.q, self.k, self.v = q.to(self.wide), k.to(self.wide), v
         # (B, Q, N), in units of log 2, because on some CPUs exp is many times slower than exp2
@@ -85,10 +87,15 @@ class _Chunk:
         self.into = self.sums.to(self.wide).exp2()  # exp(c_i)
         self.out_of = (self.sums[:, -1:] - self.sums).to(self.wide).exp2_()  # exp(c_Q - c_j)
 
+    def decays(self):
+        """exp(c_i - c_j), (B, Q, Q, N); 1 for j > i. Clamped before exp: never inf."""
+        (B, Q, N), i, j = self.sums.shape, self.sums[:, :, None], self.sums[:, None]
+        differences = reuse(self.memory, (B, Q, Q, N), i.dtype, i.device)
+        return torch.sub(i, j, out=differences).to(self.wide, copy=True).clamp_(max=0).exp2_()
+
     def keys(self):
-        """k_j exp(c_i - c_j) for j <= i, else 0: (B, Q, Q, N). Clamped before exp: never inf."""
-        decays = (self.sums[:, :, None] - self.sums[:, None]).to(self.wide).clamp_(max=0).exp2_()
-        return decays.mul_(self.k[:, None]).mul_(_lower(self.sums.shape[1], decays)[..., None])
+        """k_j exp(c_i - c_j) for j <= i, else 0: (B, Q, Q, N)."""
+        return self.decays().mul_(self.k[:, None]).mul_(_lower(self.sums.shape[1], self.k)[..., None])
 
     def outputs(self, s):
         """y (B, Q, M), from the state before the chunk."""
@@ -128,7 +135,7 @@ class _Chunk:
 
     def _key_gradient(self, dscores):
         """sum over i >= j of dscores_ij q_i exp(c_i - c_j): (B, Q, N)."""
-        decays = (self.sums[:, :, None] - self.sums[:, None]).to(self.wide).clamp_(max=0).exp2_()
+        decays = self.decays()
         weights = (dscores * _lower(self.sums.shape[1], decays)).mT[:, :, None]  # (B, j, 1, i)
         return torch.matmul(weights, decays.mul_(self.q[:, :, None]).transpose(1, 2))[:, :, 0]
 

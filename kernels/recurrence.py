@@ -83,13 +83,21 @@ def by_steps(step, state, cu_seqlens, *sequences):
     return torch.stack(ys, 1), torch.cat(states)
 
 
+def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor that the chunks of one call write in turn. Fresh pages cost more time than the arithmetic on them."""
+    if (shape, dtype) not in memory:
+        memory[shape, dtype] = torch.empty(shape, dtype=dtype, device=device)
+    return memory[shape, dtype]
+
+
 class ChunkedRecurrence(torch.autograd.Function):
     """y and the final state of a linear recurrence, one chunk after the other.
 
-    `piece(q, k, v, a)`, all (B, Q, ...), solves one chunk as products: `outputs(s)` are its y from the state before it,
-    `advance_(s)` replaces that state by the one after it, `gradients_(dy, s, ds)` returns dq, dk, dv, da and replaces
-    the gradient of the state after the chunk by that of the state before it. The working set is one chunk, which stays
-    in the processor's cache, and the backward pass recomputes it, so that nothing of size T x Q is kept.
+    `piece(q, k, v, a, memory)`, sequences (B, Q, ...), solves one chunk as products: `outputs(s)` are its y from the
+    state before it, `advance_(s)` replaces that state by the one after it, `gradients_(dy, s, ds)` returns dq, dk, dv,
+    da and replaces the gradient of the state after the chunk by that of the state before it. The working set is one
+    chunk, which stays in the processor's cache, and the backward pass recomputes it, so that nothing of size T x Q is
+    kept; `memory` is a dict for `reuse`.
     """
 
     @staticmethod
@@ -97,12 +105,13 @@ class ChunkedRecurrence(torch.autograd.Function):
     def forward(ctx, q, k, v, a, state, cu_seqlens, size, piece):
         ctx.save_for_backward(q, k, v, a, state, cu_seqlens)
         ctx.size, ctx.piece = size, piece
+        memory = {}
         state = state.clone(memory_format=torch.contiguous_format)
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
         for rows, start, stop in documents(cu_seqlens, *v.shape[:2]):
             s = state[rows]
             for c in chunks(start, stop, size):
-                part = piece(q[:, c], k[:, c], v[:, c], a[:, c])
+                part = piece(q[:, c], k[:, c], v[:, c], a[:, c], memory)
                 y[:, c] = part.outputs(s)
                 part.advance_(s)
         return y, state
@@ -112,6 +121,7 @@ class ChunkedRecurrence(torch.autograd.Function):
     @without_autocast
     def backward(ctx, dy, dstate):
         q, k, v, a, state, cu_seqlens = ctx.saved_tensors
+        memory = {}
         state, dstate = (x.clone(memory_format=torch.contiguous_format) for x in (state, dstate))
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, a)]
         for rows, start, stop in documents(cu_seqlens, *v.shape[:2]):
@@ -119,9 +129,9 @@ class ChunkedRecurrence(torch.autograd.Function):
             for c in cuts:
                 entered.append(s.clone())
                 if c.stop < stop:
-                    ctx.piece(q[:, c], k[:, c], v[:, c], a[:, c]).advance_(s)
+                    ctx.piece(q[:, c], k[:, c], v[:, c], a[:, c], memory).advance_(s)
             for c in reversed(cuts):
-                part = ctx.piece(q[:, c], k[:, c], v[:, c], a[:, c])
+                part = ctx.piece(q[:, c], k[:, c], v[:, c], a[:, c], memory)
                 for whole, new in zip(grads, part.gradients_(dy[:, c], entered.pop(), dstate[rows]), strict=True):
                     whole[:, c] = new
         return *grads, dstate, None, None, None

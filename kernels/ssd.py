@@ -25,6 +25,7 @@ from scrubjay.kernels.recurrence import (
     decayed,
     initial_or_zeros,
     num_states,
+    reuse,
     wants_gradient,
 )
 
@@ -82,7 +83,8 @@ class _Chunk:
     what enters the state in float32.
     """
 
-    def __init__(self, q, k, v, a):
+    def __init__(self, q, k, v, a, memory):
+        self.memory = memory
         (B, Q, H, P), G = v.shape, q.shape[2]
         self.B, self.Q, self.H, self.P, self.G, self.R = B, Q, H, P, G, H // G
         self.q, self.k, self.v = q.transpose(1, 2), k.transpose(1, 2), v  # (B, G, Q, N) twice, (B, Q, H, P)
@@ -104,7 +106,9 @@ class _Chunk:
 
     def decays(self):
         """exp(c_i - c_j), (B, H, Q, Q); 1 above the diagonal, where the scores are 0. Clamped before exp: never inf."""
-        return (self.sums[..., :, None] - self.sums[..., None, :]).to(self.wide).clamp_(max=0).exp2_()
+        i, j = self.sums[..., :, None], self.sums[..., None, :]
+        differences = reuse(self.memory, (self.B, self.H, self.Q, self.Q), i.dtype, i.device)
+        return torch.sub(i, j, out=differences).to(self.wide, copy=True).clamp_(max=0).exp2_()
 
     def scores(self):
         """q_i . k_j for j <= i, else 0: (B, G, 1, Q, Q)."""
@@ -150,7 +154,12 @@ class _Chunk:
         da += (dy_in * carried).sum(-1).flip(1).cumsum(1).flip(1)  # y_i sees the state through a_1 .. a_i
         leaving = (self.v * returned).sum(-1)  # step j reaches the next state through a_(j+1) .. a_Q
         da[:, 1:] += leaving[:, :-1].cumsum(1)
-        kept = (s * ds).view(self.B, self.G, -1, self.R, self.P).sum((2, 4)).view(self.B, 1, self.H)
+        kept = (
+            torch.mul(s, ds, out=reuse(self.memory, tuple(s.shape), s.dtype, s.device))
+            .view(self.B, self.G, -1, self.R, self.P)
+            .sum((2, 4))
+            .view(self.B, 1, self.H)
+        )
         da += kept * self.into[:, -1:, :, 0]
 
         self.decay_(ds)
