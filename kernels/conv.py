@@ -8,9 +8,13 @@ last K - 1 inputs (before the convolution), oldest first.
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.dispatch import choose, without_autocast
-from scrubjay.kernels.recurrence import by_steps, documents, num_states
+from scrubjay.kernels.recurrence import by_steps, chunks, documents, num_states
+
+TILE = 2**17  # elements that the backward pass works on at a time on a CPU: they stay in cache
+MIN_ROWS = 64  # of a tile: fewer and the calls cost more than the work
 
 
 def causal_conv_step(x, weight, bias, state):
@@ -55,12 +59,42 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
         return y[:, None], state
     if cu_seqlens is not None:
         return _packed(x, weight, bias, state, cu_seqlens)
-    window = torch.cat([state, x], 1)
-    taps = weight.shape[1] - 1
+    y = _Convolution.apply(weight, bias, state, x)
     if lengths is None:
-        return _convolve(window, weight, bias), window[:, window.shape[1] - taps :].clone()
-    ends = lengths[:, None] + torch.arange(taps, device=x.device)  # step t of x is step t + taps of the window
-    return _convolve(window, weight, bias), window.gather(1, ends[..., None].expand(-1, -1, x.shape[2]))
+        return y, _end(state, x)
+    ends = lengths[:, None] + torch.arange(state.shape[1], device=x.device)  # step t of x is step t + K - 1 there
+    return y, torch.cat([state, x], 1).gather(1, ends[..., None].expand(-1, -1, x.shape[2]))
+
+
+class _Convolution(torch.autograd.Function):
+    """Convolution and SiLU over parts (B, ..., C) laid end to end, the first K - 1 steps of which are history:
+    (B, T, C). Keeps its inputs alone; the backward pass computes what SiLU was applied to again, tile by tile."""
+
+    @staticmethod
+    def forward(ctx, weight, bias, *parts):
+        ctx.save_for_backward(weight, bias, *parts)
+        return F.silu(_convolve(torch.cat(parts, 1), weight, bias), inplace=True)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx, dy):
+        weight, bias, *parts = ctx.saved_tensors
+        window = torch.cat(parts, 1)
+        (B, _, C), (_, K), T = window.shape, weight.shape, dy.shape[1]
+        wide = torch.promote_types(window.dtype, torch.float32)
+        by_tap, dwindow = weight.T.to(wide).contiguous(), torch.zeros_like(window, dtype=wide)
+        dweight, dbias = torch.zeros_like(by_tap), by_tap.new_zeros(C)
+        rows = max(MIN_ROWS, TILE // (B * C)) if dy.device.type == "cpu" else T
+        for tile in chunks(0, T, rows):
+            seen = window[:, tile.start : tile.stop + K - 1]
+            d = torch.ops.aten.silu_backward(dy[:, tile], _convolve(seen, weight, bias)).to(wide)
+            dbias += d.sum((0, 1))
+            for i in range(K):
+                dweight[i] += torch.linalg.vecdot(d, seen[:, i : i + d.shape[1]].to(wide), dim=1).sum(0)
+                dwindow[:, tile.start + i : tile.stop + i].addcmul_(d, by_tap[i])
+        dparts = dwindow.to(window.dtype).split([part.shape[1] for part in parts], 1)
+        return dweight.T.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), *dparts
 
 
 def _convolve(window, weight, bias):
@@ -69,18 +103,25 @@ def _convolve(window, weight, bias):
     image = window.transpose(1, 2).unsqueeze(2)
     bias = None if bias is None else bias.to(image.dtype)
     y = F.conv2d(image, weight[:, None, None].to(image.dtype), bias, groups=weight.shape[0])
-    return F.silu(y.squeeze(2).transpose(1, 2))
+    return y.squeeze(2).transpose(1, 2)
 
 
 def _packed(x, weight, bias, state, cu_seqlens):
     """Each document gets its own K - 1 steps of history in front; the outputs at those steps are dropped."""
     taps, cuts = weight.shape[1] - 1, documents(cu_seqlens, *x.shape[:2])
-    window = torch.cat([part for rows, start, stop in cuts for part in (state[rows], x[:, start:stop])], 1)
-    y = _convolve(window, weight, bias)
+    parts = [part for rows, start, stop in cuts for part in (state[rows], x[:, start:stop])]
+    y = _Convolution.apply(weight, bias, *parts)
     starts = [start + taps * d for d, (_, start, _) in enumerate(cuts)]
     lengths = [stop - start for _, start, stop in cuts]
     y = torch.cat([y[:, at : at + n] for at, n in zip(starts, lengths, strict=True)], 1)
-    return y, torch.cat([window[:, at + n : at + n + taps] for at, n in zip(starts, lengths, strict=True)])
+    return y, torch.cat([_end(*document) for document in zip(parts[::2], parts[1::2], strict=True)])
+
+
+def _end(state, x):
+    """The last K - 1 steps of [state, x]."""
+    taps = state.shape[1]
+    window = torch.cat([state, x[:, max(0, x.shape[1] - taps) :]], 1)
+    return window[:, window.shape[1] - taps :]
 
 
 def _initial(x, weight, state, cu_seqlens):

@@ -22,6 +22,7 @@ from scrubjay.kernels.recurrence import (
     LOG2_E,
     ChunkedRecurrence,
     by_steps,
+    crossing,
     decayed,
     initial_or_zeros,
     num_states,
@@ -72,13 +73,13 @@ def ddts(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=16, overwrite
         y, state = ddts_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], _initial(q, v, initial_state, None), overwrite)
         return y[:, None], state
     state = _initial(q, v, initial_state, cu_seqlens)
-    return ChunkedRecurrence.apply(q, k, v, a, state, cu_seqlens, chunk, _Chunk)
+    return ChunkedRecurrence.apply(_Chunk, chunk, state, cu_seqlens, q, k, v, a)
 
 
 class _Chunk:
     """One chunk of Q steps. Products over steps of the chunk run in v's dtype, what enters the state in float32."""
 
-    def __init__(self, q, k, v, a, memory):
+    def __init__(self, memory, q, k, v, a):
         self.memory = memory
         self.low, self.wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
         self.q, self.k, self.v = q.to(self.wide), k.to(self.wide), v
@@ -123,7 +124,7 @@ class _Chunk:
         dq = torch.matmul(dscores[:, :, None], keys)[:, :, 0]
         pairs = keys.mul_(q[:, :, None]).mul_(dscores[..., None])  # q_i k_j exp(c_i - c_j) dscores_ij: (B, Q, Q, N)
 
-        da = _crossing(pairs)
+        da = crossing(pairs, 1, self.memory)
         da += (q * dq_carried).flip(1).cumsum(1).flip(1)  # y_i sees the state through a_1 .. a_i
         da[:, 1:] += (k * dk_leaving)[:, :-1].cumsum(1)  # step j reaches the next state through a_(j+1) .. a_Q
         da += (s * ds).sum(-1)[:, None] * self.into[:, -1:]
@@ -143,14 +144,6 @@ class _Chunk:
 def _lower(size, like):
     """(Q, Q): 1 where step j may reach step i."""
     return torch.ones(size, size, dtype=like.dtype, device=like.device).tril_()
-
-
-def _crossing(pairs):
-    """sum of pairs[i, j] over i >= t > j: (B, Q, Q, N) -> (B, Q, N). The pairs that a_t decays, and no others."""
-    B, Q, _, N = pairs.shape
-    lower = _lower(Q, pairs)
-    after = torch.matmul(lower.mT, pairs.view(B, Q, Q * N)).view(B, Q, Q, N)  # sum over i >= t
-    return after.mul_((lower - torch.eye(Q, dtype=pairs.dtype, device=pairs.device))[..., None]).sum(2)
 
 
 def _initial(q, v, state, cu_seqlens):

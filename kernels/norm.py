@@ -98,21 +98,20 @@ class _GatedRMSNorm(torch.autograd.Function):
         dweight, dskip = torch.zeros_like(weight, dtype=wide), torch.zeros_like(weight, dtype=wide)
         for rows in _tiles(y):
             gate, s = z[rows].to(wide), _skipped(y, x, skip, rows)
-            sigmoid = torch.sigmoid(gate)
-            silu = gate * sigmoid
+            silu = F.silu(gate)
             u = s * silu
             scale = _scale(u, ctx.eps, ctx.groups)
             normed, d = u.mul_(scale), dout[rows].to(wide)
-            dweight += torch.linalg.vecdot(d, normed, dim=0)
-            d = d * weight
-            mean = (d * normed).view(len(d), ctx.groups, -1).mean(-1).repeat_interleave(d.shape[1] // ctx.groups, 1)
-            du = d.sub_(normed.mul_(mean)).mul_(scale)
-            dz[rows] = du * s * (sigmoid + silu * (1 - sigmoid))
-            ds = du.mul_(silu)
-            dy[rows] = ds
+            products = d * normed
+            dweight += products.sum(0)
+            mean = products.mul_(weight).view(len(d), ctx.groups, -1).mean(-1)
+            mean = mean if ctx.groups == 1 else mean.repeat_interleave(d.shape[1] // ctx.groups, 1)
+            du = torch.addcmul(normed.mul_(mean), d, weight.to(wide), value=-1).mul_(-scale)
+            dz[rows] = torch.ops.aten.silu_backward(s.mul_(du), gate)
+            dy[rows] = du.mul_(silu)
             if x is not None:
-                dskip += torch.linalg.vecdot(ds, x[rows].to(wide), dim=0)
-                dx[rows] = ds.mul_(skip)
+                dskip += torch.mul(du, x[rows], out=products).sum(0)
+                torch.mul(du, skip, out=dx[rows])
         dx, dskip = (None, None) if x is None else (dx.view(shape), dskip.to(skip.dtype))
         return dy.view(shape), dz.view(shape), dx, dweight.to(weight.dtype), dskip, None, None
 

@@ -90,28 +90,39 @@ def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torc
     return memory[shape, dtype]
 
 
+def crossing(pairs: torch.Tensor, dim: int, memory: dict) -> torch.Tensor:
+    """sum of pairs[i, j] over i >= t > j, those that a_t decays: axes i = `dim` and j = `dim` + 1 become the axis t.
+
+    A pair decayed by a_1 .. a_i less one decayed by a_1 .. a_j: large numbers cancel exactly, for both sums are taken
+    over the same pairs, in float64.
+    """
+    wide = reuse(memory, tuple(pairs.shape), torch.float64, pairs.device).copy_(pairs)
+    difference = wide.sum(dim + 1) - wide.sum(dim)
+    return difference.flip(dim).cumsum(dim).flip(dim).to(pairs.dtype)
+
+
 class ChunkedRecurrence(torch.autograd.Function):
     """y and the final state of a linear recurrence, one chunk after the other.
 
-    `piece(q, k, v, a, memory)`, sequences (B, Q, ...), solves one chunk as products: `outputs(s)` are its y from the
-    state before it, `advance_(s)` replaces that state by the one after it, `gradients_(dy, s, ds)` returns dq, dk, dv,
-    da and replaces the gradient of the state after the chunk by that of the state before it. The working set is one
-    chunk, which stays in the processor's cache, and the backward pass recomputes it, so that nothing of size T x Q is
-    kept; `memory` is a dict for `reuse`.
+    `piece(memory, q, k, v, ...)`, sequences (B, Q, ...), solves one chunk as products: `outputs(s)` are its y, shaped
+    as v, from the state before it, `advance_(s)` replaces that state by the one after it, `gradients_(dy, s, ds)`
+    returns the gradients of the sequences and replaces the gradient of the state after the chunk by that of the state
+    before it. The working set is one chunk, which stays in the processor's cache, and the backward pass recomputes it,
+    so that nothing of size T x Q is kept; `memory` is a dict for `reuse`.
     """
 
     @staticmethod
     @without_autocast
-    def forward(ctx, q, k, v, a, state, cu_seqlens, size, piece):
-        ctx.save_for_backward(q, k, v, a, state, cu_seqlens)
-        ctx.size, ctx.piece = size, piece
+    def forward(ctx, piece, size, state, cu_seqlens, *sequences):
+        ctx.save_for_backward(state, cu_seqlens, *sequences)
+        ctx.piece, ctx.size = piece, size
         memory = {}
         state = state.clone(memory_format=torch.contiguous_format)
-        y = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for rows, start, stop in documents(cu_seqlens, *v.shape[:2]):
+        y = torch.empty_like(sequences[2], memory_format=torch.contiguous_format)
+        for rows, start, stop in documents(cu_seqlens, *y.shape[:2]):
             s = state[rows]
             for c in chunks(start, stop, size):
-                part = piece(q[:, c], k[:, c], v[:, c], a[:, c], memory)
+                part = piece(memory, *(x[:, c] for x in sequences))
                 y[:, c] = part.outputs(s)
                 part.advance_(s)
         return y, state
@@ -120,18 +131,18 @@ class ChunkedRecurrence(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx, dy, dstate):
-        q, k, v, a, state, cu_seqlens = ctx.saved_tensors
+        state, cu_seqlens, *sequences = ctx.saved_tensors
         memory = {}
         state, dstate = (x.clone(memory_format=torch.contiguous_format) for x in (state, dstate))
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, a)]
-        for rows, start, stop in documents(cu_seqlens, *v.shape[:2]):
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sequences]
+        for rows, start, stop in documents(cu_seqlens, *dy.shape[:2]):
             s, cuts, entered = state[rows], list(chunks(start, stop, ctx.size)), []
             for c in cuts:
                 entered.append(s.clone())
                 if c.stop < stop:
-                    ctx.piece(q[:, c], k[:, c], v[:, c], a[:, c], memory).advance_(s)
+                    ctx.piece(memory, *(x[:, c] for x in sequences)).advance_(s)
             for c in reversed(cuts):
-                part = ctx.piece(q[:, c], k[:, c], v[:, c], a[:, c], memory)
+                part = ctx.piece(memory, *(x[:, c] for x in sequences))
                 for whole, new in zip(grads, part.gradients_(dy[:, c], entered.pop(), dstate[rows]), strict=True):
                     whole[:, c] = new
-        return *grads, dstate, None, None, None
+        return None, None, dstate, None, *grads

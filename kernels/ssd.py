@@ -1,15 +1,15 @@
 """SSD: linear attention with one scalar decay per head and step (Mamba-2, arXiv:2405.21060, section 6).
 
-    S_t = exp(a_t) S_{t-1} + k_t v_t^T        S: (N, P) state per head
+    S_t = exp(a_t) S_{t-1} + g_t k_t v_t^T        S: (N, P) state per head
     y_t = S_t^T q_t
 
 B batch, T time, H heads, G groups of heads that share q and k, N state (key) size, P head (value) size, Q chunk.
-q, k: (B, T, G, N)   v: (B, T, H, P)   a: (B, T, H) log-decay in nats, <= 0   state: (B, H, N, P) float32
-Head h reads group h // (H / G). Mamba-2's names: q = C, k = B, v = dt * x, a = dt * A.
+q, k: (B, T, G, N)   v: (B, T, H, P)   a, g: (B, T, H) log-decay in nats, <= 0, and gain   state: (B, H, N, P) float32
+Head h reads group h // (H / G). Mamba-2's names: q = C, k = B, v = x, a = dt * A, g = dt.
 
 The chunked form, for a chunk that starts with state S and has inclusive sums c_i = a_1 + ... + a_i:
-    y_i = sum_{j<=i} exp(c_i - c_j) (q_i . k_j) v_j  +  exp(c_i) S^T q_i
-    S'  = exp(c_Q) S  +  sum_j exp(c_Q - c_j) k_j v_j^T
+    y_i = sum_{j<=i} exp(c_i - c_j) g_j (q_i . k_j) v_j  +  exp(c_i) S^T q_i
+    S'  = exp(c_Q) S  +  sum_j exp(c_Q - c_j) g_j k_j v_j^T
 Sums are taken in float64 and differences rounded once: with float32 sums the gradient of `a` lost two digits.
 In its gradient every a_t gathers only the pairs (i >= t > j) that it decays, so nothing large cancels.
 """
@@ -22,6 +22,7 @@ from scrubjay.kernels.recurrence import (
     LOG2_E,
     ChunkedRecurrence,
     by_steps,
+    crossing,
     decayed,
     initial_or_zeros,
     num_states,
@@ -31,28 +32,28 @@ from scrubjay.kernels.recurrence import (
 
 
 @without_autocast
-def ssd_step(q, k, v, a, state, overwrite=False):
-    """One token. q, k (B, G, N), v (B, H, P), a (B, H), state (B, H, N, P) -> y (B, H, P) in v's dtype, new state.
+def ssd_step(q, k, v, a, g, state, overwrite=False):
+    """One token. q, k (B, G, N), v (B, H, P), a, g (B, H), state (B, H, N, P) -> y (B, H, P) in v's dtype, new state.
 
     `overwrite`: the new state may take the memory of the old one, which saves a pass over memory.
     """
     (B, H, N, _), G, wide = state.shape, q.shape[1], state.dtype
     q, k = (x.to(wide)[:, :, None].expand(B, G, H // G, N).reshape(B, H, N) for x in (q, k))
     state = decayed(state, a.to(wide).exp()[..., None, None], overwrite)
-    state.addcmul_(k[..., None], v.to(wide)[..., None, :])
+    state.addcmul_(k[..., None], (v.to(wide) * g.to(wide)[..., None])[..., None, :])
     return torch.matmul(q[..., None, :], state)[..., 0, :].to(v.dtype), state
 
 
-def ssd_reference(q, k, v, a, initial_state=None, cu_seqlens=None):
+def ssd_reference(q, k, v, a, g, initial_state=None, cu_seqlens=None):
     """The recurrence, one step at a time, in float32 (float64 for float64). Slow; the law for every other path."""
-    return by_steps(ssd_step, _initial(q, v, initial_state, cu_seqlens), cu_seqlens, q, k, v, a)
+    return by_steps(ssd_step, _initial(q, v, initial_state, cu_seqlens), cu_seqlens, q, k, v, a, g)
 
 
-def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=64, overwrite=False, backend=None):
+def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwrite=False, backend=None):
     """SSD over whole sequences.
 
     Args:
-        q, k, v, a: shapes in the header; float32, bfloat16, float16 or float64.
+        q, k, v, a, g: shapes in the header; float32, bfloat16, float16 or float64.
         initial_state: (B, H, N, P), or (D, H, N, P) with D packed documents; None is zero.
         cu_seqlens: (D + 1,) offsets of the documents packed into the one row of the batch; no state crosses them.
         chunk: Q, steps solved as one product; changes speed, never the result beyond rounding.
@@ -67,13 +68,14 @@ def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=64, overwrite=
     Raises:
         ValueError: shapes that do not fit each other, a sequence of length 0, a backend that cannot run.
     """
-    _check(q, k, v, a, chunk)
-    choose(backend, "ssd", q, k, v, a)
-    if q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(q, k, v, a, initial_state):
-        y, state = ssd_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], _initial(q, v, initial_state, None), overwrite)
+    sequences = q, k, v, a, g
+    _check(*sequences, chunk)
+    choose(backend, "ssd", *sequences)
+    if q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(*sequences, initial_state):
+        y, state = ssd_step(*(x[:, 0] for x in sequences), _initial(q, v, initial_state, None), overwrite)
         return y[:, None], state
     state = _grouped(_initial(q, v, initial_state, cu_seqlens), q.shape[2])
-    y, state = ChunkedRecurrence.apply(q, k, v, a, state, cu_seqlens, chunk, _Chunk)
+    y, state = ChunkedRecurrence.apply(_Chunk, chunk, state, cu_seqlens, *sequences)
     return y, _per_head(state, v.shape[3])
 
 
@@ -83,7 +85,7 @@ class _Chunk:
     what enters the state in float32.
     """
 
-    def __init__(self, q, k, v, a, memory):
+    def __init__(self, memory, q, k, v, a, g):
         self.memory = memory
         (B, Q, H, P), G = v.shape, q.shape[2]
         self.B, self.Q, self.H, self.P, self.G, self.R = B, Q, H, P, G, H // G
@@ -94,7 +96,9 @@ class _Chunk:
         self.sums = (a.transpose(1, 2).contiguous().double() * LOG2_E).cumsum(2)
         sums = self.sums.transpose(1, 2)
         self.into = sums.to(self.wide).exp2()[..., None]  # exp(c_i), (B, Q, H, 1)
-        self.out_of = (sums[:, -1:] - sums).to(self.wide).exp2_()[..., None]  # exp(c_Q - c_i)
+        self.out_of = (sums[:, -1:] - sums).to(self.wide).exp2_()[..., None]  # exp(c_Q - c_j)
+        self.g = g.to(self.wide)[..., None]  # (B, Q, H, 1)
+        self.gain = self.g.permute(0, 2, 3, 1).contiguous()  # (B, H, 1, Q), of the pairs' second step
 
     def group(self, x):
         """(B, Q, H, P) -> (B, G, Q, R * P)."""
@@ -120,7 +124,7 @@ class _Chunk:
 
     def outputs(self, s):
         """y (B, Q, H, P), from the state before the chunk."""
-        weights = self.times(self.decays(), self.scores())
+        weights = self.times(self.decays().mul_(self.gain), self.scores())
         within = torch.matmul(weights.to(self.low), self.v.transpose(1, 2)).transpose(1, 2)
         carried = self.ungroup(matmul(self.q, s.to(self.low)))
         return torch.addcmul(within.to(self.wide), carried.to(self.wide), self.into)
@@ -132,27 +136,27 @@ class _Chunk:
     def advance_(self, s):
         """Replace the state before the chunk by the state after it."""
         self.decay_(s)
-        s += matmul(self.k.mT.to(self.wide), self.group(self.v * self.out_of))
+        s += matmul(self.k.mT.to(self.wide), self.group(self.v * (self.out_of * self.g)))
 
     def gradients_(self, dy, s, ds):
-        """dq, dk (B, Q, G, N), dv (B, Q, H, P), da (B, Q, H); `ds`, the gradient of the state after the chunk, is
-        replaced by that of the state `s` before it."""
+        """dq, dk (B, Q, G, N), dv (B, Q, H, P), da, dg (B, Q, H); `ds`, the gradient of the state after the chunk, is
+        replaced by that of the state `s` before it. The gain multiplies v: of (g v) everything else is made."""
         q, k, low, wide = self.q, self.k, self.low, self.wide
         dy, decays, scores = dy.to(low), self.decays(), self.scores()
         weights = self.times(decays, scores)
-        dweights = torch.matmul(dy.transpose(1, 2), self.v.permute(0, 2, 3, 1)).to(wide)  # (B, H, Q, Q)
+        dweights = torch.matmul(dy.transpose(1, 2), self.v.permute(0, 2, 3, 1)).to(wide).mul_(self.gain)  # (B, H, Q, Q)
         dscores = decays.mul_(dweights).view(self.B, self.G, self.R, self.Q, self.Q).sum(2).tril_().to(low)
 
         dy_in = dy * self.into  # (B, Q, H, P): what reaches the carried state
         carried = self.ungroup(matmul(q.to(wide), s))
         returned = self.ungroup(matmul(k.to(wide), ds)) * self.out_of
-        dv = torch.matmul(weights.mT.to(low), dy.transpose(1, 2)).transpose(1, 2) + returned
+        dv = torch.matmul(weights.mT.to(low), dy.transpose(1, 2)).transpose(1, 2) + returned  # of g v
         dq = torch.matmul(dscores, k) + matmul(self.group(dy_in), s.mT)
-        dk = torch.matmul(dscores.mT, q) + matmul(self.group(self.v * self.out_of), ds.mT)
+        dk = torch.matmul(dscores.mT, q) + matmul(self.group(self.v * (self.out_of * self.g)), ds.mT)
 
-        da = self._crossing(weights.mul_(dweights))
+        da = crossing(weights.mul_(dweights), 2, self.memory).transpose(1, 2)
         da += (dy_in * carried).sum(-1).flip(1).cumsum(1).flip(1)  # y_i sees the state through a_1 .. a_i
-        leaving = (self.v * returned).sum(-1)  # step j reaches the next state through a_(j+1) .. a_Q
+        leaving = (self.v * returned).sum(-1) * self.g[..., 0]  # step j reaches the next state through a_(j+1) .. a_Q
         da[:, 1:] += leaving[:, :-1].cumsum(1)
         kept = (
             torch.mul(s, ds, out=reuse(self.memory, tuple(s.shape), s.dtype, s.device))
@@ -164,12 +168,8 @@ class _Chunk:
 
         self.decay_(ds)
         ds += matmul(q.mT.to(wide), self.group(dy_in))
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv, da
-
-    def _crossing(self, pairs):
-        """sum of pairs[i, j] over i >= t > j: (B, H, Q, Q) -> (B, Q, H). The pairs that a_t decays, and no others."""
-        ones = torch.ones(self.Q, self.Q, dtype=pairs.dtype, device=pairs.device)
-        return (torch.matmul(ones.triu(), pairs) * ones.tril(-1)).sum(-1).transpose(1, 2)
+        dg = (self.v * dv).sum(-1)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.mul_(self.g), da, dg
 
 
 def _grouped(state, groups):
@@ -189,13 +189,13 @@ def _initial(q, v, state, cu_seqlens):
     return initial_or_zeros(state, shape, v, "ssd")
 
 
-def _check(q, k, v, a, chunk):
-    fits = q.ndim == 4 and q.shape == k.shape and v.ndim == 4 and a.ndim == 3
+def _check(q, k, v, a, g, chunk):
+    fits = q.ndim == 4 and q.shape == k.shape and v.ndim == 4 and a.ndim == 3 and a.shape == g.shape
     fits = fits and q.shape[:2] == v.shape[:2] == a.shape[:2] and v.shape[2] == a.shape[2]
     if not fits or v.shape[2] % q.shape[2]:
         raise ValueError(
-            "ssd needs q, k (B, T, G, N), v (B, T, H, P), a (B, T, H) with H a multiple of G; "
-            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, a {tuple(a.shape)}."
+            "ssd needs q, k (B, T, G, N), v (B, T, H, P), a, g (B, T, H) with H a multiple of G; got "
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, a {tuple(a.shape)}, g {tuple(g.shape)}."
         )
     if v.shape[1] == 0:
         raise ValueError("ssd needs at least one step; got a sequence of length 0.")

@@ -66,8 +66,9 @@ class SSDMixer(nn.Module):
         y, s = ssd(
             q.view(B, T, self.groups, -1),
             k.view(B, T, self.groups, -1),
-            (v.view(B, T, self.heads, -1) * dt[..., None]).to(v.dtype),
+            v.view(B, T, self.heads, -1),
             -dt * self.A_log.to(wide).exp(),
+            dt,
             s,
             layout.cu_seqlens,
             chunk=self.chunk,

@@ -60,6 +60,7 @@ def draw_ssd(T, batch=2, states=2, groups=2, heads=4, size=5, head_dim=7):
         "k": torch.randn(batch, T, groups, size, dtype=F64),
         "v": torch.randn(batch, T, heads, head_dim, dtype=F64),
         "a": log_decays(batch, T, heads),
+        "g": torch.rand(batch, T, heads, dtype=F64).round(decimals=1),  # sometimes 0, as padding is
     }
     return inputs | with_state(states, heads, size, head_dim)
 
@@ -313,7 +314,7 @@ def around_borders(kernel):
 
 def timed(kernel, inputs):
     """Names of the inputs that have one entry a step."""
-    return [name for name in inputs if name in {"causal_conv": ("x",)}.get(kernel, ("q", "k", "v", "a"))]
+    return [name for name in inputs if name in {"causal_conv": ("x",)}.get(kernel, ("q", "k", "v", "a", "g"))]
 
 
 def cut(kernel, inputs, start, stop):

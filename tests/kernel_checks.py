@@ -81,18 +81,18 @@ def check_packed(kernel):
     assert_within(kernel, packed, alone, inputs)
 
 
-def ssd_closed_form(q, k, v, a, initial_state):
-    """y_i = sum over j <= i of exp(a_(j+1) + ... + a_i) (q_i . k_j) v_j, and what the initial state adds."""
+def ssd_closed_form(q, k, v, a, g, initial_state):
+    """y_i = sum over j <= i of exp(a_(j+1) + ... + a_i) g_j (q_i . k_j) v_j, and what the initial state adds."""
     T, heads = v.shape[1:3]
     q, k = (x[:, :, [h // (heads // q.shape[2]) for h in range(heads)]] for x in (q, k))
     y, state = torch.zeros_like(v), initial_state * a.sum(1).exp()[..., None, None]
     for i in range(T):
         for j in range(i + 1):
             decay = a[:, j + 1 : i + 1].sum(1).exp()
-            y[:, i] += (decay * (q[:, i] * k[:, j]).sum(-1))[..., None] * v[:, j]
+            y[:, i] += (decay * g[:, j] * (q[:, i] * k[:, j]).sum(-1))[..., None] * v[:, j]
         y[:, i] += a[:, : i + 1].sum(1).exp()[..., None] * torch.einsum("bhn,bhnp->bhp", q[:, i], initial_state)
         decay = a[:, i + 1 :].sum(1).exp()
-        state = state + torch.einsum("bh,bhn,bhp->bhnp", decay, k[:, i], v[:, i])
+        state = state + torch.einsum("bh,bhn,bhp->bhnp", decay * g[:, i], k[:, i], v[:, i])
     return y, state
 
 

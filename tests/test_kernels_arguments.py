@@ -57,6 +57,7 @@ def bad(kernel, options=None, **shapes):
         (bad("ssd", v=(2, 6, 28)), r"ssd needs .* v \(2, 6, 28\)"),
         (bad("ssd", a=(2, 6)), r"ssd needs .* a \(2, 6\)"),
         (bad("ssd", a=(2, 6, 2)), r"ssd needs .* a \(2, 6, 2\)"),
+        (bad("ssd", g=(2, 6, 2)), r"ssd needs .* g \(2, 6, 2\)"),
         (bad("ssd", q=(2, 6, 3, 5), k=(2, 6, 3, 5)), r"H a multiple of G.*got q \(2, 6, 3, 5\)"),
         (bad("ssd", initial_state=(2, 4, 7, 5)), r"initial_state must have shape \(2, 4, 5, 7\); got \(2, 4, 7, 5\)"),
         (bad("ssd", {"chunk": 0}), "ssd: chunk must be at least 1; got 0"),

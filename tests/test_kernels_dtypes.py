@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 @pytest.mark.parametrize(
     ("kernel", "wide"),
     [
-        ("ssd", ["a"]),
+        ("ssd", ["a", "g"]),
         ("ddts", ["k", "a"]),
         ("ddts", ["v"]),
         ("causal_conv", ["weight", "bias"]),

@@ -53,12 +53,16 @@ def gradient_not_decayed(original):
     return gradients_
 
 
-def gradient_one_step_late(original):
-    def gradients_(self, dy, s, ds):
-        *found, da = original(self, dy, s, ds)
-        return *found, da.roll(1, dims=1)
+def gradient_one_step_late(at):
+    def late(original):
+        def gradients_(self, dy, s, ds):
+            found = list(original(self, dy, s, ds))
+            found[at] = found[at].roll(1, dims=1)
+            return found
 
-    return gradients_
+        return gradients_
+
+    return late
 
 
 def state_in_bfloat16(original):
@@ -103,6 +107,10 @@ def check_norm(kernel):
     check(kernel, draw(kernel, 33), groups=2)
 
 
+def check_tiles(kernel):
+    check(kernel, draw(kernel, 5 * conv.MIN_ROWS, channels=conv.TILE // (4 * conv.MIN_ROWS)))
+
+
 check_bfloat16 = partial(check_borders, dtype=BF16)
 
 
@@ -110,7 +118,9 @@ check_bfloat16 = partial(check_borders, dtype=BF16)
 MUTATIONS = {
     "ssd: no decay across a chunk's border": (ssd._Chunk, "decay_", decay_not_applied, check_borders),
     "ssd: gradient of the state not decayed": (ssd._Chunk, "gradients_", gradient_not_decayed, check_borders),
-    "ssd: gradient of the decay one step late": (ssd._Chunk, "gradients_", gradient_one_step_late, check_borders),
+    "ssd: gradient of the decay one step late": (ssd._Chunk, "gradients_", gradient_one_step_late(3), check_borders),
+    "ssd: gradient of the gain one step late": (ssd._Chunk, "gradients_", gradient_one_step_late(4), check_borders),
+    "ssd: what enters the state has no gain": (ssd, "ssd_step", with_argument(4, torch.ones_like), check_closed_form),
     "ssd: sums of decays in the inputs' dtype": (torch.Tensor, "double", left_as_it_is, check_decays),
     "ssd: state rounded to bfloat16 between chunks": (ssd._Chunk, "advance_", state_in_bfloat16, check_bfloat16),
     "ssd: heads of the initial state in another order": (ssd, "_grouped", heads_reversed, check_borders),
@@ -124,6 +134,7 @@ MUTATIONS = {
     "ddts: a step does not see itself": (ddts, "_lower", with_result(lambda mask: mask.tril(-1)), check_borders),
     "ddts: state kept across documents": (recurrence, "documents", borders_forgotten, check_documents),
     "causal_conv: taps in reverse": (conv, "_convolve", with_argument(1, lambda w: w.flip(1)), check_borders),
+    "causal_conv: last tile never written": (conv, "chunks", last_one_forgotten, check_tiles),
     "causal_conv: no bias": (conv, "_convolve", with_argument(2, lambda bias: None), check_borders),
     "causal_conv: oldest step of the state lost": (conv, "_initial", oldest_forgotten, check_closed_form),
     "causal_conv: taps cross documents": (conv, "documents", borders_forgotten, check_packed),
