@@ -244,18 +244,8 @@ class StateCache(Cache):
         """Write the state to one safetensors file, all of it or nothing. It can be loaded again and again."""
         if not self.layers[0].is_initialized:
             raise ValueError("This cache is empty: run the model on a prompt before saving it.")
-        path = Path(path)
-        tensors = {
-            f"{i}.{n}": t.contiguous() for i, layer in enumerate(self.layers) for n, t in layer.tensors().items()
-        }
-        about = {"class": type(self).__name__, "shape": json.dumps(self.shape), "seen": str(self.get_seq_length())}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=about)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        tensors = {f"{i}.{n}": t for i, layer in enumerate(self.layers) for n, t in layer.tensors().items()}
+        write_tensors(path, tensors, type(self), {"shape": self.shape, "seen": self.get_seq_length()})
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu"):
@@ -264,19 +254,42 @@ class StateCache(Cache):
         Raises:
             ValueError: a file of another kind of cache, or no cache at all.
         """
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            about = file.metadata() or {}
-            if about.get("class") != cls.__name__:
-                raise ValueError(
-                    f"{path} holds {about.get('class', 'no cache')}; {cls.__name__}.load needs its own kind."
-                )
-            cache = cls.__new__(cls)
-            cache._build(json.loads(about["shape"]), offload=False)
-            for i, layer in enumerate(cache.layers):
-                for name in layer.names:
-                    setattr(layer, name, file.get_tensor(f"{i}.{name}"))
-                layer.seen, layer.is_initialized = int(about["seen"]), True
+        tensors, about = read_tensors(path, cls, device)
+        cache = cls.__new__(cls)
+        cache._build(about["shape"], offload=False)
+        for i, layer in enumerate(cache.layers):
+            for name in layer.names:
+                setattr(layer, name, tensors[f"{i}.{name}"])
+            layer.seen, layer.is_initialized = about["seen"], True
         return cache
+
+
+def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], cls: type, about: dict) -> None:
+    """Write a cache's tensors and what else it needs (anything JSON can say) to a file, all of it or nothing."""
+    path = Path(path)
+    metadata = {"class": cls.__name__, "about": json.dumps(about)}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_tensors(path: str | os.PathLike, cls: type, device: str | torch.device = "cpu") -> tuple[dict, dict]:
+    """(tensors, about) that `write_tensors` wrote for this class.
+
+    Raises:
+        ValueError: a file of another kind of cache, or no cache at all.
+    """
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        metadata = file.metadata() or {}
+        if metadata.get("class") != cls.__name__:
+            raise ValueError(
+                f"{path} holds {metadata.get('class', 'no cache')}; {cls.__name__}.load needs its own kind."
+            )
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["about"])  # noqa: SIM118
 
 
 class SSDCache(StateCache):

@@ -1,0 +1,87 @@
+"""What configurations share whose model is another library's decoder with a cache of its own."""
+
+import dataclasses
+
+from transformers import CONFIG_MAPPING
+from transformers.configuration_utils import PreTrainedConfig
+
+BASES = ("llama", "qwen2", "qwen3", "mistral")
+
+
+class WrappedConfig(PreTrainedConfig):
+    """The sizes of a decoder (`base_config`) beside the settings of a cache, which subclasses add as fields.
+
+    Fields that are not the subclass's own are the base's: `config.hidden_size` reads `config.base_config.hidden_size`.
+    A dictionary of the base itself makes one too, so a Llama checkpoint loads as it is.
+
+    Args:
+        base_config: configuration of the decoder, or its dictionary with "model_type": one of "llama", "qwen2",
+            "qwen3", "mistral". None makes a `LlamaConfig` from the other arguments (hidden_size, vocab_size, ...).
+    """
+
+    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs = {"base_config": PreTrainedConfig}
+
+    base_config: dict | PreTrainedConfig | None = None
+
+    def __post_init__(self, **kwargs):
+        own = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"attn_implementation", "name_or_path"}
+        given = self.base_config
+        if given is None:
+            # generic names of the decoder, which this class leaves to it
+            sizes = {name: kwargs.pop(name) for name in list(kwargs) if name not in own and not name.startswith("_")}
+            sizes.pop("model_type", None)
+            self.base_config = _base("llama", _derived(sizes))
+        elif isinstance(given, dict):
+            self.base_config = _base(given.get("model_type"), {k: v for k, v in given.items() if k != "model_type"})
+        elif given.model_type not in BASES:
+            raise ValueError(_unknown(given.model_type))
+        kwargs.pop("model_type", None)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; the dictionary of a bare decoder becomes `base_config`."""
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            config_dict = {"base_config": config_dict, "dtype": config_dict.get("dtype")}
+        return super().from_dict(config_dict, **kwargs)
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """The decoder's configuration: sizes, token ids."""
+        return self.base_config
+
+    def __getattr__(self, name):
+        base = self.__dict__.get("base_config")
+        if name.startswith(("_", "rope_")) or not isinstance(base, PreTrainedConfig):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(base, name)
+
+    @property
+    def base_model_tp_plan(self):
+        """The decoder's."""
+        return self.base_config.base_model_tp_plan
+
+    @property
+    def base_model_pp_plan(self):
+        """The decoder's."""
+        return self.base_config.base_model_pp_plan
+
+
+def _derived(sizes):
+    """With heads and a feed-forward width that fit `hidden_size`, where they are not given."""
+    hidden = sizes.get("hidden_size", 0)
+    if hidden and "num_attention_heads" not in sizes and "head_dim" not in sizes:
+        sizes["num_attention_heads"] = hidden // next(p for p in (128, 64, 32, 16, 8, 4, 2, 1) if hidden % p == 0)
+    if hidden and "intermediate_size" not in sizes:
+        sizes["intermediate_size"] = -(-8 * hidden // 24) * 8  # 8/3 hidden_size, as Llama's own, in eights
+    return sizes
+
+
+def _base(kind, sizes):
+    if kind not in BASES:
+        raise ValueError(_unknown(kind))
+    return CONFIG_MAPPING[kind](**sizes)
+
+
+def _unknown(kind):
+    return f"base_config must be of model_type {', '.join(BASES)}; got {kind!r}. Other decoders are untested."

@@ -1,0 +1,219 @@
+"""Decoders of transformers with a cache of the zoo: a cache that takes part in an unmodified model's forward pass, and
+models that carry such a cache with them.
+
+A cache attaches itself to the decoder by two hooks that do nothing for any other cache, and is gone from the model when
+it is closed or no longer referred to. B batch, T time.
+"""
+
+import copy
+import weakref
+
+import torch
+from torch import nn
+from transformers import AutoModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from scrubjay.configuration.configuration_wrapped import BASES
+from scrubjay.modeling.base import ZooForCausalLM, ZooPreTrainedModel
+from scrubjay.modeling.layout import arrange
+
+ATTENTION = ("sdpa", "eager")
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The stack of layers inside a causal language model, adapters and wrappers taken off.
+
+    Raises:
+        ValueError: a model that these caches were not built for, with the reason.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    kind = getattr(getattr(decoder, "config", None), "model_type", type(decoder).__name__)
+    if kind not in BASES:
+        raise ValueError(f"This cache works with decoders of type {', '.join(BASES)}; got {kind!r}.")
+    types = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])
+    window = getattr(decoder.config, "sliding_window", None)
+    if types != {"full_attention"} or (window is not None and kind == "mistral"):
+        raise ValueError(
+            f"This cache chooses among all tokens, and this {kind} has layers that see a window only ({sorted(types)}, "
+            f"sliding_window {window}). Load it with sliding_window=None, or use transformers' own cache."
+        )
+    return decoder
+
+
+class AttachedCache(Cache):
+    """A cache that sees a decoder's calls. Subclasses give `enter` and `leave`, and call `attach` when they are built.
+
+    Use it as a context manager, or `close` it, or drop it: the model is then as it was.
+    """
+
+    def attach(self, model: nn.Module) -> None:
+        """Take part in the calls of `model` that are given this cache."""
+        decoder, me = decoder_of(model), weakref.ref(self)
+        self._decoder = weakref.ref(decoder)
+
+        def before(module, args, kwargs):
+            cache = me()
+            if cache is not None and kwargs.get("past_key_values") is cache:
+                return args, cache.enter(module, kwargs)
+            return None
+
+        def after(module, args, kwargs, output):
+            cache = me()
+            if cache is not None and kwargs.get("past_key_values") is cache:
+                return cache.leave(module, output)
+            return None
+
+        handles = (
+            decoder.register_forward_pre_hook(before, with_kwargs=True),
+            decoder.register_forward_hook(after, with_kwargs=True, always_call=True),
+        )
+        self._detach = weakref.finalize(self, _remove, handles)
+        self._detach.atexit = False
+
+    def enter(self, decoder: nn.Module, kwargs: dict) -> dict:
+        """Called before the decoder with its keyword arguments; returns those that it is to have."""
+        return kwargs
+
+    def leave(self, decoder: nn.Module, output):
+        """Called after the decoder, with None if it failed; returns what takes the output's place, None: nothing does."""
+
+    def close(self) -> None:
+        """Leave the model. The cache cannot be used afterwards."""
+        self._detach()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the cache still takes part in its model's calls."""
+        return self._detach.alive and self._decoder() is not None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo):
+        """A copy has hooks of its own, so that a prompt's cache can be forked."""
+        new = memo[id(self)] = type(self).__new__(type(self))
+        own = {name: value for name, value in self.__dict__.items() if name not in ("_detach", "_decoder")}
+        new.__dict__ |= copy.deepcopy(own, memo)
+        decoder = self._decoder()
+        if decoder is None or not self._detach.alive:
+            raise ValueError("A closed cache cannot be copied: its model is gone, or it was taken off it.")
+        new.attach(decoder)
+        return new
+
+
+def _remove(handles) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+class ZooWrapperModel(ZooPreTrainedModel):
+    """A decoder of transformers whose default cache is the zoo's. Its parameters have the decoder's own names.
+
+    Positions are those of the real tokens of each row, so that padding on any side changes nothing.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        decoder = AutoModel.from_config(config.base_config)
+        for name, child in decoder.named_children():
+            self.add_module(name, child)
+        self.__dict__["decoder"] = decoder  # not as a module: its children are this model's own, under their own names
+        self._no_split_modules = decoder._no_split_modules
+        self.post_init()
+
+    def _init_weights(self, module):
+        self.decoder._init_weights(module)
+
+    def get_decoder(self):
+        """transformers' own model."""
+        return self.decoder
+
+    def set_input_embeddings(self, value):
+        """In both places that hold them."""
+        self.embed_tokens = self.decoder.embed_tokens = value
+
+    def train(self, mode: bool = True):
+        """As in torch; the decoder follows."""
+        self.decoder.training = mode
+        return super().train(mode)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """(B, T) tokens to (B, T, D) hidden states.
+
+        Args:
+            attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row.
+            position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as transformers' collators give them.
+            past_key_values: a cache of the zoo's for this model, or one of transformers'.
+
+        Raises:
+            ValueError: inputs that do not fit each other or the cache; each says what came and what was needed.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "Pass exactly one of input_ids (batch, length) and inputs_embeds (batch, length, hidden_size)."
+            )
+        x = input_ids if inputs_embeds is None else inputs_embeds
+        if x.ndim != (2 if inputs_embeds is None else 3):
+            raise ValueError(f"input_ids must have shape (batch, length); got {tuple(x.shape)}.")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        packing = (position_ids if seen == 0 else None, cu_seq_lens_q, seq_idx)
+        plan = arrange(x.shape[:2], x.device, None, attention_mask, *packing, seen)
+        if plan.layout.cu_seqlens is not None:
+            past_key_values, use_cache, position_ids = None, False, plan.layout.positions.view(x.shape[:2])
+        else:
+            position_ids = _positions(x.shape[:2], x.device, attention_mask, seen)
+        if use_cache and past_key_values is None:
+            past_key_values = self.cache_class(self)
+        return self.decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class ZooWrapperForCausalLM(ZooForCausalLM):
+    """A `ZooWrapperModel` and the decoder's language-model head. A checkpoint of the decoder loads as it is."""
+
+    def _init_weights(self, module):
+        self.model._init_weights(module)
+
+    def get_decoder(self):
+        """transformers' own model."""
+        return self.model.decoder
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Give generate() the model's own cache."""
+        given = generation_config.cache_implementation or model_kwargs.get("past_key_values") is not None
+        if given or generation_config.use_cache is False:
+            return super(ZooForCausalLM, self)._prepare_cache_for_generation(
+                generation_config, model_kwargs, *args, **kwargs
+            )
+        model_kwargs["past_key_values"] = self.cache_class(self)
+
+
+def _positions(shape, device, mask, seen):
+    """(B, T): numbers of the real tokens of each row, from 0."""
+    if mask is None or mask.shape[1] != seen + shape[1]:
+        return torch.arange(seen, seen + shape[1], device=device).expand(shape)
+    return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -shape[1] :]
