@@ -76,7 +76,7 @@ class AttachedCache(Cache):
         return kwargs
 
     def leave(self, decoder: nn.Module, output):
-        """Called after the decoder, with None if it failed; returns what takes the output's place, None: nothing does."""
+        """Called after the decoder (with None if it failed); returns what replaces its output, or None."""
 
     def close(self) -> None:
         """Leave the model. The cache cannot be used afterwards."""

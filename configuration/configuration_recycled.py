@@ -1,0 +1,90 @@
+"""Settings of Recycled Attention beside the sizes of a decoder."""
+
+from huggingface_hub.dataclasses import strict
+
+from scrubjay.configuration.configuration_wrapped import WrappedConfig
+
+POLICIES = ("recycled", "snapkv", "h2o", "streaming", "full")
+CHOICES = {
+    "policy": POLICIES,
+    "schedule": ("fixed", "dynamic"),
+    "group_reduce": ("max", "mean", "first"),
+    "qsim_space": ("pre", "post"),
+    "qsim_batch": ("any", "all"),
+}
+
+
+@strict
+class RecycledConfig(WrappedConfig):
+    r"""A decoder whose decode steps attend a few recycled keys (RefreshKV / Recycled Attention, arXiv:2411.05787).
+
+    The method leaves some choices open; where the paper says nothing, the default is marked (ours).
+
+    Args:
+        base_config: the decoder, see `WrappedConfig`.
+        budget: K, keys that a partial step attends in each layer and key head.
+        stride: S, under the fixed schedule every S-th decode step attends all keys and chooses anew. 1: every step.
+        schedule: "fixed", or "dynamic": every `qc`-th step each layer compares its query with that of its last full
+            step, and attends all keys if their cosine is `threshold` or less.
+        qc, threshold: steps between checks; cosine above which a layer stays partial. The paper's 5 or 10; 0.85 for
+            Llama-3.1-8B, 0.95 for Qwen2-7B.
+        policy: "recycled". Baselines with the same budget: "snapkv" (the prompt's choice, never renewed), "h2o" (half
+            the most attended so far, half the newest), "streaming" (`n_sink` first tokens and the newest; 4 where
+            `n_sink` is 0) hold `budget` tokens and forget the others; "full" attends all keys at every step.
+        pool_kernel: odd number of neighbours over which a score is the largest. 7 in the paper; 1: none.
+        group_reduce: over the query heads that share a key head: "max" (the paper's), "mean", "first".
+        keep_recent: newest tokens that are kept whatever they score (ours: 1, as SnapKV with a window of one).
+        n_sink: first tokens that are kept and never evicted (0 in the paper).
+        evict_first: the new token takes the place of the lowest, so that exactly K keys are attended (ours); False
+            attends K + 1, as the paper's pseudo-code does.
+        full_output: a full step's output attends all keys; False: the keys just chosen (the paper's ablation).
+        qsim_space: compare queries before ("pre", ours) or after ("post") the rotary encoding, which alone turns the
+            same query by more than most thresholds within a few steps.
+        qsim_batch: a layer takes a full step if "any" (ours) or "all" rows of the batch ask for it.
+        full_layers: indices of layers that attend all keys at every step (none in the paper).
+    """
+
+    model_type = "scrubjay_recycled"
+
+    budget: int = 2048
+    stride: int = 10
+    schedule: str = "fixed"
+    qc: int = 5
+    threshold: float = 0.85
+    policy: str = "recycled"
+    pool_kernel: int = 7
+    group_reduce: str = "max"
+    keep_recent: int = 1
+    n_sink: int = 0
+    evict_first: bool = True
+    full_output: bool = True
+    qsim_space: str = "pre"
+    qsim_batch: str = "any"
+    full_layers: list | tuple = ()
+
+    def validate_architecture(self):
+        """Refuse settings that mean nothing, naming the value and the rule."""
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}; got {getattr(self, name)!r}.")
+        for name in ("budget", "stride", "qc"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
+            raise ValueError(f"pool_kernel must be odd and at least 1; got {self.pool_kernel}.")
+        if self.keep_recent < 0 or self.n_sink < 0 or self.keep_recent + self.sinks > self.budget:
+            raise ValueError(
+                "keep_recent and n_sink must be 0 or more and together fit the budget; got "
+                f"{self.keep_recent} + {self.sinks} and a budget of {self.budget}."
+            )
+        layers = self.base_config.num_hidden_layers
+        if any(not isinstance(i, int) or not 0 <= i < layers for i in self.full_layers):
+            raise ValueError(f"full_layers must be layer indices from 0 to {layers - 1}; got {list(self.full_layers)}.")
+
+    @property
+    def sinks(self) -> int:
+        """First tokens that are never evicted."""
+        return 4 if self.policy == "streaming" and self.n_sink == 0 else self.n_sink
+
+
+__all__ = ["RecycledConfig"]

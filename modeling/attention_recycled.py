@@ -1,0 +1,32 @@
+"""The attention function that a decoder runs while a `RecycledCache` takes part in its call: what transformers' own
+would have done, unless the keys come from such a cache, whose layer then decides.
+"""
+
+import sys
+from functools import partial
+
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from scrubjay.modeling.wrapped import ATTENTION
+
+NAMES = {stock: f"scrubjay_recycled_{stock}" for stock in ATTENTION}
+
+
+def recycled_attention(stock, module, query, key, value, attention_mask, *, scaling, **kwargs):
+    """transformers' interface: query (B, H, T, P), key and value (B, G, n, P) -> (B, T, H, P), None."""
+    if stock == "eager":  # lives in each model's own file
+        function = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = ALL_ATTENTION_FUNCTIONS[stock]
+    usual = partial(function, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    layer = getattr(key, "scrubjay_layer", None)
+    out = None if layer is None else layer.attend(query, key, value, scaling)
+    return usual() if out is None else (out, None)
+
+
+for _stock, _name in NAMES.items():
+    AttentionInterface.register(_name, partial(recycled_attention, _stock))
+    # without a mask function of the same name transformers would build no mask, and padding would be seen
+    AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_stock])

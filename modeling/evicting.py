@@ -1,0 +1,125 @@
+"""The policies that Recycled Attention is compared with: they keep K keys and forget all others.
+
+SnapKV (arXiv:2404.14469, window 1), H2O (arXiv:2306.14048), StreamingLLM (arXiv:2309.17453, original positions).
+B batch, H query heads, G key heads, P head size, T new columns, n columns, m columns kept, K budget.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from scrubjay.kernels.recycle import decode, decode_with_scores, received, top
+from scrubjay.modeling.kept_keys import KeepingLayer, Kept, pick
+
+
+class EvictingLayer(KeepingLayer):
+    """The K keys of a policy that forgets all others: SnapKV, H2O, StreamingLLM. O(K) bytes.
+
+    A prompt is read with full attention, each further piece of several tokens with what is kept and itself.
+    mass: (B, G, capacity), attention that each kept key has received (H2O).
+    """
+
+    names = ("mass",)
+    is_croppable = False
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the mask for `query_length` new columns."""
+        return (0 if self.kept is None else self.kept.filled) + query_length, 0
+
+    def extend(self, k, v):
+        """What a piece attends: what is kept, then itself."""
+        self.new = k, v
+        if self.kept is None or k.shape[2] == 1:
+            return k.view_as(k), v
+        keys, values, _ = self.kept.held()
+        return torch.cat([keys, k], 2), torch.cat([values, v], 2)
+
+    def attend(self, query, key, value, scaling):
+        """(B, T, H, P), or None to attend all keys as the model always does."""
+        (k, v), self.new, T = self.new, None, query.shape[2]
+        with torch.no_grad():
+            if self.kept is None:
+                self.choose(query, k, v, torch.arange(T, device=k.device).expand(len(k), k.shape[1], T), None, scaling)
+                return None
+            if T == 1:
+                return self.step(query[:, :, 0], k, v, scaling)[:, None]
+            columns = torch.arange(self.seen - T, self.seen, device=k.device).expand(len(k), k.shape[1], T)
+            columns = torch.cat([self.kept.index[:, :, : self.kept.filled], columns], 2)
+            seen = self.visible(key, T)
+            out = _attention(query, key, value, seen, scaling)
+            self.choose(query, key, value, columns, seen, scaling)
+            return out
+
+    def step(self, q, k, v, scaling):
+        """One token: evict, write, attend."""
+        if self.settings.policy != "h2o":
+            self.put_newest(k, v)
+            keys, values, real = self.kept.held()
+            return decode(q, keys, values, scaling, real)
+        self.rank_by_mass()
+        slot = self.put_newest(k, v)
+        self.mass.scatter_(2, slot[..., None], 0)
+        keys, values, real = self.kept.held()
+        out, logp = decode_with_scores(q, keys, values, scaling, real)
+        self.mass[:, :, : self.kept.filled] += logp.exp().unflatten(1, (k.shape[1], -1)).amax(2)
+        return out
+
+    def rank_by_mass(self):
+        """What has received the least goes first; the newest half and pinned tokens stay."""
+        kept, recent = self.kept, self.settings.budget // 2
+        rank = self.mass.double()
+        rank = rank.masked_fill(kept.index > self.seen - 1 - recent, torch.finfo(torch.float64).max)
+        rank = rank.masked_fill(kept.rank == torch.inf, torch.inf)
+        kept.rank = rank if kept.real is None else rank.masked_fill(~kept.real, -torch.inf)
+
+    def visible(self, key, T):
+        """(B, G, T, m + T) bool: what is kept, and the new columns up to the query's own."""
+        (B, G), m = key.shape[:2], self.kept.filled
+        real = torch.ones(B, G, m, dtype=torch.bool, device=key.device)
+        real = real if self.kept.real is None else self.kept.real[:, :, :m]
+        new = torch.ones(T, T, dtype=torch.bool, device=key.device).tril().expand(B, G, T, T)
+        if self.call.real is not None:
+            itself = torch.eye(T, dtype=torch.bool, device=key.device)  # a padded query must see something
+            new = new & self.call.real[:, None, None, self.seen - T :] | itself
+        return torch.cat([real[:, :, None].expand(-1, -1, T, -1), new], 3)
+
+    def choose(self, query, keys, values, columns, seen, scaling):
+        """Keep K of keys (B, G, n, P), which came from columns (B, G, n). seen: what each query saw, None: causal."""
+        settings, n, T = self.settings, keys.shape[2], query.shape[2]
+        real = None
+        if self.call.real is not None:
+            real = pick(self.call.real, columns)
+        pinned = pick(self.pinned(self.seen, keys), columns)
+        recent, mass = settings.keep_recent, None
+        if settings.policy == "streaming":
+            scores = torch.arange(n, dtype=torch.float32, device=keys.device).expand(*keys.shape[:2], n)
+        elif settings.policy == "snapkv":
+            scores = self.scored(query[:, :, -1], keys, scaling, real)
+        else:
+            if seen is None:
+                seen = torch.ones(T, n, dtype=torch.bool, device=keys.device).tril(n - T)
+                seen = seen if real is None else seen & real[:, :, None] & real[:, :, -T:, None]
+            mass = received(query, keys, scaling, seen)
+            if self.mass is not None:
+                mass[:, :, : self.kept.filled] += self.mass[:, :, : self.kept.filled]
+            scores, recent = mass, settings.budget // 2
+        scores = scores.masked_fill(pinned, torch.inf)
+        index = top(scores, settings.budget, recent, 0, real)
+        self.kept = Kept(keys, values, index, self.capacity, real, pinned)
+        self.kept.index[:, :, : index.shape[2]] = columns.gather(2, index)
+        if mass is not None:
+            self.mass = F.pad(mass.gather(2, index), (0, self.capacity - index.shape[2]))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: evicted keys cannot come back."""
+        if tokens_to_remove:
+            raise ValueError(
+                f"The policy {self.settings.policy!r} has evicted keys and cannot go {abs(tokens_to_remove)} tokens "
+                "back. Keep a copy (copy.deepcopy(cache)) at the point that you want to return to."
+            )
+
+
+def _attention(q, k, v, seen, scaling):
+    """q (B, H, T, P), k and v (B, G, n, P), seen (B, G, T, n) -> (B, T, H, P)."""
+    (B, H, T, P), G = q.shape, k.shape[1]
+    packed, mask = q.reshape(B, G, -1, P), seen.repeat(1, 1, H // G, 1)
+    return F.scaled_dot_product_attention(packed, k, v, mask, scale=scaling).view(B, H, T, P).transpose(1, 2)

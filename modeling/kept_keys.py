@@ -1,0 +1,195 @@
+"""Keys and values kept in slots, and the cache layers that keep them.
+
+B batch, H query heads, G key heads, P head size, T new columns, n columns held, K budget. Keys carry their rotary
+encoding, so the order of the slots means nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from scrubjay.configuration.configuration_recycled import RecycledConfig
+from scrubjay.kernels.recycle import gather, pooled, scores_of
+
+
+@dataclass
+class Call:
+    """What all layers need to know of the call in progress. real: (B, n + T) bool, None without padding."""
+
+    real: torch.Tensor | None = None
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    active: bool = False
+
+
+class Kept:
+    """At most `capacity` keys and values of each key head, in slots; when all are taken, the lowest rank goes.
+
+    keys, values: (B, G, capacity, P). index: (B, G, capacity) int64, the columns they came from. rank: (B, G, capacity)
+    float64. real: (B, G, capacity) bool, None if all are tokens. The first `filled` slots are taken.
+    """
+
+    names = ("keys", "values", "index", "rank", "real")
+
+    def __init__(self, keys, values, index, capacity, real, pinned):
+        """From rows `index` (B, G, M), lowest score first, of keys and values (B, G, n, P).
+
+        real, pinned: (B, n) or (B, G, n) bool, which rows are tokens (None: all) and which must never be evicted.
+        """
+        (B, G, M), P = index.shape, keys.shape[3]
+        self.filled = M
+        self.keys, self.values = (keys.new_empty(B, G, capacity, P) for _ in "kv")
+        self.keys[:, :, :M], self.values[:, :, :M] = gather(keys, index), gather(values, index)
+        self.index = index.new_full((B, G, capacity), -1)
+        self.index[:, :, :M] = index
+        # below any column number that comes later; padding goes first, pinned tokens never
+        order = torch.arange(-M, 0, dtype=torch.float64, device=keys.device).expand(B, G, M)
+        self.rank = order.new_full((B, G, capacity), -torch.inf)
+        self.rank[:, :, :M] = order.masked_fill(pick(pinned, index), torch.inf)
+        self.real = None
+        if real is not None and not bool((kept := pick(real, index)).all()):
+            self.real = torch.ones(B, G, capacity, dtype=torch.bool, device=keys.device)
+            self.real[:, :, :M] = kept
+            self.rank[:, :, :M].masked_fill_(~kept, -torch.inf)
+
+    def put(self, k, v, column, rank, real):
+        """Write one new token, k and v (B, G, 1, P), rank (B,) and real (B,) bool or None; returns its slots (B, G)."""
+        if self.filled < self.keys.shape[2]:
+            slot = torch.full(k.shape[:2], self.filled, device=k.device)
+            self.filled += 1
+        else:
+            slot = self.rank.argmin(-1)
+        at = slot[..., None]
+        rows = at[..., None].expand(-1, -1, -1, k.shape[3])
+        self.keys.scatter_(2, rows, k)
+        self.values.scatter_(2, rows, v)
+        self.index.scatter_(2, at, column)
+        self.rank.scatter_(2, at, rank[:, None, None].expand_as(at))
+        if real is not None and self.real is None and not bool(real.all()):
+            self.real = torch.ones_like(self.index, dtype=torch.bool)
+        if self.real is not None:
+            now = torch.ones_like(slot, dtype=torch.bool) if real is None else real[:, None].expand_as(slot)
+            self.real.scatter_(2, at, now[..., None])
+        return slot
+
+    def held(self):
+        """keys, values (B, G, filled, P) and which are real (B, G, filled), None: all."""
+        m = self.filled
+        return self.keys[:, :, :m], self.values[:, :, :m], None if self.real is None else self.real[:, :, :m]
+
+
+def pick(mask, index):
+    """(B, n) or (B, G, n) at index (B, G, M)."""
+    mask = mask[:, None] if mask.ndim == 2 else mask
+    return mask.expand(-1, index.shape[1], -1).gather(2, index)
+
+
+class KeepingLayer(CacheLayerMixin):
+    """What layers share that keep K keys: counting, rows that move together, the choice."""
+
+    is_compileable = False
+    is_sliding = False
+    names: tuple[str, ...] = ()
+    counters: tuple[str, ...] = ("seen",)
+
+    def __init__(self, settings: RecycledConfig, layer_idx: int, call: Call):
+        super().__init__()
+        self.settings, self.layer_idx, self.call = settings, layer_idx, call
+        self.clear()
+
+    def clear(self) -> None:
+        self.seen, self.kept = 0, None
+        self.is_initialized = False
+        for name in self.names:
+            setattr(self, name, None)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the layer holds, by name."""
+        own = {name: getattr(self, name) for name in self.names}
+        kept = {} if self.kept is None else {f"kept.{name}": getattr(self.kept, name) for name in Kept.names}
+        return {name: tensor for name, tensor in (own | kept).items() if tensor is not None}
+
+    def set(self, name: str, tensor: torch.Tensor) -> None:
+        """Replace one of `tensors`."""
+        owner, name = (self.kept, name[5:]) if name.startswith("kept.") else (self, name)
+        setattr(owner, name, tensor)
+
+    def map(self, change) -> None:
+        """Replace each tensor by `change` of it."""
+        for name, tensor in self.tensors().items():
+            self.set(name, change(tensor))
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        """Note dtype and device of (B, G, T, P) keys."""
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def get_seq_length(self) -> int:
+        """Columns given so far, whatever is still held."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes what row beam_idx[i] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, in that order."""
+        self.map(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times in place."""
+        self.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Take new keys and values (B, G, T, P); returns those that the attention function is to be given."""
+        if not self.call.active:
+            raise ValueError(
+                "This cache takes part in the calls of the model that it was made for, and only until it is closed. "
+                "Make one with RecycledCache(model, ...) and pass it as past_key_values= by name."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.seen += key_states.shape[2]
+        keys, values = self.extend(key_states, value_states)
+        keys.scrubjay_layer = self  # the way to `attend`: attention functions see no cache
+        return keys, values
+
+    def real_until(self, columns):
+        """(B, columns) bool, or None without padding."""
+        return None if self.call.real is None else self.call.real[:, :columns]
+
+    def pinned(self, columns, like):
+        """(B, columns) bool: the first `sinks` tokens of each row."""
+        real = self.real_until(columns)
+        if real is None:
+            first = torch.arange(columns, device=like.device) < self.settings.sinks
+            return first.expand(len(like), -1)
+        return real & (real.cumsum(1) <= self.settings.sinks)
+
+    def put_newest(self, k, v):
+        """Write the last column into `kept`; returns its slots."""
+        column = self.seen - 1
+        rank = torch.full((len(k),), float(column), dtype=torch.float64, device=k.device)
+        rank.masked_fill_(self.pinned(self.seen, k)[:, -1], torch.inf)
+        real = None if self.call.real is None else self.call.real[:, column]
+        return self.kept.put(k, v, column, rank, real)
+
+    def scored(self, q, k, scaling, real):
+        """Pooled scores (B, G, n) of keys for one query (B, H, P)."""
+        return self.pool(scores_of(q, k, scaling, real), k.shape[1], real)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of `kept`."""
+        return self.settings.budget + (not self.settings.evict_first)
+
+    def pool(self, logp, groups, real):
+        """The paper's score of each key, from log-probabilities."""
+        return pooled(logp, groups, self.settings.group_reduce, self.settings.pool_kernel, real)
