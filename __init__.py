@@ -5,9 +5,12 @@ Importing the package registers its models with the Auto classes.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.configuration.configuration_rodimus import RodimusConfig
 from scrubjay.configuration.configuration_ssd import SSDConfig
 from scrubjay.modeling.cache import RodimusCache, SSDCache
+from scrubjay.modeling.cache_recycled import RecycledCache
+from scrubjay.modeling.modeling_recycled import RecycledForCausalLM, RecycledModel
 from scrubjay.modeling.modeling_rodimus import RodimusForCausalLM, RodimusModel
 from scrubjay.modeling.modeling_ssd import SSDForCausalLM, SSDModel
 
@@ -16,12 +19,17 @@ __version__ = "0.1.0"
 for _config, _model, _causal_lm in (
     (SSDConfig, SSDModel, SSDForCausalLM),
     (RodimusConfig, RodimusModel, RodimusForCausalLM),
+    (RecycledConfig, RecycledModel, RecycledForCausalLM),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
     AutoModelForCausalLM.register(_config, _causal_lm)
 
 __all__ = [
+    "RecycledCache",
+    "RecycledConfig",
+    "RecycledForCausalLM",
+    "RecycledModel",
     "RodimusCache",
     "RodimusConfig",
     "RodimusForCausalLM",

@@ -42,9 +42,15 @@ class WrappedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """As in transformers; the dictionary of a bare decoder becomes `base_config`."""
-        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+        if "base_config" not in config_dict and config_dict.get("model_type", cls.model_type) != cls.model_type:
             config_dict = {"base_config": config_dict, "dtype": config_dict.get("dtype")}
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self):
+        """As in transformers; the dtype stands in one place."""
+        output = super().to_dict()
+        output["base_config"].pop("dtype", None)
+        return output
 
     def get_text_config(self, decoder=None, encoder=None):
         """The decoder's configuration: sizes, token ids."""

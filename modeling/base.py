@@ -54,6 +54,15 @@ class ZooPreTrainedModel(PreTrainedModel):
             repo_id = hub.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
             self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
 
+    def checkpoints(self, cache) -> bool:
+        """Whether the model's `layers` run under gradient checkpointing, which a cache that was given forbids."""
+        checkpointing = self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.layers)
+        if checkpointing and cache is not None:
+            raise ValueError(
+                "Gradient checkpointing runs blocks twice and cannot advance a cache: pass past_key_values=None."
+            )
+        return checkpointing
+
     def weight_decay_groups(self, weight_decay: float) -> list[dict]:
         """Parameter groups for an optimizer: matrices decay; biases, norms, and gates' own parameters do not."""
         spared = self.no_weight_decay
@@ -160,17 +169,13 @@ class ZooModel(ZooPreTrainedModel):
         """The cache to advance, if any, and whether to return it."""
         if use_cache is None:  # a training step has no use for one, and its states would hold the graph
             use_cache = self.config.use_cache and not self.training
-        checkpointing = self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.layers)
+        checkpointing = self.checkpoints(cache)
         if cache is not None:
             if not isinstance(cache, self.cache_class):
                 name = self.cache_class.__name__
                 raise ValueError(
                     f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. "
                     f"Pass past_key_values={name}(model), or none."
-                )
-            if checkpointing:
-                raise ValueError(
-                    "Gradient checkpointing runs blocks twice and cannot advance a cache: pass past_key_values=None."
                 )
             cache.check(self.config, x.shape[0])
             return cache, use_cache

@@ -170,8 +170,12 @@ class ZooWrapperModel(ZooPreTrainedModel):
         x = input_ids if inputs_embeds is None else inputs_embeds
         if x.ndim != (2 if inputs_embeds is None else 3):
             raise ValueError(f"input_ids must have shape (batch, length); got {tuple(x.shape)}.")
+        if inputs_embeds is not None and x.shape[2] != self.config.hidden_size:
+            wanted = f"(batch, length, {self.config.hidden_size})"
+            raise ValueError(f"inputs_embeds must have shape {wanted}; got {tuple(x.shape)}.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        use_cache = not self.checkpoints(past_key_values) and use_cache
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         packing = (position_ids if seen == 0 else None, cu_seq_lens_q, seq_idx)
         plan = arrange(x.shape[:2], x.device, None, attention_mask, *packing, seen)

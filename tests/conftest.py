@@ -9,6 +9,12 @@ def entry(request):
     return request.param
 
 
+@pytest.fixture(params=[entry for entry in ZOO if entry.recurrent], ids=lambda entry: entry.name)
+def recurrent(request):
+    """Each model whose cache is a state, in turn."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

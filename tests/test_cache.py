@@ -10,6 +10,11 @@ from scrubjay import RodimusCache, RodimusConfig, RodimusForCausalLM, SSDCache
 
 
 @pytest.fixture
+def entry(recurrent):
+    return recurrent
+
+
+@pytest.fixture
 def model(entry):
     return entry.build(torch.float64)
 
@@ -25,7 +30,7 @@ def logits(model, ids, cache):
 
 
 def test_bytes_are_those_of_the_docstring_and_constant():
-    ssd, rodimus, plus = (entry.build() for entry in ZOO)
+    ssd, rodimus, plus = (entry.build() for entry in ZOO[:3])
     for model in (ssd, rodimus, plus):
         sizes = {filled(model, tokens(2, n)).nbytes for n in (1, 10, 200)}
         assert len(sizes) == 1

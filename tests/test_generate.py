@@ -69,8 +69,8 @@ def test_chunked_prefill_equals_one_prefill(model, size):
     )
 
 
-def test_offloaded_cache_gives_the_same(model):
-    ids = tokens(2, 20)
+def test_offloaded_cache_gives_the_same(recurrent):
+    model, ids = recurrent.build(torch.float64), tokens(2, 20)
     assert torch.equal(greedy(model, ids, cache_implementation="offloaded"), greedy(model, ids))
     with pytest.raises(ValueError, match="one cache, of constant size"):
         greedy(model, ids, cache_implementation="static")
@@ -133,9 +133,9 @@ def test_streaming(model):
     assert collector.got == [*out[0].tolist(), "end"]
 
 
-def test_assisted_decoding_is_refused(model):
+def test_assisted_decoding_is_refused(recurrent):
     with pytest.raises(ValueError, match=r"(?i)stateful"):
-        greedy(model, tokens(1, 8), prompt_lookup_num_tokens=2)
+        greedy(recurrent.build(torch.float64), tokens(1, 8), prompt_lookup_num_tokens=2)
 
 
 def test_tokens_outside_the_prompt_do_not_reach_it(model):

@@ -228,8 +228,9 @@ def test_low_precision_keeps_states_and_decays_in_float32(entry, dtype, tmp_path
     ids = tokens(2, 40)
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
-        assert all(layer.state.dtype == torch.float32 for layer in cache.layers)
-        assert all(layer.conv.dtype == dtype for layer in cache.layers)
+        if entry.recurrent:
+            assert all(layer.state.dtype == torch.float32 for layer in cache.layers)
+            assert all(layer.conv.dtype == dtype for layer in cache.layers)
         split, whole = through(model, ids, [20] + [1] * 20), model(ids).logits
         exact = entry.model.from_pretrained(tmp_path, dtype=torch.float32)(ids).logits
     # bfloat16 keeps 8 bits: both paths stray from float32 alike (measured up to 2e-2), and from each other no more
@@ -246,7 +247,6 @@ BAD = {
         r"\(2, 5\); got \(2, 6\)",
     ),
     "a 4-D mask": (dict(input_ids=tokens(2, 5), attention_mask=torch.ones(2, 1, 5, 5)), "attention_mask must be a"),
-    "another model's cache": (dict(input_ids=tokens(2, 5), past_key_values=DynamicCache()), "got DynamicCache"),
     "narrow embeddings": (dict(inputs_embeds=torch.zeros(1, 4, 3)), r"\(1, 4, 3\)"),
     "offsets that do not cover": (dict(input_ids=tokens(1, 5), cu_seq_lens_q=torch.tensor([0, 4])), "rise from 0 to"),
     "positions of another length": (
@@ -261,6 +261,11 @@ def test_bad_input_is_named(entry, case):
     arguments, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         entry.build()(**arguments)
+
+
+def test_a_cache_of_keys_and_values_is_refused(recurrent):
+    with pytest.raises(ValueError, match="got DynamicCache"):
+        recurrent.build()(tokens(2, 5), past_key_values=DynamicCache())
 
 
 def test_packing_with_padding_or_a_used_cache_is_refused(entry):
@@ -299,7 +304,7 @@ def test_layers_kept_on_disk_give_the_same(entry, tmp_path):
     placed = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     placed |= {"model.norm": "cpu", "lm_head": "cpu"}
     loaded = entry.model.from_pretrained(tmp_path / "model", device_map=placed, offload_folder=tmp_path / "offload")
-    assert loaded.model.layers[1].mixer.out_proj.weight.device.type == "meta"
+    assert all(weight.device.type == "meta" for weight in loaded.model.layers[1].parameters())
     with torch.no_grad():
         assert relative(loaded(ids).logits, model(ids).logits) < 2e-5
         assert relative(through(loaded, ids, [10] + [1] * 20), model(ids).logits) < 2e-5

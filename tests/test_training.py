@@ -86,7 +86,8 @@ def test_autocast_stays_near_float32_and_keeps_states_exact(entry):
         got = model(ids, labels=ids, use_cache=True)
         got.loss.backward()
     assert abs(got.loss.item() - want.loss.item()) < 2e-2 * want.loss.item()
-    assert all(layer.state.dtype == torch.float32 for layer in got.past_key_values.layers)
+    if entry.recurrent:
+        assert all(layer.state.dtype == torch.float32 for layer in got.past_key_values.layers)
     autocast = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     want.loss.backward()

@@ -7,18 +7,22 @@ from dataclasses import dataclass
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
-from scrubjay import RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM
+from scrubjay import RecycledConfig, RecycledForCausalLM, RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM
 
 VOCAB = 97
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A name, how to make the configuration, and the model's class."""
+    """A name, how to make the configuration, and the model's class.
+
+    recurrent: its cache is a state that sums tokens up; otherwise it is a decoder of transformers around a cache.
+    """
 
     name: str
     config: Callable
     model: type
+    recurrent: bool = True
 
     def build(self, dtype=torch.float32, seed=0, **changes):
         """A model in eval mode whose every parameter matters: norms, biases and gates are moved off their start."""
@@ -34,6 +38,10 @@ def _sizes(**more):
     return dict(hidden_size=48, num_hidden_layers=2, vocab_size=VOCAB, state_size=16, pad_token_id=None) | more
 
 
+def _decoder(**more):
+    return dict(hidden_size=48, num_hidden_layers=2, vocab_size=VOCAB, num_attention_heads=4, pad_token_id=None) | more
+
+
 ZOO = (
     Entry("ssd", lambda **c: SSDConfig(**_sizes(head_dim=16, n_groups=3, use_bias=True) | c), SSDForCausalLM),
     Entry("rodimus", lambda **c: RodimusConfig(**_sizes(block_type="rodimus") | c), RodimusForCausalLM),
@@ -42,6 +50,7 @@ ZOO = (
         lambda **c: RodimusConfig(**_sizes(num_attention_heads=4, sliding_window=9) | c),
         RodimusForCausalLM,
     ),
+    Entry("recycled", lambda **c: RecycledConfig(**_decoder(budget=200) | c), RecycledForCausalLM, False),
 )
 
 
