@@ -41,6 +41,8 @@ class RecycledConfig(WrappedConfig):
         qsim_space: compare queries before ("pre", ours) or after ("post") the rotary encoding, which alone turns the
             same query by more than most thresholds within a few steps.
         qsim_batch: a layer takes a full step if "any" (ours) or "all" rows of the batch ask for it.
+        train_tail: S of the paper's continued pre-training (50 there): in train mode the last S tokens of each row see
+            themselves and the `budget` keys that the token before them chooses. 0: ordinary attention.
         full_layers: indices of layers that attend all keys at every step (none in the paper).
     """
 
@@ -60,6 +62,7 @@ class RecycledConfig(WrappedConfig):
     full_output: bool = True
     qsim_space: str = "pre"
     qsim_batch: str = "any"
+    train_tail: int = 0
     full_layers: list | tuple = ()
 
     def validate_architecture(self):
@@ -77,6 +80,8 @@ class RecycledConfig(WrappedConfig):
                 "keep_recent and n_sink must be 0 or more and together fit the budget; got "
                 f"{self.keep_recent} + {self.sinks} and a budget of {self.budget}."
             )
+        if self.train_tail < 0:
+            raise ValueError(f"train_tail must be 0 or more; got {self.train_tail}.")
         layers = self.base_config.num_hidden_layers
         if any(not isinstance(i, int) or not 0 <= i < layers for i in self.full_layers):
             raise ValueError(f"full_layers must be layer indices from 0 to {layers - 1}; got {list(self.full_layers)}.")

@@ -137,6 +137,36 @@ def gather(x, index):
     return out
 
 
+@without_autocast
+def attend_seen(q, k, v, seen, scale):
+    """Several queries under a mask for each key head: q (B, H, T, P), k and v (B, G, n, P), seen (B, G, T, n) bool
+    -> (B, T, H, P). Keys are not repeated over heads."""
+    (B, H, T, P), G = q.shape, k.shape[1]
+    packed, mask = q.reshape(B, G, -1, P), seen.repeat(1, 1, H // G, 1)
+    return F.scaled_dot_product_attention(packed, k, v, mask, scale=scale).view(B, H, T, P).transpose(1, 2)
+
+
+def attend_tail(q, k, v, scale, tail, budget, *, reduce="max", kernel=7, recent=1, sinks=0):
+    """Causal attention of T tokens in which the last `tail` see only the keys that a cache would have kept for them.
+
+    That is: the `budget` keys which the token before them chooses, in each key head, and themselves. The form in which
+    the paper continues to pre-train (RefreshKV, section "continued pre-training"): no second choice, and the choice has
+    no gradient. q: (B, H, T, P), k and v: (B, G, T, P) -> (B, T, H, P).
+    """
+    n = q.shape[2] - tail
+    groups = q.shape[1] // k.shape[1]
+    with torch.no_grad():
+        scores = pooled(scores_of(q[:, :, n - 1], k[:, :, :n], scale), k.shape[1], reduce, kernel)
+        index = top(scores, budget, recent, sinks)
+    rows = index[..., None].expand(-1, -1, -1, k.shape[3])
+    keys, values = (torch.cat([x[:, :, :n].gather(2, rows), x[:, :, n:]], 2) for x in (k, v))
+    causal = torch.ones(tail, tail, dtype=torch.bool, device=q.device).tril()
+    seen = F.pad(causal, (index.shape[2], 0), value=True).expand(*k.shape[:2], -1, -1)
+    repeated = (x[:, :, :n].repeat_interleave(groups, 1) for x in (k, v))
+    first = F.scaled_dot_product_attention(q[:, :, :n], *repeated, is_causal=True, scale=scale).transpose(1, 2)
+    return torch.cat([first, attend_seen(q[:, :, n:], keys, values, seen, scale)], 1)
+
+
 def _products(rows, x, transposed=False):
     """rows (B, G, R, P) x^T -> (B, G, R, n), or rows (B, G, R, n) x -> (B, G, R, P), for x (B, G, n, P).
 

@@ -9,13 +9,19 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from scrubjay.kernels.recycle import attend_tail
 from scrubjay.modeling.wrapped import ATTENTION
 
 NAMES = {stock: f"scrubjay_recycled_{stock}" for stock in ATTENTION}
 
 
-def recycled_attention(stock, module, query, key, value, attention_mask, *, scaling, **kwargs):
-    """transformers' interface: query (B, H, T, P), key and value (B, G, n, P) -> (B, T, H, P), None."""
+def recycled_attention(stock, module, query, key, value, attention_mask, *, scaling, recycled_tail=None, **kwargs):
+    """transformers' interface: query (B, H, T, P), key and value (B, G, n, P) -> (B, T, H, P), None.
+
+    `recycled_tail`: arguments of `attend_tail`, in continued pre-training.
+    """
+    if recycled_tail is not None:
+        return attend_tail(query, key, value, scaling, **recycled_tail), None
     if stock == "eager":  # lives in each model's own file
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:

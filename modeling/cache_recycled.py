@@ -199,6 +199,7 @@ class RecycledCache(AttachedCache):
     def enter(self, decoder, kwargs):
         """Note padding and positions, and make the decoder run `recycled_attention` for this call."""
         stock = decoder.config._attn_implementation
+        stock = next((name for name, ours in NAMES.items() if ours == stock), stock)
         if stock not in NAMES:
             raise ValueError(
                 f"RecycledCache needs the attention implementation {' or '.join(map(repr, NAMES))}, which it can "

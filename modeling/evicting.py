@@ -7,7 +7,7 @@ B batch, H query heads, G key heads, P head size, T new columns, n columns, m co
 import torch
 import torch.nn.functional as F
 
-from scrubjay.kernels.recycle import decode, decode_with_scores, received, top
+from scrubjay.kernels.recycle import attend_seen, decode, decode_with_scores, received, top
 from scrubjay.modeling.kept_keys import KeepingLayer, Kept, pick
 
 
@@ -45,7 +45,7 @@ class EvictingLayer(KeepingLayer):
             columns = torch.arange(self.seen - T, self.seen, device=k.device).expand(len(k), k.shape[1], T)
             columns = torch.cat([self.kept.index[:, :, : self.kept.filled], columns], 2)
             seen = self.visible(key, T)
-            out = _attention(query, key, value, seen, scaling)
+            out = attend_seen(query, key, value, seen, scaling)
             self.choose(query, key, value, columns, seen, scaling)
             return out
 
@@ -116,10 +116,3 @@ class EvictingLayer(KeepingLayer):
                 f"The policy {self.settings.policy!r} has evicted keys and cannot go {abs(tokens_to_remove)} tokens "
                 "back. Keep a copy (copy.deepcopy(cache)) at the point that you want to return to."
             )
-
-
-def _attention(q, k, v, seen, scaling):
-    """q (B, H, T, P), k and v (B, G, n, P), seen (B, G, T, n) -> (B, T, H, P)."""
-    (B, H, T, P), G = q.shape, k.shape[1]
-    packed, mask = q.reshape(B, G, -1, P), seen.repeat(1, 1, H // G, 1)
-    return F.scaled_dot_product_attention(packed, k, v, mask, scale=scaling).view(B, H, T, P).transpose(1, 2)
