@@ -1,0 +1,66 @@
+"""The examples of Recycled Attention: the retrieval task, the comparison, continued pre-training."""
+
+import json
+
+import numpy as np
+import torch
+
+from scrubjay.examples import benchmark_recycled, recycled_pretraining, retrieval
+from scrubjay.examples.retrieval import IGNORED, SMOKE, answer, build, caches, draw
+
+
+def test_recycled_retrieval_rows_ask_for_records_that_they_list():
+    rows, labels = draw(SMOKE, 50, np.random.default_rng(0))
+    width = 1 + SMOKE.values
+    for row, wanted in zip(rows, labels, strict=True):
+        listed = {r[0]: tuple(r[1:]) for r in row[: SMOKE.listed].reshape(-1, width).tolist()}
+        asked = row[SMOKE.listed :].reshape(-1, width).tolist()
+        assert len(listed) == SMOKE.records
+        assert len(asked) == len({r[0] for r in asked}) == SMOKE.questions
+        assert all(listed[r[0]] == tuple(r[1:]) for r in asked)
+        assert (wanted[: SMOKE.listed] == IGNORED).all()
+        assert (wanted[SMOKE.listed :].reshape(-1, width)[:, 1:] == row[SMOKE.listed :].reshape(-1, width)[:, 1:]).all()
+    assert rows.min() >= 1
+    assert rows.max() <= SMOKE.keys + SMOKE.alphabet
+
+
+def test_recycled_retrieval_scores_what_full_attention_predicts():
+    """Token by token with a cache that drops nothing is the full pass; the score of each question is its own."""
+    model, (rows, labels) = build(SMOKE).eval(), draw(SMOKE, 6, np.random.default_rng(1))
+    with torch.no_grad():
+        predicted = model(torch.from_numpy(rows)).logits[:, :-1].argmax(-1).numpy()
+    hits = (predicted == labels[:, 1:])[:, SMOKE.listed :].reshape(6, -1)
+    hits = np.pad(hits, ((0, 0), (1, 0))).reshape(6, SMOKE.questions, 1 + SMOKE.values)[:, :, 1:]
+    found = answer(model, caches(SMOKE)["full"], rows, labels, SMOKE)
+    assert np.allclose(found["by_question"], hits.mean((0, 2)), atol=1e-4)
+    assert found["accuracy"] == round(float(hits[:, 1:].mean()), 4)
+
+
+def test_recycled_retrieval_runs_and_keeps_its_record(tmp_path):
+    record = retrieval.main(["--smoke", "--out", str(tmp_path / "r.json"), "--model", str(tmp_path / "model")])
+    assert (tmp_path / "r.png").stat().st_size > 1000
+    again = retrieval.main(["--smoke", "--out", str(tmp_path / "s.json"), "--model", str(tmp_path / "model")])
+    assert again["results"] == record["results"] == json.loads((tmp_path / "r.json").read_text())["results"]
+    assert set(record["results"]) >= {"full", "StreamingLLM", "H2O", "SnapKV", "Recycled, S = 5"}
+
+
+def test_recycled_pretraining_runs(tmp_path):
+    record = recycled_pretraining.main(["--smoke", "--out", str(tmp_path / "p.json")])
+    found = json.loads((tmp_path / "p.json").read_text())["perplexity"]
+    assert found == record["perplexity"]
+    assert set(found) == {"before", "continued as before", "continued with a recycled tail"}
+    # the two continuations differ, and a fixed budget is not full attention
+    assert found["continued as before"] != found["continued with a recycled tail"]
+    assert found["before"]["full"] != found["before"]["SnapKV"]
+
+
+def test_recycled_benchmark_takes_one_full_step_in_a_pass():
+    sizes = benchmark_recycled.SMALL
+    for dtype in (torch.float32, torch.bfloat16):
+        decoding = benchmark_recycled.Decoding(sizes, dtype, "recycled")
+        for _ in range(2 * sizes.stride):
+            decoding.step()
+        assert [(layer.full_steps, layer.partial_steps) for layer in decoding.layers] == [(2, 8)] * sizes.layers
+        assert all(layer.seen == sizes.length + 10 for layer in decoding.layers)
+        benchmark_recycled.recycled_pass("peer", sizes, dtype)()
+        benchmark_recycled.partial_pass(sizes, dtype)()
