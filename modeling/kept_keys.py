@@ -106,7 +106,7 @@ class KeepingLayer(CacheLayerMixin):
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the layer holds, by name."""
         own = {name: getattr(self, name) for name in self.names}
-        kept = {} if self.kept is None else {f"kept.{name}": getattr(self.kept, name) for name in Kept.names}
+        kept: dict = {} if self.kept is None else {f"kept.{name}": getattr(self.kept, name) for name in Kept.names}
         return {name: tensor for name, tensor in (own | kept).items() if tensor is not None}
 
     def set(self, name: str, tensor: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from scrubjay.modeling.layout import arrange
 ATTENTION = ("sdpa", "eager")
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
+def decoder_of(model) -> nn.Module:
     """The stack of layers inside a causal language model, adapters and wrappers taken off.
 
     Raises:
@@ -163,37 +163,42 @@ class ZooWrapperModel(ZooPreTrainedModel):
         Raises:
             ValueError: inputs that do not fit each other or the cache; each says what came and what was needed.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(
-                "Pass exactly one of input_ids (batch, length) and inputs_embeds (batch, length, hidden_size)."
-            )
-        x = input_ids if inputs_embeds is None else inputs_embeds
-        if x.ndim != (2 if inputs_embeds is None else 3):
-            raise ValueError(f"input_ids must have shape (batch, length); got {tuple(x.shape)}.")
-        if inputs_embeds is not None and x.shape[2] != self.config.hidden_size:
-            wanted = f"(batch, length, {self.config.hidden_size})"
-            raise ValueError(f"inputs_embeds must have shape {wanted}; got {tuple(x.shape)}.")
+        shape, device = self._given(input_ids, inputs_embeds)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         use_cache = not self.checkpoints(past_key_values) and use_cache
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         packing = (position_ids if seen == 0 else None, cu_seq_lens_q, seq_idx)
-        plan = arrange(x.shape[:2], x.device, None, attention_mask, *packing, seen)
-        if plan.layout.cu_seqlens is not None:
-            past_key_values, use_cache, position_ids = None, False, plan.layout.positions.view(x.shape[:2])
-        else:
-            position_ids = _positions(x.shape[:2], x.device, attention_mask, seen)
+        layout = arrange(shape, device, None, attention_mask, *packing, seen).layout
+        if layout.cu_seqlens is not None:
+            past_key_values, use_cache = None, False
+        positions = _positions(shape, device, attention_mask, seen, layout)
         if use_cache and past_key_values is None:
             past_key_values = self.cache_class(self)
         return self.decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=positions,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _given(self, input_ids, inputs_embeds):
+        """(B, T) and device of the input."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "Pass exactly one of input_ids (batch, length) and inputs_embeds (batch, length, hidden_size)."
+            )
+        width = self.config.hidden_size
+        if inputs_embeds is not None and (inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != width):
+            got = tuple(inputs_embeds.shape)
+            raise ValueError(f"inputs_embeds must have shape (batch, length, {width}); got {got}.")
+        if input_ids is not None and input_ids.ndim != 2:
+            raise ValueError(f"input_ids must have shape (batch, length); got {tuple(input_ids.shape)}.")
+        x = input_ids if inputs_embeds is None else inputs_embeds
+        return x.shape[:2], x.device
 
 
 class ZooWrapperForCausalLM(ZooForCausalLM):
@@ -216,8 +221,10 @@ class ZooWrapperForCausalLM(ZooForCausalLM):
         model_kwargs["past_key_values"] = self.cache_class(self)
 
 
-def _positions(shape, device, mask, seen):
-    """(B, T): numbers of the real tokens of each row, from 0."""
+def _positions(shape, device, mask, seen, layout):
+    """(B, T): numbers of the real tokens of each row, or of each packed document, from 0."""
+    if layout.cu_seqlens is not None:
+        return layout.positions.view(shape)
     if mask is None or mask.shape[1] != seen + shape[1]:
         return torch.arange(seen, seen + shape[1], device=device).expand(shape)
     return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -shape[1] :]
