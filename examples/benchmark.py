@@ -48,14 +48,15 @@ def summary(result: dict) -> str:
     where, rows = result["machine"], []
     for row in result["rows"]:
         floor, ratio = row["floor"], row["ratio"]
-        promise = [f">= {floor:.1f}x", "met" if ratio >= floor else "MISSED"] if floor else ["", ""]
+        promise = [f">= {floor:g}x", "met" if ratio >= floor else "MISSED"] if floor else ["", ""]
         chunk = str(row.get("chunk", ""))
         rows.append([row["name"], *(shown(row[side], row["unit"]) for side in ("peer", "scrubjay")), chunk])
         rows[-1] += [f"{ratio:.2f}x", *promise]
     title = f"{where['cpu']}, {where['torch_threads']} threads, load {where['load_average_at_start']:.2f} at start"
     legend = [
         f"Medians of {result['repetitions']} taken in turn. peer: transformers' Mamba2 with the same weights, at the",
-        "chunk size given (its fastest in prefill and training); for SW-SKA, torch's SDPA with a dense band mask.",
+        "chunk size given (its fastest in prefill and training); for SW-SKA, torch's SDPA with a dense band mask; for",
+        "Recycled Attention, full attention on the same buffer with packed heads.",
         f"memory: {result['memory']}.",
     ]
     return "\n\n".join([table(title, ["peer", "scrubjay", "chunk", "ratio", "floor", ""], rows), "\n".join(legend)])

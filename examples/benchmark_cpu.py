@@ -1,7 +1,8 @@
 """What `benchmark.py --cpu` measures: the same work done by a peer and by scrubjay, in one run on one machine.
 
 Models: transformers' own Mamba2 and our SSD with the same weights, checked to give the same logits before anything is
-timed. SW-SKA: torch's scaled_dot_product_attention with a dense band mask, and `window_attention`.
+timed. SW-SKA: torch's scaled_dot_product_attention with a dense band mask, and `window_attention`. Recycled Attention:
+full attention on the same preallocated buffer with packed heads, see benchmark_recycled.py.
 Times are taken in turn (peer, scrubjay, peer, ...), so that whatever else runs on the machine slows both; a peak of
 memory is taken in a process of its own.
 
@@ -15,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,10 +28,12 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from scrubjay import SSDForCausalLM
+from scrubjay.examples import benchmark_recycled
 from scrubjay.kernels.window import window_attention
 
 SIDES = ("peer", "scrubjay")
 DTYPES = ("float32", "bfloat16")
+OWN = ("window", "recycled", "partial")  # one layer's attention, or a few layers'
 DEFAULT_CHUNK = 256  # of transformers' Mamba2; a shorter prompt is padded to it
 
 
@@ -50,9 +53,24 @@ class Shape:
     window_length: int = 8192
     window: int = 512
     window_heads: int = 16
+    recycled: benchmark_recycled.Sizes = benchmark_recycled.LARGE
 
 
-SMOKE = Shape(64, 2, 16, 32, 256, (16, 32), long=64, short=32, decoded=4, window_length=256, window=32, window_heads=2)
+SMOKE = Shape(
+    64,
+    2,
+    16,
+    32,
+    256,
+    (16, 32),
+    64,
+    32,
+    4,
+    window_length=256,
+    window=32,
+    window_heads=2,
+    recycled=benchmark_recycled.SMALL,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,7 @@ class Row:
     """One measurement of both sides.
 
     Args:
-        work: "prefill", "decode", "train" (forward and backward) or "window".
+        work: "prefill", "decode", "train" (forward and backward) of the models; or one of `OWN`.
         length: T, tokens of one pass; for decode those before it.
         floor: the ratio peer / scrubjay that the project promises, None where it promises none.
         chunks: chunk sizes from which transformers' fastest is taken; empty leaves its default.
@@ -89,10 +107,31 @@ def rows_of(shape: Shape) -> list[Row]:
         Row(f"prefill {short} bfloat16", "prefill", short, "bfloat16", floor=4.0, chunks=chunks),
         Row(f"decode after {short} bfloat16, per token", "decode", short, "bfloat16", floor=2.0, passes=decoded),
         Row(f"SW-SKA {T}, window {shape.window} float32", "window", T, floor=4.0),
+        *recycled_rows(shape.recycled),
         Row(f"memory, prefill {long} float32", "prefill", long, chunks=chunks, memory=True),
         Row(f"memory, forward + backward {short} float32", "train", short, floor=2.0, chunks=chunks, memory=True),
         Row(f"memory, SW-SKA {T}, window {shape.window}", "window", T, memory=True),
     ]
+
+
+def recycled_rows(sizes: benchmark_recycled.Sizes) -> list[Row]:
+    """Decode attention, and that a partial step costs the same whatever is held (peer: a quarter, ours: all of it)."""
+    L, K, S = sizes.length, sizes.budget, sizes.stride
+    floors = {"float32": 3.0, "bfloat16": 4.0}
+    return [
+        Row(f"Recycled decode at {L}, budget {K}, stride {S} {dtype}", "recycled", L, dtype, floors[dtype], passes=S)
+        for dtype in DTYPES
+    ] + [Row(f"Recycled partial step at {L // 4} and {L}", "partial", L, floor=0.85, passes=S)]
+
+
+def own_pass(row: Row, side: str, shape: Shape) -> Callable[[], object]:
+    """The work of a row that runs no whole model."""
+    if row.work == "window":
+        return window_pass(side, shape)
+    sizes, dtype = shape.recycled, getattr(torch, row.dtype)
+    if row.work == "recycled":
+        return benchmark_recycled.recycled_pass(side, sizes, dtype)
+    return benchmark_recycled.partial_pass(replace(sizes, length=row.length // (4 if side == "peer" else 1)), dtype)
 
 
 def write_checkpoint(shape: Shape, folder: str) -> None:
@@ -227,8 +266,8 @@ def fastest_chunk(model: Mamba2ForCausalLM, row: Row, shape: Shape) -> tuple[int
 def time_row(row: Row, shape: Shape, models: dict[str, PreTrainedModel], repetitions: int) -> dict:
     """Seconds of both sides in turn, after one unmeasured pass of each."""
     record = {}
-    if row.work == "window":
-        work = {side: window_pass(side, shape) for side in SIDES}
+    if row.work in OWN:
+        work = {side: own_pass(row, side, shape) for side in SIDES}
     else:
         chunk, timed = fastest_chunk(models["peer"], row, shape) if row.chunks else (DEFAULT_CHUNK, {})
         set_chunk(models["peer"], chunk)
@@ -305,7 +344,7 @@ def measure(shape: Shape, *, repetitions: int, only: str = "", log: Callable[[st
     agreement: dict[str, float] = {}
     records: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
-        if any(row.work != "window" for row in rows):
+        if any(row.work not in OWN for row in rows):
             write_checkpoint(shape, folder)
             agreement |= check_logits(folder, shape)
         if any(row.work == "window" for row in rows):
@@ -322,7 +361,7 @@ def measure(shape: Shape, *, repetitions: int, only: str = "", log: Callable[[st
                 chunk = next(timed, min(row.chunks, default=DEFAULT_CHUNK))
                 record = memory_row(row, shape, folder, chunk, torch.get_num_threads())
             else:
-                record = time_row(row, shape, {} if row.work == "window" else models(row.dtype), repetitions)
+                record = time_row(row, shape, {} if row.work in OWN else models(row.dtype), repetitions)
             log(f"  {row.name}: {record['ratio']:.2f}x")
             records.append(record)
     return {"agreement": agreement, "memory": memory_method(), "rows": records}

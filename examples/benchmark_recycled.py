@@ -28,6 +28,7 @@ class Sizes:
     stride: int = 10
 
 
+LARGE = Sizes()
 SMALL = Sizes(heads=4, kv_heads=2, head_dim=16, layers=2, length=512, budget=32, stride=5)
 
 

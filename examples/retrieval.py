@@ -122,15 +122,17 @@ def train(task: Task, eval_every: int = 200) -> tuple[LlamaForCausalLM, list[dic
         shift = int(rng.integers(max(0, 3 - 9 * step // task.steps), 4))
         records = max(task.records >> shift, task.questions)
         rows, labels = (torch.from_numpy(x) for x in draw(task, task.batch_size, rng, records))
-        model(rows, labels=labels, use_cache=False).loss.backward()
+        loss = model(rows, labels=labels, use_cache=False).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         if step % eval_every == 0 or step == task.steps:
-            point = {"step": step, "accuracy": round(accuracy(model, *validation), 4)}
+            point = {"step": step, "loss": round(loss.item(), 4), "accuracy": round(accuracy(model, *validation), 4)}
             point["seconds"] = round(time.perf_counter() - started, 1)
-            print("  step {step:5d}  accuracy {accuracy:6.4f}  {seconds:7.1f} s".format(**point), flush=True)
+            line = "  step {step:5d}  loss {loss:7.4f}  accuracy {accuracy:6.4f}  {seconds:7.1f} s"
+            print(line.format(**point), flush=True)
             curve.append(point)
             if point["accuracy"] >= SOLVED:
                 break
