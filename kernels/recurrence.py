@@ -137,12 +137,13 @@ class ChunkedRecurrence(torch.autograd.Function):
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sequences]
         for rows, start, stop in documents(cu_seqlens, *dy.shape[:2]):
             s, cuts, entered = state[rows], list(chunks(start, stop, ctx.size)), []
-            for c in cuts:
+            parts = [ctx.piece(memory, *(x[:, c] for x in sequences)) for c in cuts]
+            for part in parts:
                 entered.append(s.clone())
-                if c.stop < stop:
-                    ctx.piece(memory, *(x[:, c] for x in sequences)).advance_(s)
+                if part is not parts[-1]:
+                    part.advance_(s)
             for c in reversed(cuts):
-                part = ctx.piece(memory, *(x[:, c] for x in sequences))
+                part = parts.pop()
                 for whole, new in zip(grads, part.gradients_(dy[:, c], entered.pop(), dstate[rows]), strict=True):
                     whole[:, c] = new
         return None, None, dstate, None, *grads
