@@ -23,14 +23,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_constant_schedule_with_warmup
 
-from scrubjay import RecycledCache
+from scrubjay import AdoreCache, AdoreConfig, RecycledCache
 from scrubjay.examples.report import FULL, GRAY, OURS, commit, machine, versions
+from scrubjay.examples.train_adore_controller import loss_of
+from scrubjay.modeling.controller import Controller
 
 RESULTS = Path(__file__).resolve().parent / "results" / "retrieval.json"
 IGNORED = -100
 SOLVED = 0.995  # validation accuracy at which training stops
+LEARNED = 0.2  # mean loss at which lists become longer
+WARMUP = 100  # steps
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Task:
     """Sizes of the task, the model and its training. The list has records * (1 + values) tokens."""
 
     records: int = 64
-    values: int = 4
+    values: int = 5
     questions: int = 8
     keys: int = 128
     alphabet: int = 256
@@ -48,8 +52,10 @@ class Task:
     kv_heads: int = 2
     steps: int = 6000
     batch_size: int = 32
-    lr: float = 2e-3
+    lr: float = 1e-3
     budget: int = 32
+    rebuild: int = 8
+    controller_steps: int = 1500
     tested: int = 128
     seed: int = 0
 
@@ -60,7 +66,18 @@ class Task:
 
 
 SMOKE = Task(
-    records=8, values=3, questions=2, keys=16, alphabet=8, hidden_size=32, layers=2, steps=3, tested=2, budget=4
+    records=8,
+    values=3,
+    questions=2,
+    keys=16,
+    alphabet=8,
+    hidden_size=32,
+    layers=2,
+    steps=3,
+    tested=2,
+    rebuild=1,
+    controller_steps=2,
+    budget=4,
 )
 
 
@@ -110,17 +127,15 @@ def accuracy(model: PreTrainedModel, rows: np.ndarray, labels: np.ndarray, batch
 
 
 def train(task: Task, eval_every: int = 200) -> tuple[LlamaForCausalLM, list[dict]]:
-    """Learn the task with full attention, on lists of every length up to L: short ones are learned first."""
+    """Learn the task with full attention: an eighth of the records first, twice as many each time those are found."""
     model, started, curve = build(task), time.perf_counter(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, max(task.steps // 20, 1), task.steps)
+    scheduler = get_constant_schedule_with_warmup(optimizer, WARMUP)
     rng, held_out = (np.random.default_rng([task.seed, stream]) for stream in range(2))
-    validation = draw(task, min(64, task.tested), held_out)
+    validation, halvings, recent = draw(task, min(64, task.tested), held_out), 3, []
     for step in range(1, task.steps + 1):
         model.train()
-        # an eighth of the records at first, all of them from a third of the way: what finds a few finds many
-        shift = int(rng.integers(max(0, 3 - 9 * step // task.steps), 4))
-        records = max(task.records >> shift, task.questions)
+        records = max(task.records >> halvings, task.questions)
         rows, labels = (torch.from_numpy(x) for x in draw(task, task.batch_size, rng, records))
         loss = model(rows, labels=labels, use_cache=False).loss
         loss.backward()
@@ -128,10 +143,16 @@ def train(task: Task, eval_every: int = 200) -> tuple[LlamaForCausalLM, list[dic
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
+        recent = [*recent[-19:], loss.item()]
+        if halvings and len(recent) == 20 and np.mean(recent) < LEARNED:
+            halvings, recent = halvings - 1, []
         if step % eval_every == 0 or step == task.steps:
-            point = {"step": step, "loss": round(loss.item(), 4), "accuracy": round(accuracy(model, *validation), 4)}
-            point["seconds"] = round(time.perf_counter() - started, 1)
-            line = "  step {step:5d}  loss {loss:7.4f}  accuracy {accuracy:6.4f}  {seconds:7.1f} s"
+            point = {"step": step, "records": records, "loss": round(loss.item(), 4)}
+            point |= {"accuracy": round(accuracy(model, *validation), 4)}
+            point |= {"seconds": round(time.perf_counter() - started, 1)}
+            line = (
+                "  step {step:5d}  {records:3d} records  loss {loss:7.4f}  accuracy {accuracy:6.4f}  {seconds:7.1f} s"
+            )
             print(line.format(**point), flush=True)
             curve.append(point)
             if point["accuracy"] >= SOLVED:
@@ -167,9 +188,35 @@ def answer(model: PreTrainedModel, make_cache: Callable, rows: np.ndarray, label
     }
 
 
-def caches(task: Task) -> dict[str, Callable]:
+def train_controller(model: PreTrainedModel, task: Task) -> Controller:
+    """ADORE's controller for this decoder, taught on fresh rows what full attention looks at."""
+    sizes = {"cache_size": task.budget - task.rebuild, "rebuild": task.rebuild, "label_k": min(8, task.budget // 2), "label_agg": "max_head"}
+    config = AdoreConfig(base_config=model.config, **sizes)
+    torch.manual_seed(task.seed)
+    made = config.score_mode, config.controller_pos, config.controller_mlp_layers
+    controller = Controller(config.hidden_size, config.controller_hidden, *made, "", config.label_k)
+    optimizer = torch.optim.AdamW(controller.parameters(), lr=2e-3)
+    schedule = get_constant_schedule_with_warmup(optimizer, WARMUP)
+    rng, losses = np.random.default_rng([task.seed, 3]), []
+    for step in range(1, task.controller_steps + 1):
+        ids = torch.from_numpy(draw(task, 4, rng)[0])
+        asked = np.arange(task.listed, ids.shape[1])  # where an answer is looked for
+        at = torch.from_numpy(np.sort(rng.choice(asked, min(16, len(asked)), False)))
+        loss = loss_of(controller, model, ids, at, config, 1.0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(controller.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step % max(task.controller_steps // 5, 1) == 0:
+            print(f"  controller, step {step:5d}  loss {np.mean(losses[-100:]):.4f}", flush=True)
+    return controller.eval()
+
+
+def caches(task: Task, controller: Controller | None = None) -> dict[str, Callable]:
     """The caches compared, all of one budget: a name, and how to make one."""
-    budget = task.budget
+    budget, kept = task.budget, task.budget - task.rebuild
     return {
         "full": lambda model: RecycledCache(model, budget=budget, policy="full"),
         "StreamingLLM": lambda model: RecycledCache(
@@ -180,6 +227,11 @@ def caches(task: Task) -> dict[str, Callable]:
         "Recycled, S = 5": lambda model: RecycledCache(model, budget=budget, stride=5),
         "Recycled, S = 10": lambda model: RecycledCache(model, budget=budget, stride=10),
         "Recycled, dynamic": lambda model: RecycledCache(model, budget=budget, schedule="dynamic", qc=5),
+        "ADORE, recency": lambda model: AdoreCache(model, cache_size=budget, rebuild=0, controller="recency"),
+        "ADORE, R = 0": lambda model: AdoreCache(model, cache_size=budget, rebuild=0, controller=controller),
+        f"ADORE, R = {task.rebuild}": lambda model: AdoreCache(
+            model, cache_size=kept, rebuild=task.rebuild, controller=controller
+        ),
     }
 
 
@@ -187,7 +239,7 @@ def compare(model: PreTrainedModel, task: Task) -> dict[str, dict]:
     """Every cache on the same fresh rows."""
     rows, labels = draw(task, task.tested, np.random.default_rng([task.seed, 2]))
     results = {}
-    for name, make_cache in caches(task).items():
+    for name, make_cache in caches(task, train_controller(model.requires_grad_(False), task)).items():
         results[name] = answer(model, make_cache, rows, labels, task)
         print(f"  {name:20s} {results[name]['accuracy']:6.4f}", flush=True)
     return results

@@ -1,0 +1,211 @@
+"""Train ADORE's controller (arXiv:2407.02328) for a decoder that stays as it is, and say what it keeps.
+
+The labels of a query are the K tokens that full attention looks at most, averaged over heads and layers; the controller
+reads embeddings and learns to rank them, with binary cross entropy over sampled queries. Afterwards, on held-out text,
+what a cache with these scores attends is held against the best possible choice of as many tokens and against the rules
+that need no training: the newest, the newest and four sinks, and H2O (half the newest, half those that got most).
+
+    python examples/train_adore_controller.py --model HuggingFaceTB/SmolLM2-135M --out controller
+    python examples/train_adore_controller.py --smoke          the code path in seconds, a random model, learns nothing
+
+Text is the source of Python's standard library, or --text. `Controller.load(folder)` reads what is written.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
+
+from scrubjay import AdoreConfig
+from scrubjay.examples.adore_data import smoke_model, streams, windows
+from scrubjay.examples.attention_capture import attention_rows
+from scrubjay.kernels.importance import attended, later_share, top, within_horizon
+from scrubjay.modeling.controller import Controller
+
+SINKS = 4  # of the baseline with sinks
+FIELDS = (
+    *("cache_size", "rebuild", "recent", "sinks", "score_mode", "controller_hidden", "controller_pos"),
+    *("controller_mlp_layers", "label_k", "label_agg", "label_layers", "label_horizon"),
+)
+
+
+def load(args: argparse.Namespace) -> PreTrainedModel:
+    """The decoder, which learns nothing."""
+    if args.model is None:
+        return smoke_model().eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", attn_implementation="sdpa")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+
+
+def labels_of(model, ids, at, config) -> torch.Tensor:
+    """(B, Q, T) bool labels of the queries `at`, after `config`'s label_* fields."""
+    horizon, T = config.label_horizon, ids.shape[1]
+    rows = (at[:, None] + torch.arange(horizon, device=at.device)).clamp(max=T - 1).flatten()
+    a = attention_rows(model, ids, rows, config.label_k, (config.label_agg,), config.label_layers)
+    return within_horizon(top(a[config.label_agg], rows, config.label_k), at, horizon)
+
+
+def loss_of(controller, model, ids, at, config, pos_weight: float) -> torch.Tensor:
+    """Binary cross entropy of the scores of every token that a query sees."""
+    labels = labels_of(model, ids, at, config)
+    embeds = model.get_input_embeddings()(ids).detach()
+    weight = torch.tensor(pos_weight, device=ids.device)
+    if config.score_mode == "static":
+        share, count = later_share(labels, at)
+        scores = controller(embeds, at[:1])[:, 0]
+        known = (count > 0).expand_as(scores)
+        return binary_cross_entropy_with_logits(scores[known], share[known].to(scores), pos_weight=weight)
+    scores = controller(embeds, at)
+    known = (torch.arange(ids.shape[1], device=ids.device) <= at[:, None]).expand_as(scores)
+    return binary_cross_entropy_with_logits(scores[known], labels[known].to(scores), pos_weight=weight)
+
+
+def train(controller: Controller, model, stream, config, args) -> list[float]:
+    """AdamW with a cosine; the decoder learns nothing. Returns the loss of each step."""
+    optimizer = torch.optim.AdamW(controller.parameters(), lr=args.lr)
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(args.steps // 20, 1), args.steps)
+    rng, losses = np.random.default_rng(args.seed), []
+    for step in range(1, args.steps + 1):
+        ids = windows(stream, args.length, args.batch_size, rng, model.device)
+        # a query with no more than K tokens before it has all of them labelled and teaches nothing
+        at = rng.choice(np.arange(config.label_k, args.length), min(args.queries, args.length - config.label_k), False)
+        at = torch.from_numpy(np.sort(at)).to(model.device)
+        loss = loss_of(controller, model, ids, at, config, args.pos_weight)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(controller.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step % max(args.steps // 10, 1) == 0:
+            print(f"  step {step:5d}  loss {np.mean(losses[-args.steps // 10 :]):.4f}", flush=True)
+    return losses
+
+
+def choices(controller, embeds, a, config) -> dict[str, torch.Tensor]:
+    """{rule: (B, T, T) bool}, what each attends. All may attend cache_size + rebuild tokens and the current one.
+
+    The controller's is what an `AdoreCache` attends, one token at a time. The others choose anew for each query.
+    H2O's scores are the full attention that a token has received so far, which flatters it: in use it would know
+    only what its own cache attended.
+    """
+    T, budget = a.shape[1], config.cache_size + config.rebuild
+    at = torch.arange(T, device=a.device)
+    scores = controller(embeds, at)
+    back = (at[:, None] - at).to(a.dtype)
+    past, half = a.cumsum(1), budget // 2
+    newest = (-back).expand_as(a)
+    own = torch.eye(T, dtype=torch.bool, device=a.device)
+    cached = attended(scores, config.cache_size, config.rebuild, config.recent, config.sinks)
+    return {
+        "controller": cached,
+        "oracle": top(a.masked_fill(own, torch.inf), at, budget + 1),
+        "recency": top(newest, at, budget + 1),
+        "sinks and recency": top(newest.masked_fill(at < SINKS, torch.inf), at, budget + 1),
+        "H2O": top(past.masked_fill((back >= 0) & (back <= budget - half), torch.inf), at, budget + 1),
+    }
+
+
+@torch.no_grad()
+def report(controller, model, stream, config, args) -> dict[str, dict[str, float]]:
+    """{rule: {"mass": ..., "recall": ...}} on held-out texts, over the queries that cannot attend every token.
+
+    mass: share of full attention (mean of heads and layers) that falls on attended tokens. recall: share of the query's
+    top K that is attended.
+    """
+    rng, at = np.random.default_rng([args.seed, 1]), torch.arange(args.length, device=model.device)
+    beyond = at > config.cache_size + config.rebuild
+    sums: dict[str, dict[str, float]] = {}
+    for _ in range(args.eval_texts):
+        ids = windows(stream, args.length, 1, rng, model.device)
+        a = attention_rows(model, ids, at, config.label_k)["mean"]
+        best = top(a, at, config.label_k)
+        embeds = model.get_input_embeddings()(ids)
+        for rule, seen in choices(controller, embeds, a, config).items():
+            mass = (a * seen).sum(-1)[:, beyond].mean()
+            recall = ((best & seen).sum(-1) / best.sum(-1))[:, beyond].mean()
+            held = sums.setdefault(rule, {"mass": 0.0, "recall": 0.0})
+            held["mass"] += mass.item() / args.eval_texts
+            held["recall"] += recall.item() / args.eval_texts
+    return sums
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", help="name or folder of a Llama, Qwen2, Qwen3 or Mistral model")
+    parser.add_argument("--text", help="file or folder of UTF-8 text; default: Python's standard library")
+    parser.add_argument("--out", type=Path, default=Path("controller"), help="folder for the controller")
+    parser.add_argument("--score-mode", default="query", choices=("query", "distance", "static"))
+    parser.add_argument("--controller-pos", default="relative", choices=("relative", "absolute", "learned"))
+    parser.add_argument("--label-agg", default="mean", choices=("mean", "max_head", "vote"))
+    parser.add_argument("--label-layers", type=int, nargs="*", default=[], help="layers that are asked; none: all")
+    parser.add_argument("--smoke", action="store_true", help="seconds on a CPU, with a random model")
+    for name, default in (("length", 1024), ("steps", 1000), ("batch-size", 4), ("queries", 64), ("eval-texts", 8)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in (("cache-size", 192), ("rebuild", 8), ("recent", 1), ("sinks", 0), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in (
+        ("controller-hidden", 128),
+        ("controller-mlp-layers", 2),
+        ("label-k", 96),
+        ("label-horizon", 1),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in (("lr", 1e-3), ("pos-weight", 1.0)):
+        parser.add_argument(f"--{name}", type=float, default=default)
+    args = parser.parse_args(argv)
+    args.train_bytes, args.heldout_bytes = 1 << 24, 1 << 20
+    if args.smoke:
+        args.train_bytes, args.heldout_bytes = 1 << 17, 1 << 15
+        smoke = dict(length=64, steps=4, batch_size=2, queries=8, eval_texts=1, cache_size=12, rebuild=3, label_k=8)
+        vars(args).update(smoke, model=None, controller_hidden=16)
+    elif args.model is None:
+        parser.error("--model is needed: a name or folder of a decoder. --smoke runs without one.")
+    if args.length <= max(args.cache_size + args.rebuild + 1, args.label_k):
+        parser.error(
+            f"--length must be more than cache-size + rebuild + 1 and than label-k, or all tokens are attended; got "
+            f"{args.length}, {args.cache_size}, {args.rebuild} and {args.label_k}."
+        )
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict:
+    argv = sys.argv[1:] if argv is None else argv
+    args, started = parse(argv), time.perf_counter()
+    model = load(args)
+    train_stream, heldout_stream = streams(args.model, args.text, args.train_bytes, args.heldout_bytes)
+    config = AdoreConfig(base_config=model.config, **{name: getattr(args, name) for name in FIELDS})
+    torch.manual_seed(args.seed)
+    controller = Controller(
+        config.hidden_size,
+        config.controller_hidden,
+        config.score_mode,
+        config.controller_pos,
+        config.controller_mlp_layers,
+        args.model or "",
+        config.label_k,
+    ).to(model.device)
+    losses = train(controller, model, train_stream, config, args)
+    found = report(controller.eval(), model, heldout_stream, config, args)
+    print(
+        f"\nheld-out, {config.cache_size} cached and {config.rebuild} rebuilt tokens    mass   recall@{config.label_k}"
+    )
+    for rule, numbers in found.items():
+        print(f"  {rule:20s} {numbers['mass']:38.3f} {numbers['recall']:8.3f}")
+    controller.save(args.out)
+    record = {"command": shlex.join(["python", "examples/train_adore_controller.py", *argv]), "losses": losses}
+    record |= {"heldout": found, "seconds": round(time.perf_counter() - started, 1)}
+    (args.out / "report.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\nIn {args.out}: controller.safetensors, controller.json, report.json.")
+    return record
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Which tokens stay, which come back, and who sees whom (ADORE, adaptive token release, arXiv:2407.02328).
+
+    rank_i = (score_i, pos_i), compared in this order: of two equal scores the newer token wins     ranking
+    rebuilt = the R released tokens of the highest rank                                             highest
+    kept = the protected tokens, then those of the highest rank, m in all                           survivors
+    slot of what enters = the free slots in ascending order                                         placement
+    query a sees key b  iff  b is real and pos_b <= pos_a, or b is a itself                         visibility
+
+B batch, C candidates, m budget, Q queries, K keys, H heads, P head size.
+score: (B, C) float   pos: (B, C) int, below 2^31   real: (B, C) bool
+Positions of a row's real tokens are pairwise distinct, so ranks are too, on every device.
+"""
+
+import torch
+
+PROTECTED = 1 << 62  # above the rank of every finite or infinite score
+UNREAL = -(1 << 63)
+
+
+def ranking(
+    score: torch.Tensor, pos: torch.Tensor, real: torch.Tensor, protected: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(B, C) int64 that orders candidates as (score, pos) does; the protected above all, what is not real below.
+
+    A float's bits, read as an integer with the lower 31 flipped where it is negative, order as the float does. NaN
+    ranks as the smallest score.
+    """
+    exact = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0  # -0 is 0
+    bits = exact.view(torch.int32).long()
+    rank = (bits ^ ((bits >> 63) & 0x7FFFFFFF)) * (1 << 31) + pos
+    if protected is not None:
+        rank = torch.where(protected, PROTECTED + pos, rank)
+    return rank.masked_fill(~real, UNREAL)
+
+
+def highest(rank: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices (B, count) of the highest ranks, the highest first, and which of them are real, (B, count) bool."""
+    found = rank.topk(count, dim=1)
+    return found.indices, found.values != UNREAL
+
+
+def survivors(rank: torch.Tensor, budget: int) -> torch.Tensor:
+    """(B, C) bool: the `budget` real candidates of the highest rank, or all where there are no more."""
+    real = rank != UNREAL
+    excess = rank.shape[1] - budget
+    if excess <= 0:
+        return real
+    if excess == 1:  # one decode step: the lowest leaves
+        return real & (rank > rank.amin(1, keepdim=True))
+    return real & (rank >= rank.topk(budget, dim=1).values[:, -1:])
+
+
+def placement(taken: torch.Tensor, enters: torch.Tensor) -> torch.Tensor:
+    """(B, C) slots for what enters, (B, C) bool: the free ones in order; m for what does not.
+
+    taken: (B, m) bool, slots that keep what they hold. At most as many may enter a row as it has free slots.
+    """
+    slots = taken.shape[1]
+    free = taken.int().argsort(dim=1, stable=True)
+    turn = (enters.cumsum(1) - 1).clamp(0, slots - 1)
+    return free.gather(1, turn).masked_fill(~enters, slots)
+
+
+def visibility(query_pos: torch.Tensor, key_pos: torch.Tensor, key_real: torch.Tensor) -> torch.Tensor:
+    """(B, Q, K) bool: what each query sees. The queries (B, Q) are the last Q keys, in the same order."""
+    seen = key_real[:, None] & (key_pos[:, None] <= query_pos[:, :, None])
+    queries = query_pos.shape[1]
+    seen[:, :, -queries:] |= torch.eye(queries, dtype=torch.bool, device=seen.device)
+    return seen
+
+
+def compacted(pos: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """(B, K) positions numbered from 0 among the real ones of each row, in their order; 0 for the others."""
+    last = torch.iinfo(pos.dtype).max
+    order = pos.masked_fill(~real, last).argsort(dim=1, stable=True).argsort(dim=1)
+    return order.masked_fill(~real, 0)
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary encoding of x (B, H, K, P) by cos, sin (B, K, P), pairing channel i with i + P / 2."""
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    one, two = x.chunk(2, -1)
+    return x * cos + torch.cat([-two, one], -1) * sin
+
+
+def unturned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The inverse of `turned`, also where the table is scaled: divides by cos^2 + sin^2, taken in float32 or wider."""
+    wide = torch.promote_types(cos.dtype, torch.float32)
+    cos, sin = cos.to(wide), sin.to(wide)
+    norm = cos.square() + sin.square()
+    return turned(x, cos / norm, -sin / norm)

@@ -1,0 +1,121 @@
+"""Keys and values of one layer under adaptive token release: m slots of each row, written where something leaves.
+
+B batch, q new, r rebuilt, m slots, w slots in use, H key heads, P head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from scrubjay.kernels.release import turned, unturned
+
+
+@dataclass
+class Step:
+    """What all layers do in one call. target: (B, c) slots of the last c entries, m where one is not stored.
+
+    own, held: compact positions only: (cos, sin) of the r + q entries and of the w slots, (B, ., P) each.
+    """
+
+    rebuilt: int
+    new: int
+    width: int
+    target: torch.Tensor
+    own: tuple[torch.Tensor, torch.Tensor] | None = None
+    held: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class AdoreLayer(CacheLayerMixin):
+    """m keys and values of each row, and one place for what is not stored. keys, values: (B, H, m + 1, P).
+
+    Keys are stored as they are attended, or before their rotation where positions are compact.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.seen = size, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate zeros for the batch, heads, dtype and device of (B, H, ., P) inputs."""
+        batch, heads = key_states.shape[:2]
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_zeros(batch, heads, self.size + 1, key_states.shape[-1])
+        self.values = value_states.new_zeros(batch, heads, self.size + 1, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, step: Step, **kwargs):
+        """(B, H, r + q, P) entries to what this call attends, (B, H, w + r + q, P); stores those that stay."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = key_states, value_states
+        if step.width:
+            held = self.keys[:, :, : step.width]
+            if step.held is not None:
+                held = turned(held, *(x.to(held.device) for x in step.held))
+            keys = torch.cat([held, key_states], 2)
+            values = torch.cat([self.values[:, :, : step.width], value_states], 2)
+        if step.own is not None:
+            key_states = unturned(key_states, *(x.to(key_states.device) for x in step.own))
+        at = step.target.to(key_states.device)[:, None, :, None]
+        self.keys = self._stored(self.keys, at, key_states)
+        self.values = self._stored(self.values, at, value_states)
+        self.seen += step.new
+        return keys, values
+
+    @staticmethod
+    def _stored(held, at, entries):
+        """Write the last entries to slots: in place, unless a gradient may need what was there."""
+        entries = entries[:, :, -at.shape[2] :].to(held.dtype)
+        at = at.expand(-1, entries.shape[1], -1, entries.shape[3])
+        if torch.is_grad_enabled():
+            return held.scatter(2, at, entries)
+        return held.scatter_(2, at, entries)
+
+    def map(self, change) -> None:
+        """Apply a change of rows."""
+        if self.is_initialized:
+            self.keys, self.values = change(self.keys), change(self.values)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the mask for `query_length` new columns."""
+        return min(self.seen, self.size) + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns seen, not columns held."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget every token and the batch's size."""
+        self.keys = self.values = None  # type: ignore[assignment]
+        self.is_initialized, self.seen = False, 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes what row beam_idx[i] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, in that order."""
+        self.map(lambda x: x.index_select(0, indices.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times in place."""
+        self.map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what was released to admit a token cannot be put back."""
+        if tokens_to_remove != 0:
+            raise ValueError(
+                f"An AdoreCache cannot give {abs(tokens_to_remove)} tokens back: others were released to admit them. "
+                "So assisted decoding and prompt look-up are not possible; to return to a point, keep a copy of the "
+                "cache (copy.deepcopy(cache) or cache.save(path))."
+            )

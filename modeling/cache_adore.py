@@ -1,0 +1,395 @@
+"""ADORE's cache (adaptive token release, arXiv:2407.02328) for decoders of transformers, which stay as they are.
+
+One call with q new tokens a row, as the cache sees it:
+    1. the new tokens enter the history and get features
+    2. the scorer ranks tokens for the last new one of its row, from embeddings alone: all is decided before layer 0
+    3. the R best released tokens are put in front of the new ones, so that one pass gives all of them keys and values
+    4. each layer attends [slots | rebuilt | new] and stores the tokens that stay, at the slots that became free
+    5. the hidden states of the rebuilt tokens are cut off
+The first call of a text is the decoder's own causal pass; of its keys and values m a row are stored.
+
+Of the published formula: the cache is attended before it releases (m + R + 1 keys), rebuilt keys are dropped after the
+step. Where the paper says nothing, `AdoreSettings` names the choice.
+
+B batch, T columns seen, q new, r rebuilt, m budget, w = min(m, T) slots in use, H key heads, P head size.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from scrubjay.configuration.configuration_adore import AdoreSettings, warn_of_fixed_order
+from scrubjay.kernels.release import compacted, highest, placement, ranking, survivors, visibility
+from scrubjay.modeling.adore_layer import AdoreLayer, Step
+from scrubjay.modeling.cache import read_tensors, write_tensors
+from scrubjay.modeling.controller import POLICIES, Controller, Scorer
+from scrubjay.modeling.decoder_call import as_attention_takes_it, check_decoder, cut, each, given, joined, sizes_of
+from scrubjay.modeling.history import TokenHistory
+from scrubjay.modeling.wrapped import AttachedCache, decoder_of
+
+logger = logging.get_logger(__name__)
+SINKS = 4  # of the policy "streaming", where `sinks` says nothing
+
+
+class AdoreCache(AttachedCache):
+    """Holds `cache_size` tokens of each row and rebuilds `rebuild` released ones with every step.
+
+    Pass it as `past_key_values` to the model's forward or generate(). It takes part in the calls of this very model
+    that are given it, and in no other; `close()` it, use it with `with`, or drop it to end that. Positions are those of
+    the real tokens of each row: it counts them by the attention_mask, whatever position_ids say.
+
+    Bytes: layers * B * H * (m + 1) * (P_keys + P_values) * itemsize of keys and values, whatever the number of tokens;
+    and for each token, released or not, 4 (its id) + 4 + 1 + the features of its scorer (`controller_hidden` *
+    itemsize; 4 for static scores, none for a policy), allocated in pieces of 256.
+
+    Args:
+        model: a Llama, Qwen2, Qwen3 or Mistral model of transformers, with or without head, or an Adore model.
+        settings: `AdoreSettings`; None takes those of an Adore model, else the defaults.
+        controller: a trained `Controller`, any `Scorer`, or a policy by name: "recency", "streaming" (recency and,
+            where `sinks` is 0, 4 sinks) or "random". None takes the controller of an Adore model, else "streaming".
+        changes: fields of `AdoreSettings` by keyword: cache_size, rebuild, recent, sinks, ...
+
+    Raises:
+        ValueError: a model, settings or a controller that do not fit, with the reason.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: AdoreSettings | None = None,
+        *,
+        controller: Scorer | str | None = None,
+        **changes,
+    ):
+        settings = settings or getattr(getattr(model, "config", None), "settings", None) or AdoreSettings()
+        unknown = set(changes) - {field.name for field in dataclasses.fields(AdoreSettings)}
+        if unknown:
+            raise ValueError(f"AdoreCache has no setting {sorted(unknown)}. See AdoreSettings for those it has.")
+        settings = dataclasses.replace(settings, **changes)
+        if controller is None:
+            controller = getattr(model, "controller", None) or "streaming"
+        if controller == "streaming" and settings.sinks == 0:
+            settings = dataclasses.replace(settings, sinks=min(SINKS, settings.cache_size - settings.recent))
+        decoder: Any = decoder_of(model)
+        self._build(settings, _scorer(controller, decoder), decoder.config.num_hidden_layers)
+        check_decoder(decoder)
+        self.attach(decoder)
+        if settings.rebuild and not self.scorer.moving:
+            warn_of_fixed_order(type(self.scorer).__name__, settings.cache_size, settings.rebuild)
+
+    def _build(self, settings, scorer, num_layers):
+        super().__init__(layers=[AdoreLayer(settings.cache_size) for _ in range(num_layers)])
+        self.settings, self.scorer = settings, scorer
+        self._clear()
+
+    def _clear(self):
+        self.history = TokenHistory()
+        self.slots = None  # (B, m) columns of the history, -1 where a slot is free
+        self.last_rebuilt = None  # (B, r) columns rebuilt by the last call, -1 for none
+        self._table = None
+        self._calls = 0
+        self._step = None
+        self._pieces = None
+        self._failed = False
+
+    def enter(self, decoder: nn.Module, kwargs: dict) -> dict:
+        """Put the rebuilt tokens before the new ones, with their positions and the mask of who sees whom."""
+        if self._failed:
+            raise ValueError("A call with this cache failed half way: its layers differ. reset() it or make a new one.")
+        check_decoder(decoder)
+        real = self._real(kwargs)
+        pieces = None
+        if self.settings.prefill == "chunked" and real.shape[1] > self.settings.cache_size:
+            pieces, kwargs = self._run_ahead(decoder, kwargs)
+            real = real[:, -given(kwargs).shape[1] :]
+        kwargs = dict(kwargs)
+        self._failed = True  # until the call has ended well
+        with torch.no_grad():
+            self._append(decoder, kwargs, real)
+            rebuilt = self._plan(decoder, kwargs)
+        kwargs |= self._inputs(decoder, kwargs, rebuilt)
+        self._pieces = pieces
+        return kwargs
+
+    def leave(self, decoder: nn.Module, output):
+        """Cut the rebuilt tokens off, and put what was run ahead in front."""
+        step, pieces = self._step, self._pieces
+        self._step = self._pieces = None
+        if output is None:
+            return None
+        self._failed = False
+        self._calls += 1
+        if step.rebuilt:
+            output = each(lambda x: cut(x, step.rebuilt), output)
+        return output if pieces is None else each(joined, *pieces, output)
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        """As transformers calls it, within a call that `enter` has prepared."""
+        if self._step is None:
+            raise ValueError(
+                "This cache was made for another model, or was closed: it takes no part in this call. Make one with "
+                "AdoreCache(model)."
+            )
+        return super().update(key_states, value_states, layer_idx, self._step)
+
+    def _real(self, kwargs):
+        """Which of the new columns are tokens, (B, q) bool."""
+        x, mask = given(kwargs), kwargs.get("attention_mask")
+        batch, new = x.shape[:2]
+        held = self.history.batch_size
+        if held not in (-1, batch):
+            raise ValueError(
+                f"This cache holds {held} rows, the input has {batch}. Use a new AdoreCache(model), or "
+                "cache.batch_repeat_interleave / cache.batch_select_indices to change its rows."
+            )
+        if mask is None:
+            return torch.ones(batch, new, dtype=torch.bool, device=x.device)
+        allowed = ((batch, new), (batch, self.history.length + new))
+        if not isinstance(mask, torch.Tensor) or tuple(mask.shape) not in allowed:
+            got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(f"attention_mask must have one of the shapes {allowed}; got {got}.")
+        return mask[:, -new:].bool()
+
+    def _run_ahead(self, decoder, kwargs):
+        """Outputs of all pieces of a prompt but the last, and the arguments of the last."""
+        x, mask = given(kwargs), kwargs.get("attention_mask")
+        name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
+        new, size = x.shape[1], self.settings.cache_size
+        pieces = []
+        for start in range(0, new, size):
+            piece = dict(kwargs) | {name: x[:, start : start + size], "position_ids": None}
+            if mask is not None:
+                piece["attention_mask"] = mask[:, -new:][:, start : start + size]
+            if start + size >= new:
+                return pieces, piece
+            pieces.append(decoder(**piece))
+
+    def _append(self, decoder, kwargs, real):
+        """Enter the new columns into the history."""
+        history, embedding = self.history, decoder.get_input_embeddings()
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is not None or self.settings.store == "embeds":
+            history.embed(embedding)
+        as_ids = embeds is None and self.settings.store == "ids" and "embeds" not in history.tables
+        embeds = embedding(kwargs["input_ids"]) if embeds is None else embeds
+        positions = history.locate(real)
+        features, state = self.scorer.read(embeds, positions, real, history.state if history.rows else None)
+        columns = {"positions": positions.int(), "real": real, "features": features}
+        if self.settings.rebuild:
+            columns |= {"ids": kwargs["input_ids"].int()} if as_ids else {"embeds": embeds.detach()}
+        history.append(columns, state)
+        if self._table is None or len(self._table) < history.capacity:
+            self._table = self.scorer.table(history.capacity, embeds)
+
+    def _plan(self, decoder, kwargs):
+        """Decide the call: set the step, the slots, positions and mask; returns the columns rebuilt, (B, r)."""
+        settings, history = self.settings, self.history
+        new = given(kwargs).shape[1]
+        seen = history.length - new
+        if self.slots is None:
+            self.slots = history.counts.new_full((history.batch_size, settings.cache_size), -1)
+        rebuilt, is_rebuilt = self._rebuilt(seen)
+        self.last_rebuilt = rebuilt.masked_fill(~is_rebuilt, -1)
+        width = min(settings.cache_size, seen)
+        held = self.slots[:, :width]
+        fresh = torch.arange(seen, seen + new, device=held.device).expand(len(held), -1)
+        columns = torch.cat([held, rebuilt, fresh], 1)
+        is_real = torch.cat([held >= 0, is_rebuilt, history["real"][:, seen:]], 1)
+        pos = history["positions"].gather(1, columns.clamp(min=0)).long()
+        kept, target = self._admit(columns, is_real, pos, width, rebuilt.shape[1])
+        if settings.release_before:
+            is_real[:, :width] &= kept
+        if seen:
+            query_pos = pos[:, width:].clone()
+            mask = visibility(query_pos, pos, is_real)
+            if settings.rebuild_mask == "full":
+                mask[:, : rebuilt.shape[1]] |= is_real[:, None]
+            kwargs["attention_mask"] = as_attention_takes_it(mask, decoder)
+        self._step = Step(rebuilt.shape[1], new, width, target)
+        if settings.position_mode == "compact":
+            pos = compacted(pos, is_real)
+            self._turn(decoder, pos, width)
+        kwargs["position_ids"] = pos[:, width:]
+        return rebuilt
+
+    def _rebuilt(self, seen):
+        """Columns (B, r) of the best released tokens, and which of them are to be rebuilt."""
+        history, settings = self.history, self.settings
+        count = min(settings.rebuild, max(0, seen - settings.cache_size))  # no row can have released more than that
+        if self._calls % settings.rebuild_every:
+            count = 0
+        none = history.counts.new_zeros(history.batch_size, 0)
+        if count == 0:
+            return none, none.bool()
+        cached = torch.zeros(len(none), seen + 1, dtype=torch.bool, device=none.device)
+        cached.scatter_(1, torch.where(self.slots < 0, seen, self.slots), True)
+        cached, real = cached[:, :seen], history["real"][:, :seen]
+        pos = history["positions"][:, :seen]
+        score = self._scores()[:, :seen]
+        rank = ranking(score, pos, real & ~cached)
+        found, is_real = highest(rank, count)
+        if settings.rebuild_gate:
+            worst = ranking(-score, pos, cached)  # its highest is the lowest score, whose sign is the one compared
+            lowest = score.gather(1, highest(worst, 1)[0])
+            is_real &= score.gather(1, found[:, :1]) > lowest
+            if not bool(is_real.any()):
+                return none, none.bool()
+        return found, is_real
+
+    def _scores(self, columns=None):
+        """(B, C) scores of columns for the current token of each row; of all where none are named."""
+        history = self.history
+        features, pos = history["features"], history["positions"]
+        if columns is not None:
+            at = columns.clamp(min=0)
+            features = features.gather(1, at[..., None].expand(-1, -1, features.shape[2]))
+            pos = pos.gather(1, at)
+        return self.scorer.score(features, pos.long(), history.counts[:, None] - 1, history.state, self._table)
+
+    def _admit(self, columns, is_real, pos, width, rebuilt):
+        """Let entries compete for the m slots: which of the first `width` slots stay (B, w), and where others go."""
+        settings = self.settings
+        if settings.rebuild_commit == "discard":  # what was rebuilt does not compete
+            columns, is_real, pos = (
+                torch.cat([x[:, :width], x[:, width + rebuilt :]], 1) for x in (columns, is_real, pos)
+            )
+        protected = (pos < settings.sinks) | (pos >= self.history.counts[:, None] - settings.recent)
+        rank = ranking(self._scores(columns), pos, is_real, protected)
+        kept = survivors(rank, settings.cache_size)
+        stays = nn.functional.pad(kept[:, :width], (0, settings.cache_size - width))
+        target = placement(stays, kept[:, width:])
+        slots = nn.functional.pad(self.slots.masked_fill(~stays, -1), (0, 1))
+        self.slots = slots.scatter(1, target, columns[:, width:])[:, :-1]
+        return kept[:, :width], target
+
+    def _turn(self, decoder, pos, width):
+        """Give the step the rotations of compact positions (B, w + r + q)."""
+        like = torch.empty(0, dtype=decoder.dtype, device=pos.device)
+        cos, sin = decoder.rotary_emb(like, pos)
+        self._step.held = (cos[:, :width], sin[:, :width]) if width else None
+        self._step.own = (cos[:, width:], sin[:, width:])
+
+    def _inputs(self, decoder, kwargs, rebuilt):
+        """The model's inputs with the rebuilt tokens in front."""
+        if rebuilt.shape[1] == 0:
+            return {}
+        history = self.history
+        if "ids" in history.tables:
+            ids = kwargs["input_ids"]
+            return {"input_ids": torch.cat([history["ids"].gather(1, rebuilt).to(ids.dtype), ids], 1)}
+        new = kwargs.get("inputs_embeds")
+        new = decoder.get_input_embeddings()(kwargs["input_ids"]) if new is None else new
+        table = history["embeds"]
+        old = table.gather(1, rebuilt[..., None].expand(-1, -1, table.shape[2])).to(new.dtype)
+        return {"input_ids": None, "inputs_embeds": torch.cat([old, new], 1)}
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held; -1 before the first token."""
+        return self.history.batch_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        layers = [x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values)]
+        others = [x for x in (self.slots, self._table) if x is not None]
+        return sum(x.nbytes for x in layers + others) + self.history.nbytes
+
+    def reset(self) -> None:
+        """Forget every token."""
+        super().reset()
+        self._clear()
+
+    def _map(self, change):
+        for layer in self.layers:
+            layer.map(change)
+        self.history.map(change)
+        if self.slots is not None:
+            self.slots = change(self.slots)
+            self.last_rebuilt = change(self.last_rebuilt)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was: keys, values and all that is known of its tokens."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, in that order."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times in place."""
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def __deepcopy__(self, memo):
+        """A fork shares the scorer, which holds no state of its own."""
+        memo[id(self.scorer)] = self.scorer
+        return super().__deepcopy__(memo)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the cache to one safetensors file, all of it or nothing; not the scorer."""
+        if self.slots is None:
+            raise ValueError("This cache is empty: run the model on a prompt before saving it.")
+        tensors = {f"history.{name}": x for name, x in self.history.tensors().items()} | {"slots": self.slots}
+        for i, layer in enumerate(self.layers):
+            tensors |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
+        about: dict = {"settings": dataclasses.asdict(self.settings), "scorer": type(self.scorer).__name__}
+        about |= {"seen": self.get_seq_length(), "calls": self._calls, "num_layers": len(self.layers)}
+        write_tensors(path, tensors, type(self), about)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: nn.Module, controller: Scorer | str | None = None) -> "AdoreCache":
+        """Read what `save` wrote, for the same model and with the same kind of scorer.
+
+        Raises:
+            ValueError: a file of another kind of cache or of another model, or another scorer.
+        """
+        decoder: Any = decoder_of(model)
+        device = decoder.get_input_embeddings().weight.device
+        tensors, about = read_tensors(path, cls, device)
+        cache = cls(model, AdoreSettings(**about["settings"]), controller=controller)
+        held = [about["num_layers"], tensors["0.keys"].shape[1], tensors["0.keys"].shape[3]]
+        if held != sizes_of(decoder.config):
+            raise ValueError(
+                f"{path} was made for another model: it holds {held} (layers, key heads, head size), this one has "
+                f"{sizes_of(decoder.config)}."
+            )
+        if type(cache.scorer).__name__ != about["scorer"]:
+            raise ValueError(
+                f"{path} was made with a {about['scorer']}, this cache has a {type(cache.scorer).__name__}. Pass the "
+                "same as controller=."
+            )
+        cache.history = TokenHistory.of(
+            {name.removeprefix("history."): x for name, x in tensors.items() if name.startswith("history.")}
+        )
+        cache.settings = AdoreSettings(**about["settings"])  # a policy by name may have added sinks
+        cache.slots, cache._calls = tensors["slots"], about["calls"]
+        cache.last_rebuilt = cache.slots[:, :0]
+        for i, layer in enumerate(cache.layers):
+            layer.lazy_initialization(tensors[f"{i}.keys"], tensors[f"{i}.values"])
+            layer.keys, layer.values, layer.seen = tensors[f"{i}.keys"], tensors[f"{i}.values"], about["seen"]
+        return cache
+
+
+def _scorer(controller, decoder):
+    """The scorer that is meant, checked against the decoder."""
+    if isinstance(controller, str):
+        if controller not in POLICIES:
+            raise ValueError(f"controller must be a Scorer or one of {tuple(POLICIES)}; got {controller!r}.")
+        return POLICIES[controller]()
+    if not isinstance(controller, Scorer):
+        raise ValueError(f"controller must be a Scorer or one of {tuple(POLICIES)}; got {type(controller).__name__}.")
+    width = decoder.config.hidden_size
+    if isinstance(controller, Controller) and controller.sizes["embedding_size"] != width:
+        raise ValueError(
+            f"This controller reads embeddings of width {controller.sizes['embedding_size']} (it was made for "
+            f"{controller.sizes['base_model'] or 'a model without a name'}); the model's have {width}."
+        )
+    if isinstance(controller, Controller):
+        meant, name = controller.sizes["base_model"], decoder.config.name_or_path
+        if meant and name and meant != name:
+            logger.warning_once(f"This controller was trained for {meant}; the model is {name}.")
+    return controller

@@ -1,0 +1,270 @@
+"""What says how important a token is: ADORE's controller (arXiv:2407.02328), and policies that need no training.
+
+    z_i = GRU(rms_norm(x_i), z_{i-1})                                      x_i: embedding of token i
+    score_{n,i} = MLP(p_{n-i} + z_i + U z_n)     sigma = sigmoid(score)    for the current token n ("query")
+    score_{n,i} = MLP(p_{n-i} + z_i)                                       U = 0 ("distance")
+    score_i     = MLP(p_i + z_i)                                           the published formula ("static")
+
+B batch, T time, q new tokens, C candidates, D width of embeddings, h width of the GRU, F width of features.
+Scores are logits: a sigmoid changes no ranking, but rounds many large ones to the same 1.
+The MLP starts with a linear layer W, so W z_i is taken once a token, W p once a distance, and W U z_n once a step.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import initialization as init
+
+WEIGHTS, SIZES = "controller.safetensors", "controller.json"
+BUCKETS = 32  # of the learned embedding of distances: the last one starts at about 2^15
+SCORE_MODES = ("query", "distance", "static")
+POSITIONS = ("relative", "absolute", "learned")
+
+
+class Scorer(nn.Module):
+    """What an `AdoreCache` asks. Subclasses give `score`, and `read` where tokens have features of their own.
+
+    Attributes:
+        moving: whether the order of two tokens can change from step to step. If not, rebuilding gains nothing.
+    """
+
+    moving = True
+
+    def read(self, embeds, positions, real, state):
+        """Features (B, q, F) of new tokens and the state (B, S) after them, from theirs before (None at the start).
+
+        embeds: (B, q, D). positions: (B, q) int64. real: (B, q) bool; what is not leaves no trace in the state.
+        """
+        return embeds.new_zeros(*real.shape, 0), embeds.new_zeros(len(real), 0)
+
+    def table(self, length: int, like: torch.Tensor) -> torch.Tensor | None:
+        """Whatever `score` needs of the distances 0 .. length - 1."""
+        return None
+
+    def score(self, features, positions, now, state, table):
+        """(B, C) scores of tokens for the current token, whose position is `now` (B, 1) and whose state is (B, S).
+
+        features: (B, C, F). positions: (B, C) int. table: of at least as many distances as there are tokens.
+        """
+        raise ValueError(f"{type(self).__name__} gives no scores: subclasses of Scorer define score().")
+
+
+class RecencyPolicy(Scorer):
+    """The newer the better: a sliding window of the last tokens; with `sinks`, the set of StreamingLLM."""
+
+    moving = False
+
+    def score(self, features, positions, now, state, table):
+        """The position."""
+        return positions.float()
+
+
+class RandomPolicy(Scorer):
+    """Drawn anew at every step, by a hash of both positions: the same in every row, batch and run."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        self.seed = seed
+
+    def score(self, features, positions, now, state, table):
+        """Uniform in [0, 1)."""
+        mixed = positions.long() * 0x9E3779B1 + now * 0x85EBCA77 + self.seed * 0xC2B2AE3D
+        for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+            mixed = ((mixed ^ (mixed >> shift)) * factor) & 0x7FFFFFFF
+        return ((mixed ^ (mixed >> 15)) & 0xFFFFFF).float() / (1 << 24)
+
+
+# H2O is not among them: it ranks by attention received, which a cache that decides before layer 0 does not see.
+# `RecycledCache(policy="h2o")` is that rule as a cache of its own.
+POLICIES = {"recency": RecencyPolicy, "streaming": RecencyPolicy, "random": RandomPolicy}
+
+
+class ControllerLinear(nn.Linear):
+    """A linear layer of a controller, which starts as torch starts it whatever the decoder's own rule is."""
+
+    def reset_parameters(self):
+        """Uniform up to in_features ** -0.5."""
+        start(self)
+
+
+class ControllerGRU(nn.GRU):
+    """A GRU of a controller, likewise."""
+
+    def reset_parameters(self):
+        """Uniform up to hidden_size ** -0.5."""
+        start(self)
+
+
+class ControllerEmbedding(nn.Embedding):
+    """An embedding of a controller, likewise."""
+
+    def reset_parameters(self):
+        """Normal of a tenth."""
+        start(self)
+
+
+def start(module: nn.GRU | nn.Linear | nn.Embedding) -> None:
+    """Fill a controller's part; what came from a checkpoint stays."""
+    if isinstance(module, nn.Embedding):
+        init.normal_(module.weight, std=0.1)
+        return
+    width = module.hidden_size if isinstance(module, nn.GRU) else module.in_features
+    for parameter in module.parameters(recurse=False):
+        init.uniform_(parameter, -(width**-0.5), width**-0.5)
+
+
+class Controller(Scorer):
+    """ADORE's GRU and MLP over the decoder's frozen embeddings, one for all layers and heads.
+
+    Computes in its parameters' dtype, float32 unless it was moved. 3 h (D + h + 2) + ... parameters: 1.6M for D = 4096.
+
+    Args:
+        embedding_size: D.
+        hidden: h, even.
+        score_mode, pos, mlp_layers: see `AdoreConfig`.
+        base_model: name of the decoder that it is for; "" says nothing.
+        label_k: K of the labels that it was trained on.
+    """
+
+    def __init__(
+        self,
+        embedding_size: int,
+        hidden: int = 128,
+        score_mode: str = "query",
+        pos: str = "relative",
+        mlp_layers: int = 2,
+        base_model: str = "",
+        label_k: int = 96,
+    ):
+        super().__init__()
+        for name, value, allowed in (("score_mode", score_mode, SCORE_MODES), ("pos", pos, POSITIONS)):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
+        if min(embedding_size, hidden, mlp_layers) < 1 or hidden % 2:
+            raise ValueError(
+                "embedding_size and mlp_layers must be at least 1 and hidden even and at least 2; got "
+                f"{embedding_size}, {mlp_layers} and {hidden}."
+            )
+        self.sizes = dict(embedding_size=embedding_size, hidden=hidden, score_mode=score_mode, pos=pos)
+        self.sizes |= dict(mlp_layers=mlp_layers, base_model=base_model, label_k=label_k)
+        self.hidden, self.score_mode = hidden, score_mode
+        self.pos = "absolute" if score_mode == "static" and pos == "relative" else pos
+        self.gru = ControllerGRU(embedding_size, hidden, batch_first=True)
+        self.first = ControllerLinear(hidden, hidden if mlp_layers > 1 else 1)
+        inner = [[nn.ReLU(), ControllerLinear(hidden, hidden)] for _ in range(mlp_layers - 2)]
+        outer = [nn.ReLU(), ControllerLinear(hidden, 1)] if mlp_layers > 1 else []
+        self.rest = nn.Sequential(*(layer for pair in inner for layer in pair), *outer)
+        self.query = ControllerLinear(hidden, hidden, bias=False) if score_mode == "query" else None
+        self.distance = ControllerEmbedding(BUCKETS, hidden) if self.pos == "learned" else None
+
+    @property
+    def moving(self) -> bool:  # type: ignore[override]
+        """Static scores keep their order."""
+        return self.score_mode != "static"
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether positions enter as distances to the current token."""
+        return self.score_mode != "static" and self.pos != "absolute"
+
+    def encode(self, numbers: torch.Tensor) -> torch.Tensor:
+        """(..., h) for positions or distances (...): sines and cosines, or the embedding of a logarithmic bucket."""
+        if self.distance is not None:
+            octaves = torch.log2(numbers.double() + 1)  # two buckets an octave
+            return self.distance((2 * octaves).long().clamp(max=BUCKETS - 1))
+        half = self.hidden // 2
+        rates = torch.exp(torch.arange(half, device=numbers.device, dtype=torch.float64) * (-math.log(1e4) / half))
+        angles = numbers[..., None].double() * rates
+        return torch.cat([angles.sin(), angles.cos()], -1).to(self.first.weight.dtype)
+
+    def contexts(self, embeds, real=None, state=None):
+        """z (B, q, h) of tokens and z (B, h) after the last real one, from the state before them (None: none)."""
+        x = embeds.to(self.first.weight.dtype)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        if state is None:
+            state = x.new_zeros(len(x), self.hidden)
+        if x.is_cuda:
+            self.gru.flatten_parameters()  # loading and moving scatter them; a check only where they are in one piece
+        if real is None:
+            z, last = self.gru(x, state[None].contiguous())
+            return z, last[0]
+        order = real.int().argsort(dim=1, descending=True, stable=True)  # tokens first: the GRU never looks right
+        z, _ = self.gru(x.gather(1, order[..., None].expand_as(x)), state[None].contiguous())
+        count = real.sum(1)
+        at_end = (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, self.hidden)
+        last = torch.where(count[:, None] > 0, z.gather(1, at_end)[:, 0], state)
+        return z.gather(1, order.argsort(dim=1)[..., None].expand_as(z)), last
+
+    def read(self, embeds, positions, real, state):
+        """W z_i (+ W p_i of absolute positions) in the embeddings' dtype; of static scores, the score in full."""
+        z, state = self.contexts(embeds, real, state)
+        features = self.first(z)
+        if not self.is_relative:
+            features = features + self._turned(self.encode(positions))
+        if self.score_mode == "static":
+            return self.rest(features), state
+        return features.to(embeds.dtype), state
+
+    def table(self, length, like):
+        """(length, F): W p of the distances."""
+        if not self.is_relative:
+            return None
+        return self._turned(self.encode(torch.arange(length, device=like.device)))
+
+    def score(self, features, positions, now, state, table):
+        """See `Scorer`."""
+        if self.score_mode == "static":
+            return features[..., 0]
+        hidden = features.to(self.first.weight.dtype)
+        if table is not None:
+            hidden = hidden + table[(now - positions).clamp(min=0)]
+        if self.query is not None:
+            hidden = hidden + self._turned(self.query(state))[:, None]
+        return self.rest(hidden)[..., 0]
+
+    def forward(self, embeds: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """Scores (B, Q, T) of a text's tokens for the current tokens at `queries` (Q,), with their gradient.
+
+        embeds: (B, T, D). Those of tokens after their query mean nothing. Static scores are the same for each query.
+        """
+        z, _ = self.contexts(embeds)
+        at = torch.arange(embeds.shape[1], device=embeds.device)
+        features = self.first(z)[:, None]
+        if self.is_relative:
+            features = features + self._turned(self.encode((queries[:, None] - at).clamp(min=0)))
+        else:
+            features = features + self._turned(self.encode(at))
+        if self.query is not None:
+            features = features + self._turned(self.query(z[:, queries]))[:, :, None]
+        return self.rest(features)[..., 0].expand(-1, len(queries), -1)
+
+    def _turned(self, x):
+        """W x, without the bias that the features already have."""
+        return torch.nn.functional.linear(x, self.first.weight)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write `controller.safetensors` and `controller.json` into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: x.contiguous() for name, x in self.state_dict().items()}, folder / WEIGHTS)
+        (folder / SIZES).write_text(json.dumps(self.sizes, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Controller":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: a folder without a controller.
+        """
+        folder = Path(folder)
+        for name in (WEIGHTS, SIZES):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} holds no controller: {name} is missing. Train one, or pass its folder.")
+        controller = cls(**json.loads((folder / SIZES).read_text(encoding="utf-8")))
+        controller.load_state_dict(load_file(folder / WEIGHTS))
+        return controller.eval()

@@ -1,0 +1,81 @@
+"""What a call of a decoder of transformers takes and gives: its tokens, its mask, its output.
+
+B batch, T time, Q queries, K keys, H heads, D hidden size.
+"""
+
+import torch
+
+from scrubjay.modeling.wrapped import ATTENTION
+
+
+def check_decoder(decoder):
+    """Refuse what the cache cannot work with."""
+    chosen = decoder.config._attn_implementation
+    if chosen not in ATTENTION:
+        raise ValueError(
+            f"AdoreCache gives attention a mask of its own, which {chosen!r} does not take. Load the model with "
+            f"attn_implementation= one of {ATTENTION}."
+        )
+    if decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers):
+        raise ValueError(
+            "Gradient checkpointing runs layers twice and cannot advance a cache: pass past_key_values=None."
+        )
+    kind = (getattr(decoder.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise ValueError(
+            f"The frequencies of rope_type {kind!r} change with the length of the text, so keys cached at different "
+            "lengths do not fit each other. Load the model with a fixed rope_type; for texts beyond the length that it "
+            "was trained on, position_mode='compact' serves."
+        )
+
+
+def sizes_of(config):
+    """[layers, key heads, head size]."""
+    heads = config.num_key_value_heads
+    return [
+        config.num_hidden_layers,
+        heads,
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    ]
+
+
+def given(kwargs):
+    """The tokens of a call, as ids or embeddings."""
+    x = kwargs.get("inputs_embeds")
+    x = kwargs.get("input_ids") if x is None else x
+    if x is None:
+        raise ValueError("The decoder needs input_ids or inputs_embeds; got neither.")
+    return x
+
+
+def as_attention_takes_it(mask, decoder):
+    """(B, Q, K) bool to the 4-D mask of the decoder's attention: bool for sdpa, additive for eager."""
+    if decoder.config._attn_implementation == "sdpa":
+        return mask[:, None]
+    low = torch.finfo(decoder.dtype).min
+    return torch.zeros(mask.shape, dtype=decoder.dtype, device=mask.device).masked_fill_(~mask, low)[:, None]
+
+
+def each(change, *outputs):
+    """A model's output (or a tuple of its fields) with every field changed, from the fields of one or more."""
+    if isinstance(outputs[0], tuple):
+        return tuple(change(*fields) for fields in zip(*outputs, strict=True))
+    return type(outputs[0])(**{name: change(*(output[name] for output in outputs)) for name in outputs[0]})
+
+
+def cut(x, first):
+    """Hidden states (B, T, D) or probabilities (B, H, T, K), alone or in a tuple, without their first queries."""
+    if isinstance(x, tuple):
+        return tuple(cut(part, first) for part in x)
+    if isinstance(x, torch.Tensor):
+        return x[:, first:] if x.ndim == 3 else x[:, :, first:]
+    return x
+
+
+def joined(*parts):
+    """Hidden states (B, T, D) of several calls in a row; probabilities, whose keys differ, stay apart in a tuple."""
+    if isinstance(parts[0], tuple):
+        return tuple(joined(*layer) for layer in zip(*parts, strict=True))
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts, 1) if parts[0].ndim == 3 else parts
+    return parts[-1]

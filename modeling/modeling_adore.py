@@ -1,0 +1,86 @@
+"""Decoders that carry ADORE (adaptive token release, arXiv:2407.02328): Llama, Qwen2, Qwen3 or Mistral, whose own
+checkpoints load as they are, with a controller inside and an `AdoreCache` that generate() and forward make.
+
+No code and few details of the method are published. Departures and choices: scores follow the current token (under the
+published formula they are fixed, and rebuilding gains nothing); the controller is small; see `AdoreConfig` for each.
+The language-model loss does not train the controller, so its parameters ask for no gradient; see
+examples/train_adore_controller.py.
+"""
+
+from scrubjay.configuration.configuration_adore import AdoreConfig
+from scrubjay.modeling.cache_adore import AdoreCache
+from scrubjay.modeling.controller import Controller, ControllerEmbedding, ControllerGRU, ControllerLinear, start
+from scrubjay.modeling.wrapped import ZooWrapperForCausalLM, ZooWrapperModel
+
+
+class FrozenController:
+    """What both models below share: a controller that the language-model loss does not train."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, whose loading makes every parameter ask for a gradient."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        model.controller.requires_grad_(False)
+        return loaded
+
+
+class AdoreModel(FrozenController, ZooWrapperModel):
+    """The decoder without a head, and the controller."""
+
+    config_class = AdoreConfig
+    cache_class = AdoreCache
+    _keep_in_fp32_modules_strict = ["controller"]  # a GRU sums over the whole text
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.controller = Controller(
+            config.hidden_size,
+            config.controller_hidden,
+            config.score_mode,
+            config.controller_pos,
+            config.controller_mlp_layers,
+            config.base_config.name_or_path,
+            config.label_k,
+        ).requires_grad_(False)
+        self.post_init()
+
+    def _init_weights(self, module):
+        if isinstance(module, (ControllerLinear, ControllerGRU, ControllerEmbedding)):
+            start(module)
+        else:
+            super()._init_weights(module)
+
+    def set_controller(self, controller: Controller) -> None:
+        """Take the weights of a controller that was trained apart.
+
+        Raises:
+            ValueError: a controller of other sizes or another score mode than the configuration's.
+        """
+        made = ("embedding_size", "hidden", "score_mode", "pos", "mlp_layers")
+        got, needed = ({name: c.sizes[name] for name in made} for c in (controller, self.controller))
+        if got != needed:
+            raise ValueError(f"The configuration asks for a controller of {needed}; got one of {got}.")
+        self.controller.load_state_dict(controller.state_dict())
+        self.controller.sizes = dict(controller.sizes)
+
+
+class AdoreForCausalLM(FrozenController, ZooWrapperForCausalLM):
+    """The decoder, its head, and the controller."""
+
+    config_class = AdoreConfig
+    cache_class = AdoreCache
+    model_class = AdoreModel
+    _keep_in_fp32_modules_strict = ["controller"]
+
+    @property
+    def controller(self) -> Controller:
+        """That of the model without head."""
+        return self.model.controller
+
+    def set_controller(self, controller: Controller) -> None:
+        """See `AdoreModel.set_controller`."""
+        self.model.set_controller(controller)
+
+
+__all__ = ["AdoreForCausalLM", "AdoreModel"]
