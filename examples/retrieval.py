@@ -190,7 +190,12 @@ def answer(model: PreTrainedModel, make_cache: Callable, rows: np.ndarray, label
 
 def train_controller(model: PreTrainedModel, task: Task) -> Controller:
     """ADORE's controller for this decoder, taught on fresh rows what full attention looks at."""
-    sizes = {"cache_size": task.budget - task.rebuild, "rebuild": task.rebuild, "label_k": min(8, task.budget // 2), "label_agg": "max_head"}
+    sizes = {
+        "cache_size": task.budget - task.rebuild,
+        "rebuild": task.rebuild,
+        "label_k": min(8, task.budget // 2),
+        "label_agg": "max_head",
+    }
     config = AdoreConfig(base_config=model.config, **sizes)
     torch.manual_seed(task.seed)
     made = config.score_mode, config.controller_pos, config.controller_mlp_layers
