@@ -5,27 +5,39 @@ Importing the package registers its models with the Auto classes.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from scrubjay.configuration.configuration_adore import AdoreConfig
 from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.configuration.configuration_rodimus import RodimusConfig
 from scrubjay.configuration.configuration_ssd import SSDConfig
+from scrubjay.configuration.configuration_taipan import TaipanConfig
 from scrubjay.modeling.cache import RodimusCache, SSDCache
+from scrubjay.modeling.cache_adore import AdoreCache
 from scrubjay.modeling.cache_recycled import RecycledCache
+from scrubjay.modeling.cache_taipan import TaipanCache
+from scrubjay.modeling.modeling_adore import AdoreForCausalLM, AdoreModel
 from scrubjay.modeling.modeling_recycled import RecycledForCausalLM, RecycledModel
 from scrubjay.modeling.modeling_rodimus import RodimusForCausalLM, RodimusModel
 from scrubjay.modeling.modeling_ssd import SSDForCausalLM, SSDModel
+from scrubjay.modeling.modeling_taipan import TaipanForCausalLM, TaipanModel
 
 __version__ = "0.1.0"
 
 for _config, _model, _causal_lm in (
     (SSDConfig, SSDModel, SSDForCausalLM),
     (RodimusConfig, RodimusModel, RodimusForCausalLM),
+    (TaipanConfig, TaipanModel, TaipanForCausalLM),
     (RecycledConfig, RecycledModel, RecycledForCausalLM),
+    (AdoreConfig, AdoreModel, AdoreForCausalLM),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
     AutoModelForCausalLM.register(_config, _causal_lm)
 
 __all__ = [
+    "AdoreCache",
+    "AdoreConfig",
+    "AdoreForCausalLM",
+    "AdoreModel",
     "RecycledCache",
     "RecycledConfig",
     "RecycledForCausalLM",
@@ -38,4 +50,8 @@ __all__ = [
     "SSDConfig",
     "SSDForCausalLM",
     "SSDModel",
+    "TaipanCache",
+    "TaipanConfig",
+    "TaipanForCausalLM",
+    "TaipanModel",
 ]

@@ -75,16 +75,21 @@ class RecycledConfig(WrappedConfig):
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
             raise ValueError(f"pool_kernel must be odd and at least 1; got {self.pool_kernel}.")
-        if self.keep_recent < 0 or self.n_sink < 0 or self.keep_recent + self.sinks > self.budget:
+        if self.keep_recent < 0 or self.n_sink < 0 or max(self.recent, 1) + self.sinks > self.budget:
             raise ValueError(
-                "keep_recent and n_sink must be 0 or more and together fit the budget; got "
-                f"{self.keep_recent} + {self.sinks} and a budget of {self.budget}."
+                "keep_recent (for h2o half the budget; at least the new token) and n_sink must be 0 or more and fit "
+                f"the budget together; got {self.recent} + {self.sinks} and a budget of {self.budget}."
             )
         if self.train_tail < 0:
             raise ValueError(f"train_tail must be 0 or more; got {self.train_tail}.")
         layers = self.base_config.num_hidden_layers
         if any(not isinstance(i, int) or not 0 <= i < layers for i in self.full_layers):
             raise ValueError(f"full_layers must be layer indices from 0 to {layers - 1}; got {list(self.full_layers)}.")
+
+    @property
+    def recent(self) -> int:
+        """Newest tokens that are kept whatever they score."""
+        return self.budget // 2 if self.policy == "h2o" else self.keep_recent
 
     @property
     def sinks(self) -> int:

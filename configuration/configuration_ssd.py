@@ -77,7 +77,7 @@ class SSDConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 0
 
     def __post_init__(self, **kwargs):
-        if kwargs.pop("model_type", self.model_type) != "scrubjay_ssd":
+        if kwargs.pop("model_type", self.model_type) != type(self).model_type:
             # another library's Mamba-2 file: its sizes hold here, the chunk that suits its kernels would only cost time
             self.chunk_size = type(self).chunk_size
         inner = self.inner_size

@@ -23,15 +23,22 @@ import numpy as np
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
 
-from scrubjay import RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM
+from scrubjay import (
+    RodimusConfig,
+    RodimusForCausalLM,
+    SSDConfig,
+    SSDForCausalLM,
+    TaipanConfig,
+    TaipanForCausalLM,
+)
 from scrubjay.examples.report import FULL, OURS, commit, machine, versions
 
 RESULTS = Path(__file__).resolve().parent / "results" / "mqar.json"
-MODELS = ("ssd", "rodimus", "rodimus_plus", "mamba2")
+MODELS = ("ssd", "rodimus", "rodimus_plus", "taipan", "mamba2")
 IGNORED = -100  # the label that transformers' loss skips
 HEAD_DIM = 64  # value width of one head: the same in SSD and in transformers' Mamba2, so that they are the same model
 WINDOW = 16  # keys that Rodimus+'s attention sees: fewer than list and queries span, so the state has to do the rest
-COLORS = {"ssd": OURS, "rodimus": FULL, "rodimus_plus": "#6a4c93", "mamba2": "#8a8a8a"}
+COLORS = {"ssd": OURS, "rodimus": FULL, "rodimus_plus": "#6a4c93", "taipan": "#1b7f5c", "mamba2": "#8a8a8a"}
 SOLVED = 0.999  # validation accuracy at which training stops
 
 
@@ -135,9 +142,23 @@ def build_model(run: Run) -> PreTrainedModel:
     if run.model == "rodimus_plus":
         attention = {"num_attention_heads": 2, "sliding_window": WINDOW}
         return RodimusForCausalLM(RodimusConfig(**sizes, block_type="rodimus_plus", **attention))
+    if run.model == "taipan":
+        # Keys of the whole sequence, but queries of as many tokens as there are questions: the gate has to find them.
+        attention = {"attention_every": 1, "sliding_window": run.length, "capacity": run.pairs / run.length}
+        width = {"intermediate_size": feed_forward_width(run), "head_dim": HEAD_DIM, "tie_word_embeddings": False}
+        # From 0.02, which suits widths of a thousand, attention at 64 learned nothing in 2000 steps.
+        start = {"initializer_range": run.hidden_size**-0.5}
+        return TaipanForCausalLM(TaipanConfig(**sizes, **attention, **width, **start))
     if run.model == "rodimus":
         return RodimusForCausalLM(RodimusConfig(**sizes, block_type="rodimus"))
     raise ValueError(f"model must be one of {MODELS}, got {run.model!r}.")
+
+
+def feed_forward_width(run: Run) -> int:
+    """Width with which Taipan's selective layer has as many parameters as the Mamba-2 block of `ssd` in its place."""
+    d, inner = run.hidden_size, 2 * run.hidden_size
+    block = d * (3 * inner + 2 * run.state_size + inner // HEAD_DIM)  # of both projections, nearly all there is
+    return max((block - 4 * d * d) // (3 * d), 8)
 
 
 def build_optimizer(model: PreTrainedModel, run: Run):
@@ -159,6 +180,13 @@ def accuracy(model: PreTrainedModel, inputs: np.ndarray, labels: np.ndarray, bat
         logits = model(input_ids=torch.from_numpy(inputs[start : start + batch_size]), use_cache=False).logits
         right += (logits.argmax(-1).numpy() == labels[start : start + batch_size]).sum()
     return float(right / (labels != IGNORED).sum())
+
+
+@torch.no_grad()
+def selection(model: PreTrainedModel, inputs: np.ndarray) -> dict:
+    """{"selected": share of tokens that attend in each selective layer}, for a model that has such layers."""
+    rates = getattr(model(input_ids=torch.from_numpy(inputs), use_cache=False), "selection", None)
+    return {} if rates is None else {"selected": [round(rate, 4) for rate in rates[:, 0].tolist()]}
 
 
 def training_batch(run: Run, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,6 +235,7 @@ def train(run: Run, *, eval_every: int = 100, num_validation: int = 256, num_tes
     return {
         "settings": asdict(run),
         "test_accuracy": round(accuracy(model, *test), 4),
+        **selection(model, validation[0]),
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(time.perf_counter() - started, 1),
         "curve": curve,

@@ -3,11 +3,13 @@
 from dataclasses import dataclass, replace
 
 # About 5M parameters each at the width below. Rates: the best of 2e-3, 4e-3 and 8e-3 in runs of 0.3M to 0.5M tokens,
-# the baseline's too, so that nothing is held against a badly tuned model (ssd: of the first two; rodimus: not tried).
+# the baseline's too, so that nothing is held against a badly tuned model (ssd: of the first two; rodimus and taipan:
+# not tried).
 MODELS: dict[str, dict] = {
     "rodimus_plus": {"num_hidden_layers": 4, "learning_rate": 4e-3},
     "rodimus": {"num_hidden_layers": 7, "learning_rate": 4e-3},
     "ssd": {"num_hidden_layers": 8, "learning_rate": 4e-3},
+    "taipan": {"num_hidden_layers": 7, "learning_rate": 4e-3},
     "llama": {"num_hidden_layers": 5, "learning_rate": 2e-3},
 }
 

@@ -26,7 +26,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from scrubjay import RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM
+from scrubjay import (
+    RodimusConfig,
+    RodimusForCausalLM,
+    SSDConfig,
+    SSDForCausalLM,
+    TaipanConfig,
+    TaipanForCausalLM,
+)
 from scrubjay.examples.recipe import Recipe
 
 TIMED_STEPS = 6  # the first two also build the optimiser's state and are left out
@@ -91,6 +98,8 @@ def build_model(name: str, recipe: Recipe, vocab_size: int, eos_token_id: int) -
         return RodimusForCausalLM(RodimusConfig(block_type="rodimus", **sizes))
     # half of what is seen in training, so that the state has to carry what the window forgets
     window = recipe.length // 2
+    if name == "taipan":  # a selective layer after every two blocks: with six it would have one
+        return TaipanForCausalLM(TaipanConfig(attention_every=2, sliding_window=window, **sizes))
     return RodimusForCausalLM(RodimusConfig(block_type="rodimus_plus", sliding_window=window, **sizes))
 
 

@@ -10,6 +10,8 @@ q: (B, H, P)   k, v: (B, G, n, P)   real: (B, n) bool, which keys are tokens; No
 The logarithm orders keys as the probability does, without a floor at which small ones become equal.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -39,7 +41,7 @@ def decode(q, k, v, scale, real=None):
     """
     B, H, P = q.shape
     mask = None if real is None else (real[:, None, None] if real.ndim == 2 else real[:, :, None])
-    packed = q.view(B, k.shape[1], -1, P)
+    packed = q.reshape(B, k.shape[1], -1, P)
     return F.scaled_dot_product_attention(packed, k, v, mask, scale=scale).reshape(B, H, P)
 
 
@@ -47,11 +49,7 @@ def decode(q, k, v, scale, real=None):
 def decode_with_scores(q, k, v, scale, real=None):
     """`decode`, and the log-probabilities (B, H, n) in float32, with one pass over k and one over v."""
     (B, H, P), G = q.shape, k.shape[1]
-    scores = _products(q.view(B, G, -1, P), k, transposed=True).view(B, H, -1)
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32)).mul_(scale)
-    if real is not None:
-        scores.masked_fill_(~_by_head(real, H), -torch.inf)
-    logp = scores.log_softmax(-1)
+    logp = scores_of(q, k, scale, real)
     o = _products(logp.exp().to(v.dtype).view(B, G, H // G, -1), v)
     return o.view(B, H, P), logp
 
@@ -59,8 +57,9 @@ def decode_with_scores(q, k, v, scale, real=None):
 @without_autocast
 def scores_of(q, k, scale, real=None):
     """Log-probabilities (B, H, n) of queries q (B, H, P) alone."""
-    scores = _products(q.view(q.shape[0], k.shape[1], -1, q.shape[2]), k, transposed=True).flatten(1, 2)
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32)).mul_(scale)
+    power = _power(scale)
+    scores = _products((q * power).unflatten(1, (k.shape[1], -1)), k, transposed=True).flatten(1, 2)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)).mul_(scale / power)
     if real is not None:
         scores.masked_fill_(~_by_head(real, q.shape[1]), -torch.inf)
     return scores.log_softmax(-1)
@@ -76,10 +75,10 @@ def received(q, k, scale, seen):
     (B, H, T, P), G = q.shape, k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     total = torch.zeros(B, G, k.shape[2], dtype=wide, device=q.device)
-    seen = seen.expand(B, G, -1, -1)[:, :, None]
+    seen, power = seen.expand(B, G, -1, -1)[:, :, None], _power(scale)
     for start in range(0, T, BLOCK):
-        block = q[:, :, start : start + BLOCK].reshape(B, G, -1, P)
-        scores = torch.matmul(block, k.mT).to(wide).view(B, G, H // G, -1, k.shape[2]) * scale
+        block = q[:, :, start : start + BLOCK].reshape(B, G, -1, P) * power
+        scores = torch.matmul(block, k.mT).to(wide).view(B, G, H // G, -1, k.shape[2]) * (scale / power)
         p = scores.masked_fill(~seen[:, :, :, start : start + BLOCK], -torch.inf).softmax(-1).nan_to_num(0.0)
         total += p.amax(2).sum(2)
     return total
@@ -91,8 +90,8 @@ def pooled(logp, groups, reduce="max", kernel=7, real=None):
     Args:
         groups: G.
         reduce: over the heads of a group: "max", "mean" (of probabilities) or "first".
-        kernel: odd; each score becomes the largest among that many neighbours. 1: no pooling.
-        real: keys that are not tokens score -inf, before pooling and after it, when their neighbours leak into them.
+        kernel: odd; each score becomes the largest among that many neighbouring tokens. 1: no pooling.
+        real: keys that are not tokens score -inf, and tokens on both sides of them are neighbours.
     """
     by_group = logp.view(logp.shape[0], groups, -1, logp.shape[-1])
     if reduce == "max":
@@ -101,27 +100,35 @@ def pooled(logp, groups, reduce="max", kernel=7, real=None):
         scores = by_group.logsumexp(2)  # the mean of probabilities, up to a constant
     else:
         scores = by_group[:, :, 0]
-    if kernel > 1:
+    if kernel > 1 and real is None:
         scores = F.max_pool1d(scores, kernel, stride=1, padding=kernel // 2)
+    elif kernel > 1:
+        order = _by_head(real, groups).expand_as(scores).int().argsort(dim=-1, stable=True)  # tokens become neighbours
+        near = F.max_pool1d(scores.gather(-1, order), kernel, stride=1, padding=kernel // 2)
+        scores = torch.empty_like(scores).scatter_(-1, order, near)
     return scores if real is None else scores.masked_fill(~_by_head(real, groups), -torch.inf)
 
 
 def top(scores, budget, recent=0, sinks=0, real=None):
     """Indices (B, G, M) of the keys to keep, in ascending order of their scores (B, G, n); M = min(budget, n).
 
+    Of equal scores, which pooling makes many of, the later key is the higher: wherever a row stands in a padded batch.
+    What is no number is the lowest.
+
     Args:
-        recent: last keys that are kept whatever they score. sinks: first real keys likewise; they stand last of all.
+        recent: last tokens that are kept whatever they score. sinks: first ones likewise; they stand last of all.
     """
-    scores = scores.clone()
-    if recent:
-        scores[..., -recent:] = torch.finfo(scores.dtype).max
-    if sinks:
-        first = torch.arange(scores.shape[-1], device=scores.device) < sinks
-        first = first if real is None else _by_head(real & (real.cumsum(-1) <= sinks), scores.shape[1])
-        scores.masked_fill_(first, torch.inf)
-    if real is not None:
-        scores.masked_fill_(~_by_head(real, scores.shape[1]), -torch.inf)
-    return scores.topk(min(budget, scores.shape[-1]), sorted=True).indices.flip(-1)
+    (B, G, n), M = scores.shape, min(budget, scores.shape[-1])
+    real = torch.ones(1, n, dtype=torch.bool, device=scores.device) if real is None else real
+    newest, first = real.flip(-1).cumsum(-1).flip(-1) <= recent, real.cumsum(-1) <= sinks
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
+    scores = scores.masked_fill(_by_head(newest, G), torch.finfo(scores.dtype).max)
+    scores = scores.masked_fill(_by_head(first, G), torch.inf).masked_fill(~_by_head(real, G), -torch.inf)
+    least = scores.topk(M).values[..., -1:]
+    above, equal = scores > least, scores == least
+    equal &= equal.flip(-1).cumsum(-1).flip(-1) <= M - above.sum(-1, keepdim=True)
+    index = (above | equal).nonzero()[:, -1].view(B, G, M)
+    return index.gather(-1, scores.gather(-1, index).argsort(dim=-1, stable=True))
 
 
 def gather(x, index):
@@ -178,6 +185,11 @@ def _products(rows, x, transposed=False):
     B, G = x.shape[:2]
     heads = [(x[b, g] @ rows[b, g].t()).t() if transposed else rows[b, g] @ x[b, g] for b in range(B) for g in range(G)]
     return torch.stack(heads).view(B, G, *heads[0].shape)
+
+
+def _power(scale):
+    """The power of two next to `scale`: by it queries are multiplied exactly, and float16 holds their products."""
+    return 2.0 ** round(math.log2(scale))
 
 
 def _by_head(real, heads):

@@ -3,6 +3,7 @@ would have done, unless the keys come from such a cache, whose layer then decide
 """
 
 import sys
+import zlib
 from functools import partial
 
 from transformers import AttentionInterface
@@ -12,7 +13,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from scrubjay.kernels.recycle import attend_tail
 from scrubjay.modeling.wrapped import ATTENTION
 
-NAMES = {stock: f"scrubjay_recycled_{stock}" for stock in ATTENTION}
+# the code that travels with a checkpoint is another copy of this module, with an attention of its own
+_COPY = "" if __name__.startswith("scrubjay.") else f"_{zlib.crc32(__name__.encode()):08x}"
+PREFIX = "scrubjay_recycled"
+NAMES = {stock: f"{PREFIX}{_COPY}_{stock}" for stock in ATTENTION}
 
 
 def recycled_attention(stock, module, query, key, value, attention_mask, *, scaling, recycled_tail=None, **kwargs):

@@ -4,6 +4,7 @@ B batch, T time, D hidden size, V vocabulary.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ class ZooPreTrainedModel(PreTrainedModel):
 class ZooModel(ZooPreTrainedModel):
     """Embedding, blocks, final norm. Subclasses give `block_class`, called as block(x, layout, past_key_values=)."""
 
-    block_class: type[nn.Module]
+    block_class: Callable[..., nn.Module]
     norm_eps_name = "rms_norm_eps"
     has_padding_row = False  # whether the embedding of pad_token_id is zero and learns nothing
 
@@ -141,13 +142,21 @@ class ZooModel(ZooPreTrainedModel):
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
-        states = []
+        states: list[torch.Tensor] = []
+        notes: list[torch.Tensor] = []
         for block in self.layers:
             if output_hidden_states:
                 states.append(plan.leave(x))
-            x = self._run(block, x, layout, cache)
+            x = self._run(block, x, layout, cache, notes)
         x = plan.leave(self.norm(x))
-        return BaseModelOutputWithPast(x, cache if use_cache else None, (*states, x) if output_hidden_states else None)
+        hidden_states = (*states, x) if output_hidden_states else None
+        return self.output(
+            notes, last_hidden_state=x, past_key_values=cache if use_cache else None, hidden_states=hidden_states
+        )
+
+    def output(self, notes, **fields):
+        """What forward returns. `notes`: what blocks gave beside their output, in order."""
+        return BaseModelOutputWithPast(**fields)
 
     def _embedded(self, input_ids, inputs_embeds):
         if (input_ids is None) == (inputs_embeds is None):
@@ -183,14 +192,22 @@ class ZooModel(ZooPreTrainedModel):
             return None, False
         return self.cache_class(self.config), True
 
-    def _run(self, block, x, layout, cache):
-        """One block over all columns, in segments where that is faster."""
+    def _run(self, block, x, layout, cache, notes):
+        """One block over all columns, in segments where that is faster.
+
+        A block gives its output, or a pair: the output, and sums over tokens that are kept in `notes`.
+        """
         T = x.shape[1]
         if T <= SEGMENT or torch.is_grad_enabled() or x.device.type != "cpu" or layout.cu_seqlens is not None:
-            return block(x, layout, past_key_values=cache)
-        carrier = cache if cache is not None else self.cache_class(self.config)
-        cuts = [(start, min(start + SEGMENT, T)) for start in range(0, T, SEGMENT)]
-        return torch.cat([block(x[:, a:b], layout.segment(a, b), past_key_values=carrier) for a, b in cuts], 1)
+            outs = [block(x, layout, past_key_values=cache)]
+        else:
+            carrier = cache if cache is not None else self.cache_class(self.config)
+            cuts = [(start, min(start + SEGMENT, T)) for start in range(0, T, SEGMENT)]
+            outs = [block(x[:, a:b], layout.segment(a, b), past_key_values=carrier) for a, b in cuts]
+        if isinstance(outs[0], tuple):
+            outs, sums = zip(*outs, strict=True)
+            notes.append(sum(sums))
+        return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 
 
 def causal_lm_loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs):
@@ -261,7 +278,12 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None or loss_kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
-        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        out = CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        return self.output(out, outputs, labels, **loss_kwargs)
+
+    def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None):
+        """What forward returns: `out`, to which a model may add what its blocks gave beside the hidden states."""
+        return out
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give generate() the model's own cache; `cache_implementation` may be "dynamic" or "offloaded"."""

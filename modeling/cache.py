@@ -152,7 +152,7 @@ class WindowStateLayer(StateLayer):
         steps = min(self.window - 1, self.seen)
         at = self.counts[:, None] + torch.arange(-steps, 0, device=self.counts.device)
         slots = at % self.window
-        return _take(self.keys, slots).transpose(1, 2), _take(self.values, slots).transpose(1, 2), at >= 0
+        return take_slots(self.keys, slots).transpose(1, 2), take_slots(self.values, slots).transpose(1, 2), at >= 0
 
     def append(self, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Write the last W real steps of k (B, T, K, P) and v (B, T, V, P); `lengths` (B,) are real, None: all T."""
@@ -161,8 +161,8 @@ class WindowStateLayer(StateLayer):
         steps = ends[:, None] + torch.arange(-min(columns, self.window), 0, device=k.device)
         slots = (self.counts[:, None] + steps) % self.window
         real = None if lengths is None else steps >= 0
-        self.keys = _put(self.keys, slots, _take(k.transpose(1, 2), steps.clamp(min=0)), real)
-        self.values = _put(self.values, slots, _take(v.transpose(1, 2), steps.clamp(min=0)), real)
+        self.keys = put_slots(self.keys, slots, take_slots(k.transpose(1, 2), steps.clamp(min=0)), real)
+        self.values = put_slots(self.values, slots, take_slots(v.transpose(1, 2), steps.clamp(min=0)), real)
 
     def held(self, new: int = 0) -> torch.Tensor:
         """(B, W): slots that hold a token once `new` more have been written."""
@@ -173,16 +173,16 @@ def _at(slots: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return slots[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
 
 
-def _take(ring: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+def take_slots(ring: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """(B, K, W, P), (B, S) -> (B, K, S, P)."""
     return ring.gather(2, _at(slots, ring))
 
 
-def _put(ring: torch.Tensor, slots: torch.Tensor, new: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+def put_slots(ring: torch.Tensor, slots: torch.Tensor, new: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """Write (B, K, S, P) to slots (B, S), distinct in a row. In place unless a gradient may need what was there."""
     new = new.to(ring.dtype)
     if real is not None:
-        new = torch.where(real[:, None, :, None], new, _take(ring, slots))
+        new = torch.where(real[:, None, :, None], new, take_slots(ring, slots))
     if torch.is_grad_enabled():
         return ring.scatter(2, _at(slots, ring), new)
     return ring.scatter_(2, _at(slots, ring), new)
@@ -200,10 +200,15 @@ class StateCache(Cache):
         self._build(self.layout(getattr(config, "config", config)), offload)
 
     def _build(self, layout: dict, offload: bool) -> None:
-        kind = WindowStateLayer if "keys" in layout["shapes"] else StateLayer
-        super().__init__(layers=[kind(**layout["shapes"]) for _ in range(layout["num_layers"])])
+        super().__init__(layers=self.make_layers(layout))
         self.shape = layout
         self.offload_layers = offload
+
+    @staticmethod
+    def make_layers(layout: dict) -> list[CacheLayerMixin]:
+        """Empty layers for a `layout`."""
+        kind = WindowStateLayer if "keys" in layout["shapes"] else StateLayer
+        return [kind(**layout["shapes"]) for _ in range(layout["num_layers"])]
 
     @staticmethod
     def layout(config) -> dict:

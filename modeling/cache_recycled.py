@@ -14,14 +14,13 @@ from torch import nn
 from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.configuration.configuration_wrapped import WrappedConfig
 from scrubjay.kernels.recycle import decode, decode_with_scores, top
-from scrubjay.modeling.attention_recycled import NAMES
+from scrubjay.modeling.attention_recycled import NAMES, PREFIX
 from scrubjay.modeling.cache import read_tensors, write_tensors
 from scrubjay.modeling.evicting import EvictingLayer
-from scrubjay.modeling.kept_keys import Call, KeepingLayer, Kept
+from scrubjay.modeling.kept_keys import TAIL, Call, KeepingLayer, Kept
 from scrubjay.modeling.wrapped import AttachedCache, decoder_of
 
 GROWTH = 1.25  # of the full buffer when it is full
-TAIL = 64  # queries remembered, and so columns that `crop` may take back
 SETTINGS = sorted({field.name for field in fields(RecycledConfig)} - {field.name for field in fields(WrappedConfig)})
 
 
@@ -29,11 +28,12 @@ class RecycledLayer(KeepingLayer):
     """All keys and values in one buffer, and the K that partial steps attend.
 
     full_keys, full_values: (B, G, capacity, P), `seen` columns in use. tail: (B, H, 64, P), the query of column c at
-    c mod 64. waiting: (B, G, n) scores of the last full step, from which `kept` is chosen when a partial step needs it.
-    reference: (B, P), mean query of the last full step.
+    c mod 64; where c is padding, that of the token before it. waiting: (B, G, n) scores of the last full step, from
+    which `kept` is chosen when a partial step needs it. Under the dynamic schedule, means: (B, 1, 64, P), the mean of
+    `tail` over the heads, and reference: (B, P), that of the last full step.
     """
 
-    names = ("full_keys", "full_values", "tail", "waiting", "reference")
+    names = ("full_keys", "full_values", "tail", "means", "waiting", "reference")
     counters = ("seen", "since", "oldest", "full_steps", "partial_steps")
     is_croppable = True
 
@@ -60,62 +60,95 @@ class RecycledLayer(KeepingLayer):
 
     def attend(self, query, key, value, scaling):
         """(B, T, H, P), or None to attend all keys as the model always does."""
-        first = self.tail is None
+        settings, first = self.settings, self.tail is None
+        short = self.exact_when_short and self.seen <= settings.budget
         self.note(query)
-        short = self.exact_when_short and self.seen <= self.settings.budget
-        if first or short or query.shape[2] > 1:
-            self.renew(query[:, :, -1])
+        if first or query.shape[2] > 1:
+            self.renew()
             return None
-        q = query[:, :, 0]
-        if self.settings.policy == "full" or self.layer_idx in self.settings.full_layers:
-            return decode(q, key, value, scaling, self.real_until(self.seen))[:, None]
-        step = self.full_step if self.wants_all(q) else self.partial_step
+        if settings.policy == "full" or self.layer_idx in settings.full_layers:
+            return None if short else decode(query[:, :, 0], key, value, scaling, self.real_until(self.seen))[:, None]
+        full = self.wants_all()
+        self.full_steps += full
+        self.partial_steps += not full
+        if settings.schedule == "fixed" and settings.stride == 1 and settings.full_output:
+            return None
         with torch.no_grad():
-            return step(q, key, value, scaling)[:, None]
+            if short:
+                return self.short_step(full, key, scaling)
+            step = self.full_step if full else self.partial_step
+            return step(self.query_of(self.seen), key, value, scaling)[:, None]
 
     def note(self, query):
         """Remember the last queries, from which a later choice may have to be made."""
-        last = query[:, :, -TAIL:].detach()
+        last = self.call.last(query, TAIL).detach()
+        start, new = self.seen - last.shape[2], {"tail": last}
+        if self.settings.schedule == "dynamic":
+            new["means"] = self.mean_of(last)[:, None]
         if self.tail is None:
-            self.tail, self.oldest = last.new_zeros(*last.shape[:2], TAIL, last.shape[3]), self.seen - last.shape[2]
-        columns = torch.arange(self.seen - last.shape[2], self.seen, device=last.device)
-        self.tail[:, :, columns % TAIL] = last
+            self.oldest = start
+        columns = torch.arange(start, self.seen, device=last.device)
+        for name, rows in new.items():
+            held = getattr(self, name)
+            if held is None:
+                held = rows.new_zeros(*rows.shape[:2], TAIL, rows.shape[3])
+            elif self.call.source is not None:  # no token in this call so far: the one before it
+                before = held[:, :, (self.seen - query.shape[2] - 1) % TAIL, None]
+                rows = torch.where(self.call.source[:, None, :, None] < 0, before, rows)
+            held[:, :, columns % TAIL] = rows
+            setattr(self, name, held)
         self.oldest = max(self.oldest, self.seen - TAIL)
 
-    def renew(self, q):
+    def query_of(self, columns):
+        """(B, H, P): of the last token of the first `columns`."""
+        return self.tail[:, :, (columns - 1) % TAIL]
+
+    def mean_of(self, queries):
+        """(B, H, m, P) -> (B, m, P); where `qsim_space` is "pre", turned back to position 0, alike for all heads."""
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        mean = queries.to(wide).mean(1)
+        if self.settings.qsim_space == "post":
+            return mean
+        cos, sin = (x.to(wide) for x in self.call.rotary)
+        a, b = mean.chunk(2, -1)
+        return mean * cos + torch.cat([b, -a], -1) * sin
+
+    def renew(self):
         """All keys were attended: what was kept is stale."""
         self.kept = self.waiting = None
         self.since = 0
-        self.reference = self.mean_query(q) if self.settings.schedule == "dynamic" else None
+        self.refer()
 
-    def wants_all(self, q):
+    def refer(self):
+        """Later queries are compared with that of the last column."""
+        if self.means is not None:
+            self.reference = self.means[:, 0, (self.seen - 1) % TAIL].clone()
+
+    def wants_all(self):
         """Whether this decode step is a full one."""
         self.since += 1
         if self.settings.schedule == "fixed":
             return self.since % self.settings.stride == 0
         if self.since % self.settings.qc:
             return False
-        now = self.mean_query(q)
+        now = self.means[:, 0, (self.seen - 1) % TAIL]
         apart = torch.cosine_similarity(now, self.reference, dim=-1) <= self.settings.threshold
         return bool(apart.any() if self.settings.qsim_batch == "any" else apart.all())
 
-    def mean_query(self, q):
-        """(B, H, P) -> (B, P); where `qsim_space` is "pre", turned back to position 0, alike for all heads."""
-        mean = q.mean(1).float()
-        if self.settings.qsim_space == "post":
-            return mean
-        cos, sin = (x[:, -1].float() for x in self.call.rotary)
-        a, b = mean.chunk(2, -1)
-        return mean * cos + torch.cat([b, -a], -1) * sin
+    def short_step(self, full, k, scaling):
+        """All keys fit the budget and are attended: only the order in which they will be evicted is noted."""
+        if full:
+            self.refer()
+        if full or self.waiting is None:
+            columns = self.seen - (not full)
+            self.waiting = self.scored(self.query_of(columns), k[:, :, :columns], scaling, self.real_until(columns))
 
     def full_step(self, q, k, v, scaling):
         """Attend all keys and remember how; the K best are gathered when a partial step comes."""
-        self.full_steps += 1
         real = self.real_until(self.seen)
         out, logp = decode_with_scores(q, k, v, scaling, real)
         self.kept, self.waiting = None, self.pool(logp, k.shape[1], real)
-        if self.settings.schedule == "dynamic":
-            self.reference = self.mean_query(q)
+        self.refer()
         if not self.settings.full_output:
             self.choose(k, v, scaling)
             keys, values, real = self.kept.held()
@@ -124,7 +157,6 @@ class RecycledLayer(KeepingLayer):
 
     def partial_step(self, q, k, v, scaling):
         """Attend what is kept, the new token among it."""
-        self.partial_steps += 1
         if self.kept is None:
             self.choose(k[:, :, :-1], v[:, :, :-1], scaling)
         self.put_newest(k[:, :, -1:], v[:, :, -1:])
@@ -132,27 +164,37 @@ class RecycledLayer(KeepingLayer):
         return decode(q, keys, values, scaling, real)
 
     def choose(self, k, v, scaling):
-        """Keep the K best of the keys (B, G, n, P), as the query of the last of these columns attended them."""
+        """Keep the K best of the keys (B, G, n, P), as the last token of the last full step attended them.
+
+        Tokens since then, while all fitted the budget, follow.
+        """
         settings, columns = self.settings, k.shape[2]
         real, scores = self.real_until(columns), self.waiting
         if scores is None:
-            scores = self.scored(self.tail[:, :, (columns - 1) % TAIL], k, scaling, real)
-        index = top(scores, settings.budget, settings.keep_recent, settings.sinks, real)
+            scores = self.scored(self.query_of(columns), k, scaling, real)
+        known = scores.shape[2]
+        index = top(scores, settings.budget, settings.recent, settings.sinks, self.real_until(known))
+        if known < columns:
+            since = torch.arange(known, columns, device=k.device).expand(*index.shape[:2], -1)
+            index = torch.cat([index, since], 2)
         self.kept = Kept(k, v, index, self.capacity, real, self.pinned(columns, k))
         self.waiting = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last columns (a negative count, as transformers passes it)."""
-        columns = self.seen - abs(tokens_to_remove)
-        if columns == self.seen:
+        tokens_to_remove = int(tokens_to_remove)  # assisted generation counts with a tensor
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of columns to forget; got {tokens_to_remove}.")
+        if tokens_to_remove == 0:
             return
+        columns = self.seen + tokens_to_remove
         if columns <= self.oldest:
             raise ValueError(
                 f"The queries of the last {self.seen - self.oldest} columns are remembered, and a crop needs one that "
                 f"stays; got {tokens_to_remove}. Keep a copy (copy.deepcopy(cache)) to go further back."
             )
-        self.seen, self.since = columns, 0
-        self.kept = self.waiting = None
+        self.seen = columns
+        self.renew()
 
 
 def _appended(buffer, new, used):
@@ -199,7 +241,7 @@ class RecycledCache(AttachedCache):
     def enter(self, decoder, kwargs):
         """Note padding and positions, and make the decoder run `recycled_attention` for this call."""
         stock = decoder.config._attn_implementation
-        stock = next((name for name, ours in NAMES.items() if ours == stock), stock)
+        stock = stock.rpartition("_")[2] if stock.startswith(PREFIX) else stock
         if stock not in NAMES:
             raise ValueError(
                 f"RecycledCache needs the attention implementation {' or '.join(map(repr, NAMES))}, which it can "
@@ -208,12 +250,17 @@ class RecycledCache(AttachedCache):
         given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         (batch, columns), seen = given.shape[:2], self.get_seq_length()
         self._check(batch, seen, columns, kwargs.get("attention_mask"))
-        self.call.real = self._real(kwargs.get("attention_mask"), batch, seen, columns, given.device)
+        self.call.real = real = self._real(kwargs.get("attention_mask"), batch, seen, columns)
+        at = torch.arange(columns, device=given.device)
+        self.call.source = None
+        if real is not None and not bool(real[:, seen:].all()):
+            self.call.source = torch.where(real[:, seen:], at, -1).cummax(1).values[:, -TAIL:]
         if self.settings.schedule == "dynamic" and self.settings.qsim_space == "pre":
             positions = kwargs.get("position_ids")
-            if positions is None:
-                positions = torch.arange(seen, seen + columns, device=given.device)[None]
-            self.call.rotary = decoder.rotary_emb(torch.empty(0, device=given.device), positions[:, -1:])
+            positions = (seen + at)[None] if positions is None else positions
+            if self.call.source is not None:
+                positions = positions.expand(batch, -1).gather(1, self.call.source.clamp(min=0))
+            self.call.rotary = decoder.rotary_emb(torch.empty(0, device=given.device), positions[:, -TAIL:])
         self._stock, self.call.active = stock, True
         decoder.config._attn_implementation_internal = NAMES[stock]
         if seen and isinstance(self.layers[0], EvictingLayer):
@@ -240,13 +287,13 @@ class RecycledCache(AttachedCache):
                 f"{seen} columns in the cache; got {tuple(mask.shape)}."
             )
 
-    def _real(self, mask, batch, seen, columns, device):
+    def _real(self, mask, batch, seen, columns):
         """(B, n + T) bool, None without padding."""
         if mask is not None:
             return None if bool(mask.all()) else mask.bool()
         if self.call.real is None or not seen:
             return None
-        return F.pad(self.call.real[:, :seen], (0, columns), value=True)
+        return F.pad(self.call.real[:, :seen], (0, columns), value=True)  # new columns are tokens
 
     def _map_real(self, change):
         if self.call.real is not None:
@@ -275,7 +322,8 @@ class RecycledCache(AttachedCache):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held, memory not yet in use included."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors().values())
+        held = sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors().values())
+        return held + (0 if self.call.real is None else self.call.real.nbytes)
 
     @property
     def full_steps(self) -> list[int]:
@@ -306,6 +354,7 @@ class RecycledCache(AttachedCache):
         tensors, about = read_tensors(path, cls, device)
         cache = cls(model, **about["settings"])
         if about["sizes"] != _sizes(cache.settings):
+            cache.close()
             raise ValueError(f"{path} was written for {about['sizes']}; the model has {_sizes(cache.settings)}.")
         cache.call.real = tensors.pop("real", None)
         for layer, counters, filled in zip(cache.layers, about["counters"], about["filled"], strict=True):
@@ -316,10 +365,12 @@ class RecycledCache(AttachedCache):
                 layer.kept.filled, layer.kept.real = filled, None
         for name, tensor in tensors.items():
             index, _, name = name.partition(".")
-            cache.layers[int(index)].set(name, tensor)
+            # a copy lies at an address that products take as they took the original's: the same bits
+            cache.layers[int(index)].set(name, tensor.clone())
         return cache
 
 
 def _sizes(config):
     """What a model must share with the one that a saved cache was made for."""
-    return [config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.hidden_size]
+    names = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
+    return [getattr(config.base_config, name, None) for name in names]

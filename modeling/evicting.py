@@ -30,6 +30,9 @@ class EvictingLayer(KeepingLayer):
         self.new = k, v
         if self.kept is None or k.shape[2] == 1:
             return k.view_as(k), v
+        order = self.kept.sort()
+        if self.mass is not None:
+            self.mass[:, :, : self.kept.filled] = self.mass.gather(2, order)
         keys, values, _ = self.kept.held()
         return torch.cat([keys, k], 2), torch.cat([values, v], 2)
 
@@ -57,17 +60,21 @@ class EvictingLayer(KeepingLayer):
             return decode(q, keys, values, scaling, real)
         self.rank_by_mass()
         slot = self.put_newest(k, v)
-        self.mass.scatter_(2, slot[..., None], 0)
         keys, values, real = self.kept.held()
         out, logp = decode_with_scores(q, keys, values, scaling, real)
-        self.mass[:, :, : self.kept.filled] += logp.exp().unflatten(1, (k.shape[1], -1)).amax(2)
+        mass = self.mass.scatter(2, slot, 0)
+        mass[:, :, : self.kept.filled] += logp.exp().unflatten(1, (k.shape[1], -1)).amax(2)
+        new = None if self.call.source is None else self.call.real[:, self.seen - 1, None, None]
+        self.mass = mass if new is None else torch.where(new, mass, self.mass)
         return out
 
     def rank_by_mass(self):
         """What has received the least goes first; the newest half and pinned tokens stay."""
-        kept, recent = self.kept, self.settings.budget // 2
-        rank = self.mass.double()
-        rank = rank.masked_fill(kept.index > self.seen - 1 - recent, torch.finfo(torch.float64).max)
+        kept, recent, real = self.kept, self.settings.recent, self.real_until(self.seen)
+        newest = kept.index >= self.seen - recent
+        if real is not None:
+            newest = pick(real.flip(1).cumsum(1).flip(1) <= recent, kept.index.clamp(min=0))
+        rank = self.mass.double().masked_fill(newest, torch.finfo(torch.float64).max)
         rank = rank.masked_fill(kept.rank == torch.inf, torch.inf)
         kept.rank = rank if kept.real is None else rank.masked_fill(~kept.real, -torch.inf)
 
@@ -85,25 +92,25 @@ class EvictingLayer(KeepingLayer):
     def choose(self, query, keys, values, columns, seen, scaling):
         """Keep K of keys (B, G, n, P), which came from columns (B, G, n). seen: what each query saw, None: causal."""
         settings, n, T = self.settings, keys.shape[2], query.shape[2]
-        real = None
-        if self.call.real is not None:
-            real = pick(self.call.real, columns)
-        pinned = pick(self.pinned(self.seen, keys), columns)
-        recent, mass = settings.keep_recent, None
+        real = None if self.call.real is None else pick(self.call.real, columns)
+        pinned, mass = pick(self.pinned(self.seen, keys), columns), None
         if settings.policy == "streaming":
             scores = torch.arange(n, dtype=torch.float32, device=keys.device).expand(*keys.shape[:2], n)
         elif settings.policy == "snapkv":
-            scores = self.scored(query[:, :, -1], keys, scaling, real)
+            scores = self.scored(self.call.last(query, 1)[:, :, 0], keys, scaling, real)
+            if self.kept is not None and self.call.source is not None:  # rows without a new token keep their order
+                order = F.pad(self.kept.rank[:, :, : self.kept.filled], (0, T), value=-torch.inf).to(scores.dtype)
+                scores = torch.where(self.call.source[:, -1, None, None] < 0, order, scores)
         else:
             if seen is None:
                 seen = torch.ones(T, n, dtype=torch.bool, device=keys.device).tril(n - T)
-                seen = seen if real is None else seen & real[:, :, None] & real[:, :, -T:, None]
+            if real is not None:
+                seen = seen & real[:, :, None] & real[:, :, -T:, None]
             mass = received(query, keys, scaling, seen)
             if self.mass is not None:
                 mass[:, :, : self.kept.filled] += self.mass[:, :, : self.kept.filled]
-            scores, recent = mass, settings.budget // 2
-        scores = scores.masked_fill(pinned, torch.inf)
-        index = top(scores, settings.budget, recent, 0, real)
+            scores = mass
+        index = top(scores.masked_fill(pinned, torch.inf), settings.budget, settings.recent, 0, real)
         self.kept = Kept(keys, values, index, self.capacity, real, pinned)
         self.kept.index[:, :, : index.shape[2]] = columns.gather(2, index)
         if mass is not None:

@@ -12,14 +12,28 @@ from transformers.cache_utils import CacheLayerMixin
 from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.kernels.recycle import gather, pooled, scores_of
 
+TAIL = 64  # queries remembered, and so columns that `crop` may take back
+
 
 @dataclass
 class Call:
-    """What all layers need to know of the call in progress. real: (B, n + T) bool, None without padding."""
+    """What all layers need to know of the call in progress.
+
+    real: (B, n + T) bool, None without padding. source: (B, m) for the last m = min(T, 64) of its columns, which of the
+    T is the last token up to there, -1: none; None if all T are. rotary: cos and sin (B or 1, m, P) at those.
+    """
 
     real: torch.Tensor | None = None
+    source: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     active: bool = False
+
+    def last(self, query, count):
+        """(B, H, m, P) queries of the last `count` columns of (B, H, T, P), or of the token before, if in this call."""
+        if self.source is None:
+            return query[:, :, -count:]
+        at = self.source[:, -count:].clamp(min=0)
+        return query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
 
 
 class Kept:
@@ -53,24 +67,38 @@ class Kept:
             self.rank[:, :, :M].masked_fill_(~kept, -torch.inf)
 
     def put(self, k, v, column, rank, real):
-        """Write one new token, k and v (B, G, 1, P), rank (B,) and real (B,) bool or None; returns its slots (B, G)."""
-        if self.filled < self.keys.shape[2]:
-            slot = torch.full(k.shape[:2], self.filled, device=k.device)
+        """Write one new column, k and v (B, G, 1, P), rank (B,) and real (B,) bool, None: a token in all rows.
+
+        In a row where it is padding nothing is evicted for it. Returns its slots, (B, G, 1).
+        """
+        room = self.filled < self.keys.shape[2]
+        if room:
+            at = torch.full((*k.shape[:2], 1), self.filled, device=k.device)
             self.filled += 1
         else:
-            slot = self.rank.argmin(-1)
-        at = slot[..., None]
-        rows = at[..., None].expand(-1, -1, -1, k.shape[3])
-        self.keys.scatter_(2, rows, k)
-        self.values.scatter_(2, rows, v)
-        self.index.scatter_(2, at, column)
-        self.rank.scatter_(2, at, rank[:, None, None].expand_as(at))
-        if real is not None and self.real is None and not bool(real.all()):
-            self.real = torch.ones_like(self.index, dtype=torch.bool)
+            at = self.rank.argmin(-1, keepdim=True)
+        if real is not None:
+            rank = rank.masked_fill(~real, -torch.inf)
+            self.real = torch.ones_like(self.index, dtype=torch.bool) if self.real is None else self.real
+        new = {"keys": k, "values": v, "index": torch.full_like(at, column), "rank": rank[:, None, None].expand_as(at)}
         if self.real is not None:
-            now = torch.ones_like(slot, dtype=torch.bool) if real is None else real[:, None].expand_as(slot)
-            self.real.scatter_(2, at, now[..., None])
-        return slot
+            new["real"] = torch.ones_like(at, dtype=torch.bool) if real is None else real[:, None, None].expand_as(at)
+        for name, value in new.items():
+            held = getattr(self, name)
+            rows = at[..., None].expand_as(value) if value.ndim == 4 else at
+            if real is not None and not room:
+                value = torch.where(real.view(-1, *(1,) * (value.ndim - 1)), value, held.gather(2, rows))
+            held.scatter_(2, rows, value)
+        return at
+
+    def sort(self):
+        """Put the slots into the order of the text; returns what was moved where, (B, G, filled)."""
+        order = self.index[:, :, : self.filled].argsort(-1)
+        for name in self.names:
+            if (held := getattr(self, name)) is not None:
+                rows = order[..., None].expand(-1, -1, -1, held.shape[3]) if held.ndim == 4 else order
+                held[:, :, : self.filled] = held.gather(2, rows)
+        return order
 
     def held(self):
         """keys, values (B, G, filled, P) and which are real (B, G, filled), None: all."""
@@ -174,11 +202,11 @@ class KeepingLayer(CacheLayerMixin):
         return real & (real.cumsum(1) <= self.settings.sinks)
 
     def put_newest(self, k, v):
-        """Write the last column into `kept`; returns its slots."""
+        """Write the last column into `kept`; returns its slots (B, G, 1)."""
         column = self.seen - 1
         rank = torch.full((len(k),), float(column), dtype=torch.float64, device=k.device)
         rank.masked_fill_(self.pinned(self.seen, k)[:, -1], torch.inf)
-        real = None if self.call.real is None else self.call.real[:, column]
+        real = None if self.call.source is None else self.call.real[:, column]
         return self.kept.put(k, v, column, rank, real)
 
     def scored(self, q, k, scaling, real):

@@ -105,7 +105,7 @@ class SSDPreTrainedModel(ZooPreTrainedModel):
     _no_split_modules = ["SSDBlock"]
     # the recurrence multiplies an error in these over the whole sequence
     _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]
-    no_weight_decay = ("A_log", "D", "dt_bias")
+    no_weight_decay: tuple[str, ...] = ("A_log", "D", "dt_bias")
 
     @torch.no_grad()
     def _init_weights(self, module):

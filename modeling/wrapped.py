@@ -6,6 +6,7 @@ it is closed or no longer referred to. B batch, T time.
 """
 
 import copy
+import inspect
 import weakref
 
 import torch
@@ -51,11 +52,12 @@ class AttachedCache(Cache):
         """Take part in the calls of `model` that are given this cache."""
         decoder, me = decoder_of(model), weakref.ref(self)
         self._decoder = weakref.ref(decoder)
+        names = list(inspect.signature(decoder.forward).parameters)
 
         def before(module, args, kwargs):
-            cache = me()
+            cache, kwargs = me(), dict(zip(names, args, strict=False)) | kwargs
             if cache is not None and kwargs.get("past_key_values") is cache:
-                return args, cache.enter(module, kwargs)
+                return (), cache.enter(module, kwargs)
             return None
 
         def after(module, args, kwargs, output):

@@ -1,6 +1,7 @@
 """What travels with a checkpoint: self-contained, whole, and the same wherever it was saved from."""
 
 import ast
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -71,10 +72,12 @@ def test_a_snapshot_of_the_hub_loads_offline(entry, tmp_path, monkeypatch):
     """The layout of a downloaded repository; there, every file's imports are checked."""
     model = entry.build()
     repository = tmp_path / "models--someone--model"
-    snapshot = repository / "snapshots" / ("0" * 40)
+    # transformers copies a commit's code once: other code must be another commit
+    commit = hashlib.sha1("".join(code_files(entry.model).values()).encode()).hexdigest()
+    snapshot = repository / "snapshots" / commit
     model.save_pretrained(snapshot)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     kind = json.loads((snapshot / "config.json").read_text()) | {"model_type": "not_registered_anywhere"}
     (snapshot / "config.json").write_text(json.dumps(kind))

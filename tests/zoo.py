@@ -7,7 +7,18 @@ from dataclasses import dataclass
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
-from scrubjay import RecycledConfig, RecycledForCausalLM, RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM
+from scrubjay import (
+    AdoreConfig,
+    AdoreForCausalLM,
+    RecycledConfig,
+    RecycledForCausalLM,
+    RodimusConfig,
+    RodimusForCausalLM,
+    SSDConfig,
+    SSDForCausalLM,
+    TaipanConfig,
+    TaipanForCausalLM,
+)
 
 VOCAB = 97
 
@@ -17,12 +28,14 @@ class Entry:
     """A name, how to make the configuration, and the model's class.
 
     recurrent: its cache is a state that sums tokens up; otherwise it is a decoder of transformers around a cache.
+    samples: training draws from torch's generator, so that two passes differ unless it is set back between them.
     """
 
     name: str
     config: Callable
     model: type
     recurrent: bool = True
+    samples: bool = False
 
     def build(self, dtype=torch.float32, seed=0, **changes):
         """A model in eval mode whose every parameter matters: norms, biases and gates are moved off their start."""
@@ -50,6 +63,19 @@ ZOO = (
         lambda **c: RodimusConfig(**_sizes(num_attention_heads=4, sliding_window=9) | c),
         RodimusForCausalLM,
     ),
+    Entry(
+        "taipan",
+        lambda **c: TaipanConfig(
+            **_sizes(num_hidden_layers=3, attention_every=1, num_attention_heads=4, num_key_value_heads=2)
+            | dict(head_dim=16, sliding_window=9)
+            | c
+        ),
+        TaipanForCausalLM,
+        samples=True,
+    ),
+    Entry(
+        "adore", lambda **c: AdoreConfig(**_decoder(cache_size=200, controller_hidden=16) | c), AdoreForCausalLM, False
+    ),
     Entry("recycled", lambda **c: RecycledConfig(**_decoder(budget=200) | c), RecycledForCausalLM, False),
 )
 
@@ -58,6 +84,11 @@ def own_fields(config_class):
     """The fields, by name, that a configuration has beyond those of transformers' own base class."""
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     return {field.name: field for field in dataclasses.fields(config_class) if field.name not in inherited}
+
+
+def trainable(model):
+    """The parameters that a loss of the model trains; a controller that is trained apart is not among them."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def tokens(batch, length, seed=1):

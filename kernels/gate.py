@@ -1,0 +1,128 @@
+"""Taipan's gate: which tokens attend, and how much of what they find they take (arXiv:2410.18572, section 3).
+
+    x = RMSNorm(h);   s = W x + b in R^2;   delta = s_1 - s_0 = (W_1 - W_0) . x + (b_1 - b_0)     drop: s_0, keep: s_1
+    a = softmax(s)_1 = sigmoid(delta)
+    training:   m = [delta + g_1 - g_0 > 0],  g_0, g_1 ~ Gumbel(0, 1)        P(m = 1) = a, whatever the temperature is
+    inference:  m = [a > threshold]
+    backward:   m is given the gradient of p = sigmoid((delta + g_1 - g_0) / tau)
+    h <- (1 - a) h + a o  where m = 1                                        h as it is where m = 0
+
+D hidden size, n inner width of a gate with a SiLU network before W. h: (..., D)   delta, a, m, p: (...)   all float32,
+float64 for float64 inputs.
+
+The choice is discontinuous: one bit of delta decides whether a token attends. So delta of a token has the same
+bits whatever other tokens are computed with it. A library's reduction or product does not promise that (the order of
+its sum depends on how many rows there are); here sums over D are trees of elementwise additions, whose order is fixed.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from scrubjay.kernels.dispatch import choose, without_autocast
+
+BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
+
+
+def gate_logit_reference(h, weight, bias, norm_weight=None, eps=1e-5, hidden=None):
+    """The formula from the residual stream to delta, with torch's own sums. The law for the other path."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    x = h.to(wide)
+    if norm_weight is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm_weight.to(wide)
+    if hidden is not None:
+        x = F.silu(F.linear(x, *(t.to(wide) for t in hidden)))
+    s = F.linear(x, weight.to(wide), bias.to(wide))
+    return s[..., 1] - s[..., 0]
+
+
+def row_norm(h, weight, eps):
+    """RMSNorm, (..., D) -> (..., D) in float32 (float64 for float64 h), with bits that depend on a token's own h alone.
+
+    Error against x * rsqrt(mean(x^2) + eps) * weight, gradients included: 1e-6 of the largest value in float32.
+    """
+    x = h.to(torch.promote_types(h.dtype, torch.float32))
+    # sqrt and division are rounded correctly everywhere, which rsqrt is not
+    scale = 1 / (tree_sum(x * x) / x.shape[-1] + eps).sqrt()
+    return x * scale[..., None] * weight.to(x.dtype)
+
+
+@without_autocast
+def gate_logit(x, weight, bias, hidden=None, *, backend=None):
+    """delta, (..., D) -> (...), with bits that depend on a token's own x alone.
+
+    With `hidden` the inner products are taken in float64 and rounded once: what is left of another order of summation
+    is 2^-29 of the last bit.
+
+    Args:
+        x: (..., D) from `row_norm`, or the residual stream.
+        weight, bias: (2, D) and (2,), or (2, n) with `hidden`; row 0 drops, row 1 keeps.
+        hidden: weight (n, D) and bias (n,) of a SiLU layer in front, or None.
+        backend: None chooses by device; "torch" and "triton" are obeyed or refused.
+
+    Returns: (...) float32, float64 for float64 x. Error of both functions against `gate_logit_reference`, gradients
+        included: 2e-6 of the largest value in float32.
+
+    Raises:
+        ValueError: shapes that do not fit each other, a backend that cannot run.
+    """
+    inner = x.shape[-1] if hidden is None else hidden[0].shape[0]
+    fits = weight.shape == (2, inner) and bias.shape == (2,)
+    fits &= hidden is None or (hidden[0].shape == (inner, x.shape[-1]) and hidden[1].shape == (inner,))
+    if not fits:
+        got = [tuple(t.shape) for t in (x, weight, bias, *(() if hidden is None else hidden))]
+        raise ValueError(
+            "gate_logit needs x (..., D), weight (2, D) and bias (2,); with hidden = (n, D), (n,) a weight (2, n); "
+            f"got x, weight, bias, hidden {got}."
+        )
+    choose(backend, "gate_logit", x, weight)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.dtype
+    if hidden is not None:
+        x = F.silu(F.linear(x.double(), hidden[0].double(), hidden[1].double())).to(wide)
+    row = weight[1].to(wide) - weight[0].to(wide)
+    return tree_sum(x * row) + (bias[1].to(wide) - bias[0].to(wide))
+
+
+def tree_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the last axis, (..., D) -> (...), in an order that depends on D alone: halves are added to each other.
+
+    Its rounding error grows with log2(D).
+    """
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        low, high, *odd = x.split([half, half] + [1] * (x.shape[-1] % 2), -1)
+        x = torch.cat([low + high, *odd], -1) if odd else low + high
+    return x[..., 0]
+
+
+def gumbel_difference(like: torch.Tensor) -> torch.Tensor:
+    """g_1 - g_0 of two Gumbel variables, which is logistic, from torch's generator; shape and dtype of `like`."""
+    u = torch.rand_like(like).clamp(torch.finfo(torch.float32).tiny, BELOW_ONE)
+    return u.log() - (-u).log1p()
+
+
+def select(delta, threshold=0.5, noise=None, real=None):
+    """The hard choice m, (...) bool. A tie drops.
+
+    Args:
+        delta: (...) from `gate_logit`.
+        threshold: without noise, a token is selected where a is greater. Compared on delta: a rounds, delta does not.
+        noise: (...) from `gumbel_difference`, or None: no chance.
+        real: (...) bool, tokens that are no padding; None: all.
+    """
+    kept = delta > math.log(threshold) - math.log1p(-threshold) if noise is None else delta + noise > 0
+    return kept if real is None else kept & real
+
+
+def straight_through(m, p):
+    """m exactly, with p's gradient. (m + p) - p would be off by a rounding, and unselected tokens would move."""
+    return m.to(p.dtype) + (p - p.detach())
+
+
+def mix(h, o, a, refine="convex"):
+    """Equation 5: (1 - a) h + a o ("convex"), or h + a o ("residual"); h, o (n, D), a (n,) -> (n, D) in h's dtype."""
+    wide = torch.promote_types(h.dtype, a.dtype)
+    found = o.to(wide) - h.to(wide) if refine == "convex" else o.to(wide)
+    return (h.to(wide) + a[..., None] * found).to(h.dtype)

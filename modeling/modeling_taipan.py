@@ -1,0 +1,220 @@
+"""Taipan language models (arXiv:2410.18572): Mamba-2 blocks, and between them attention for tokens that a gate selects.
+
+    Mamba-2 block     h <- h + Mixer(RMSNorm(h))
+    selective layer   x = RMSNorm(h);  delta = gate(h);  a = sigmoid(delta);  m = [delta > 0]
+                      h <- (1 - a) h + a W_O Attention(W_Q x, W_K x, W_V x)   where m = 1, over a sliding window
+                      h <- h + SwiGLU(RMSNorm(h))                             for every token
+
+No code was published, and the paper leaves much open; what was chosen, and the alternatives, stand in `TaipanConfig`.
+Choices that matter: keys and values come from every token of the window, queries from selected ones alone; the budget
+loss is given the soft probability p1 of every token, because with equation 3 as printed it would push tokens that were
+not selected towards being selected; at inference there is no noise, and the share of tokens selected is what the gate
+makes it, not C.
+
+In training the budget loss is part of `loss`; in evaluation `loss` is the cross-entropy alone, so that it can be read
+as a perplexity. With gradient accumulation (`num_items_in_batch`) it is weighted by the call's share of the labels, so
+that the calls of one step sum to a mean, as the cross-entropy does. Packed documents (`seq_idx`, `cu_seq_lens_q` or
+`position_ids` that restart) neither attend to each other nor share a state, and each has a budget of its own.
+
+B batch, T time, D hidden size, H heads, K key heads, P head size, n selected tokens of the whole batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from scrubjay.configuration.configuration_taipan import TaipanConfig
+from scrubjay.modeling.base import ZooForCausalLM, ZooModel
+from scrubjay.modeling.cache_taipan import TaipanCache
+from scrubjay.modeling.layers import GatedMLP, RMSNorm, rotary_table
+from scrubjay.modeling.modeling_ssd import SSDBlock, SSDMixer, SSDPreTrainedModel
+from scrubjay.modeling.selective import Gate, SelectiveAttention
+
+
+@dataclass
+class TaipanModelOutput(BaseModelOutputWithPast):
+    """budget_loss: scalar, without its weight. selection: (selective layers, 3) shares of the real tokens, detached:
+    selected in this call, mean of a, selected by argmax."""
+
+    budget_loss: torch.Tensor | None = None
+    selection: torch.Tensor | None = None
+
+
+@dataclass
+class TaipanCausalLMOutput(CausalLMOutputWithPast):
+    """As `TaipanModelOutput`; `loss` holds budget_lambda * budget_loss in training."""
+
+    budget_loss: torch.Tensor | None = None
+    selection: torch.Tensor | None = None
+
+
+class SelectiveBlock(GradientCheckpointingLayer):
+    """Selective attention, then a feed-forward network for every token."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.attn = SelectiveAttention(config)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.ffn = GatedMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x, layout, past_key_values=None):
+        ring = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        x, sums = self.attn(x, layout, ring)
+        x = x + self.ffn(self.ffn_norm(x))
+        if ring is not None:
+            past_key_values.count(self.layer_idx, x.shape[1], layout.lengths)
+        return x, sums
+
+
+class MixerBlock(SSDBlock):
+    """A Mamba-2 block, with `mamba_mlp` followed by a feed-forward network."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.ffn = None
+        if config.mamba_mlp:
+            self.ffn_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+            self.ffn = GatedMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x, layout, past_key_values=None):
+        x = super().forward(x, layout, past_key_values)
+        return x if self.ffn is None else x + self.ffn(self.ffn_norm(x))
+
+
+def taipan_block(config, layer_idx: int) -> GradientCheckpointingLayer:
+    """The block at this depth."""
+    return (SelectiveBlock if layer_idx in config.selective_layers else MixerBlock)(config, layer_idx)
+
+
+class TaipanPreTrainedModel(SSDPreTrainedModel):
+    """Mamba-2 blocks start as their authors' do, selective layers as transformers usually do."""
+
+    config_class = TaipanConfig
+    cache_class = TaipanCache
+    _no_split_modules = ["MixerBlock", "SelectiveBlock"]
+    _keep_in_fp32_modules_strict = [
+        "A_log",
+        "D",
+        "dt_bias",
+        "gate",
+    ]  # one bit of it decides whether a token is attended
+    no_weight_decay = (*SSDPreTrainedModel.no_weight_decay, "gate")
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        config = self.config
+        if isinstance(module, Gate):
+            init.normal_(module.weight, std=config.initializer_range)
+            # half on each logit: delta starts at logit(C)
+            bias = torch.tensor(config.capacity).logit() / 2 if config.gate_bias_init == "capacity" else torch.zeros(())
+            init.copy_(module.bias, torch.stack([-bias, bias]))
+            if module.hidden_weight is not None:
+                init.normal_(module.hidden_weight, std=config.initializer_range)
+                init.zeros_(module.hidden_bias)
+        elif isinstance(module, nn.Linear):
+            shrunk = config.rescale_prenorm_residual and hasattr(module, "ends_branch")
+            init.normal_(module.weight, std=config.initializer_range * (config.num_branches**-0.5 if shrunk else 1))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, SSDMixer):
+            for part in (module.in_proj, module.out_proj, module):
+                super()._init_weights(part)
+        else:
+            super()._init_weights(module)
+
+
+class TaipanModel(TaipanPreTrainedModel, ZooModel):
+    """Embedding, Mamba-2 and selective blocks, final norm."""
+
+    block_class = staticmethod(taipan_block)
+    norm_eps_name = "layer_norm_epsilon"
+
+    def locate(self, layout, dtype):
+        if not self.config.rotary_dim:
+            return layout
+        return layout.with_rotary(rotary_table(layout.positions, self.config.rotary_dim, self.config.rope_theta, dtype))
+
+    def output(self, notes, **fields):
+        x = fields["last_hidden_state"]
+        sums = torch.stack([note.to(x.device) for note in notes])  # (N, rows, 4)
+        tokens, selected = sums[0, :, 3], sums[..., 0]
+        capacity = self.config.capacity
+        filled, total = tokens > 0, tokens.sum().clamp(min=1)
+        if self.config.budget_reduction == "sequence":
+            errors = (capacity - selected / tokens.clamp(min=1)).square() * filled
+            budget = errors.sum() / filled.sum().clamp(min=1)
+        else:
+            budget = (capacity - selected.sum(1) / total).square().sum()
+        selection = (sums[..., :3].sum(1) / total).detach()
+        return TaipanModelOutput(**fields, budget_loss=budget, selection=selection)
+
+
+class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM):
+    """Taipan language model."""
+
+    model_class = TaipanModel
+
+    @torch.no_grad()
+    def calibrate(self, input_ids: torch.Tensor, rate: float | None = None, passes: int = 8) -> float:
+        """Set `config.eval_threshold` so that at inference a share `rate` of these tokens attends, over all layers.
+
+        Nothing else makes that share the capacity: training controls the mean of a, inference asks where a > 1/2.
+
+        Args:
+            input_ids: (B, T) text like that to come, without padding; a few thousand tokens.
+            rate: None is `config.capacity`.
+            passes: passes over the text; what a layer selects changes what later ones see. The best one is kept.
+
+        Returns: the share that is selected on this text.
+
+        Raises:
+            ValueError: a rate that is not between 0 and 1.
+        """
+        rate = self.config.capacity if rate is None else rate
+        if not 0 < rate < 1:
+            raise ValueError(f"rate must lie between 0 and 1; got {rate}.")
+        deltas: list[torch.Tensor] = []
+        hooks = [
+            module.register_forward_hook(lambda module, args, delta: deltas.append(delta.flatten().double().cpu()))
+            for module in self.modules()
+            if isinstance(module, Gate)
+        ]
+        training, tried = self.training, []
+        self.eval()
+        for _ in range(passes):
+            deltas.clear()
+            self.model(input_ids=input_ids, use_cache=False)
+            a, threshold = torch.sigmoid(torch.cat(deltas)), self.config.eval_threshold
+            share = float((a > threshold).double().mean())
+            tried.append((abs(share - rate), threshold, share))
+            self.config.eval_threshold = min(max(float(a.quantile(1 - rate)), 1e-9), 1 - 1e-9)
+        for hook in hooks:
+            hook.remove()
+        self.train(training)
+        _, self.config.eval_threshold, share = min(tried)
+        return share
+
+    def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None):
+        loss = out.loss
+        if loss is not None and self.training:
+            share = 1.0
+            if num_items_in_batch is not None:
+                targets = labels[..., 1:] if shift_labels is None else shift_labels
+                share = (targets != -100).sum().to(loss.device) / num_items_in_batch
+            loss = loss + self.config.budget_lambda * share * outputs.budget_loss
+        return TaipanCausalLMOutput(
+            loss=loss,
+            logits=out.logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            budget_loss=outputs.budget_loss,
+            selection=outputs.selection,
+        )
+
+
+__all__ = ["TaipanForCausalLM", "TaipanModel", "TaipanPreTrainedModel"]

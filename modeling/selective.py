@@ -1,0 +1,250 @@
+"""Taipan's selective attention layer (arXiv:2410.18572, section 3): a gate, and attention for what it selects.
+
+B batch, T time, D hidden size, H heads, K key heads, P head size, n selected tokens of the whole batch, N the most of a
+row.
+"""
+
+import torch
+from torch import nn
+
+from scrubjay.kernels.gate import gate_logit, gumbel_difference, mix, row_norm, select, straight_through
+from scrubjay.kernels.select_attention import pack, select_attention, select_attention_step
+from scrubjay.modeling.layers import Linear, RMSNorm, ends_branch, rotate
+
+
+class RowNorm(RMSNorm):
+    """RMSNorm whose bits are the same in every batch, (..., D) -> (..., D) in float32: the gate reads it."""
+
+    def forward(self, x):
+        return row_norm(x, self.weight, self.eps)
+
+
+class Gate(nn.Module):
+    """delta, how much more a token is worth attending for than not: (B, T, D) -> (B, T) in float32."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, n = config.hidden_size, config.gate_hidden
+        self.weight = nn.Parameter(torch.empty(2, n or d))
+        self.bias = nn.Parameter(torch.empty(2))
+        self.hidden_weight = nn.Parameter(torch.empty(n, d)) if n else None
+        self.hidden_bias = nn.Parameter(torch.empty(n)) if n else None
+
+    def forward(self, x):
+        hidden = None if self.hidden_weight is None else (self.hidden_weight, self.hidden_bias)
+        return gate_logit(x, self.weight, self.bias, hidden)
+
+
+class SelectiveAttention(nn.Module):
+    """The gate and the attention of selected tokens: (B, T, D) -> (B, T, D), section 3."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config  # read at each step: a schedule may anneal gumbel_tau and budget_lambda
+        d, self.head_dim = config.hidden_size, config.attention_head_dim
+        self.norm = RowNorm(d, config.layer_norm_epsilon)
+        self.gate = Gate(config)
+        self.q_proj = Linear(d, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = Linear(d, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = Linear(d, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = ends_branch(Linear(config.num_attention_heads * self.head_dim, d, bias=False))
+        self.post_norm = RMSNorm(d, config.layer_norm_epsilon) if config.sal_post_norm else None
+
+    def forward(self, h, layout, ring=None):
+        """`ring`: the layer's `RingLayer`, advanced in place, or None.
+
+        Returns the new h, and sums for each sequence, (rows or documents, 4): selected, with its surrogate's gradient;
+        a; selected by argmax; tokens.
+        """
+        config, real = self.config, None if layout.real is None else layout.real[..., 0]
+        x = self.norm(h)
+        delta = self.gate(x if config.gate_norm else h)
+        a, sampled = torch.sigmoid(delta), self.training or config.eval_gate == "sample"
+        noise = gumbel_difference(delta) if sampled else None
+        m = select(delta, config.eval_threshold, noise, real)
+        p1 = None if noise is None else torch.sigmoid((delta + noise) / config.gumbel_tau)
+        soft = m.to(a.dtype) if p1 is None else straight_through(m, p1)
+        dense = self.training and config.train_attention == "dense" and config.st_surrogate == "p1"
+        if ring is not None:
+            ring.prepare(x.new_empty(len(x), 0, dtype=self.norm.weight.dtype))
+        index, o = self.attend(x.to(self.norm.weight.dtype), a, m, layout, ring, dense)
+        flat, strength = h.flatten(0, 1), a.flatten()[index]
+        if self.training and config.st_surrogate == "p1":
+            strength = strength * soft.flatten()[index]
+        mixed = mix(flat[index], o, strength, config.refine)
+        if len(index) or torch.is_grad_enabled():
+            h = flat.index_copy(0, index, mixed).view_as(h)
+        if self.training and config.st_surrogate == "chosen":
+            drawn = torch.where(m, p1, 1 - p1)  # equation 3: the probability of the branch that was drawn
+            h = (h * straight_through(torch.ones_like(m), drawn)[..., None]).to(h.dtype)
+        return h, _sums(torch.stack([soft, a.detach(), select(delta.detach()).to(a.dtype)], -1), layout)
+
+    def attend(self, x, a, m, layout, ring, dense):
+        """(index, o): which of the B * T columns attended, and what they found, (n, D)."""
+        if ring is not None and x.shape[1] == 1 and layout.lengths is None and not dense:
+            index, o = self._step(x, a, m, layout, ring)
+        elif self.config.kv_scope == "all":
+            index, o = self._among_all(x, a, m, layout, ring, dense)
+        elif dense:
+            index, o = self._dense_among_selected(x, a, m, layout, ring)
+        else:
+            index, o = self._among_selected(x, a, m, layout, ring)
+        o = self.o_proj(o.flatten(1))
+        return index, o if self.post_norm is None else self.post_norm(o)
+
+    def _queries(self, x, a, layout, index):
+        """(B, T, D) or, with as many rows as `index`, (n, D), and a (B, T) -> q (n, H, P)."""
+        x = x.flatten(0, 1)[index] if x.ndim == 3 else x
+        if self.config.refine_first:  # on the norm's output: a norm would undo what scales its input
+            x = x * (1 - a.flatten()[index])[:, None].to(x.dtype)
+        return self._turn(self.q_proj(x), layout, index)
+
+    def _keys(self, x, layout, index=None):
+        """k, v: (B, T, K, P) of x (B, T, D), or (n, K, P) of the rows x (n, D) that `index` names."""
+        return self._turn(self.k_proj(x), layout, index), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+
+    def _turn(self, x, layout, index):
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if layout.rotary is None:
+            return x
+        if index is None:
+            return rotate(x, layout.rotary)
+        return rotate(x[None], tuple(t.flatten(0, 1)[index][None] for t in layout.rotary))[0]
+
+    def _among_all(self, x, a, m, layout, ring, dense):
+        """Every token writes a key: columns are positions."""
+        k, v = self._keys(x, layout)
+        past = None if ring is None else ring.past(x.device)
+        packed = pack(torch.ones_like(m) if dense else m, self.config.ring_size)
+        q = self._queries(x, a, layout, packed.index)
+        keys, values = _after(past, k, v)
+        o = select_attention(q, keys, values, packed, layout.positions, self.config.ring_size)
+        if ring is not None:
+            ring.append(k, v, layout.positions, layout.lengths)
+        return packed.index, o
+
+    def _among_selected(self, x, a, m, layout, ring):
+        """Only selected tokens write a key: columns are those, first ones first."""
+        lengths = m.sum(1)
+        live = torch.arange(int(lengths.max()), device=m.device) < lengths[:, None]  # (B, N)
+        packed = pack(live, self.config.ring_size) if live.shape[1] else None
+        if packed is None:
+            return _nothing(x, self)
+        tokens = m.flatten().nonzero()[:, 0]  # row after row
+        index = tokens[(lengths.cumsum(0) - lengths)[packed.rows] + packed.columns]
+        x = x.flatten(0, 1)[index]
+        k, v = (_spread(t, packed) for t in self._keys(x, layout, index))
+        positions = _spread(layout.positions.flatten()[index], packed)
+        past = None if ring is None else ring.past(x.device)
+        before = torch.arange(live.shape[1], device=m.device).expand(len(m), -1)
+        if past is not None:
+            before = before + ring.writes[:, None]
+        elif layout.cu_seqlens is not None:
+            firsts = _first_of_document(m, layout).flatten()[index]
+            before = before - _spread(firsts, packed)
+        limits = []
+        if self.config.window_axis == "position":
+            old = () if past is None else (past[2],)
+            limits.append((torch.cat([*old, positions], 1), self.config.sliding_window))
+        q = self._queries(x, a, layout, index)
+        keys, values = _after(past, k, v)
+        o = select_attention(q, keys, values, packed, before, self.config.ring_size, limits)
+        if ring is not None:
+            ring.append(k, v, positions, lengths)
+        return index, o
+
+    def _dense_among_selected(self, x, a, m, layout, ring):
+        """Training: what every token would find among the selected ones before it and itself. Columns are positions,
+        and where the window is one of ranks all of them are read."""
+        config, T = self.config, x.shape[1]
+        k, v = self._keys(x, layout)
+        past = None if ring is None else ring.past(x.device)
+        ranks = m.cumsum(1) - m.long()
+        before, positions, readable, window = layout.positions, layout.positions, m, T
+        if past is not None:
+            ranks = torch.cat([torch.arange(-past[2].shape[1], 0, device=m.device).expand(len(m), -1), ranks], 1)
+            before = torch.arange(T, device=m.device) + past[3].sum(1, keepdim=True)
+            positions, readable = torch.cat([past[2], positions], 1), torch.cat([past[3], m], 1)
+            window = ranks.shape[1]
+        limits = []
+        if config.window_axis == "position":
+            limits.append((positions, config.sliding_window))
+            window = min(window, config.sliding_window)
+        reach = config.ring_size if config.window_axis == "rank" else config.kv_cap
+        if reach:
+            limits.append((ranks, reach))
+        packed = pack(torch.ones_like(m), window)
+        q = self._queries(x, a, layout, packed.index)
+        keys, values = _after(past, k, v)
+        o = select_attention(q, keys, values, packed, before, window, limits, readable)
+        if ring is not None:
+            self._write_selected(k, v, m, layout, ring)
+        return packed.index, o
+
+    def _write_selected(self, k, v, m, layout, ring):
+        lengths = m.sum(1)
+        first = m.int().argsort(dim=1, descending=True, stable=True)
+        k, v = (t.gather(1, first[..., None, None].expand_as(t)) for t in (k, v))
+        ring.append(k, v, layout.positions.gather(1, first), lengths)
+
+    def _step(self, x, a, m, layout, ring):
+        """One token of each row: a row that is not selected makes no query and reads nothing."""
+        index = m[:, 0].nonzero()[:, 0]
+        every = self.config.kv_scope == "all"
+        if not len(index) and not every:
+            return _nothing(x, self)
+        k, v = self._keys(x, layout) if every else self._keys(x[index, 0], layout, index)
+        positions, lengths = layout.positions, None
+        if not every:
+            k, v = (t.new_zeros(len(m), 1, *t.shape[1:]).index_copy(0, index, t[:, None]) for t in (k, v))
+            lengths = m[:, 0].long()
+        seen = ring.held(1)
+        ring.append(k, v, positions, lengths)
+        if not len(index):
+            return _nothing(x, self)
+        keys, values = ring.keys, ring.values
+        if not every and self.config.window_axis == "position":
+            seen = seen & (positions - ring.places < self.config.sliding_window)
+        q = self._queries(x[index, 0], a, layout, index)
+        if len(index) < len(m):
+            keys, values, seen = keys[index], values[index], seen[index]
+        return index, select_attention_step(q.to(keys.dtype), keys, values, seen)
+
+
+def _after(past, k, v):
+    """Keys and values with those of the past before them, which autocast may have left in another dtype."""
+    if past is None:
+        return k, v
+    return tuple(torch.cat([old.to(new.dtype), new], 1) for old, new in zip(past[:2], (k, v), strict=True))
+
+
+def _nothing(x, layer):
+    """No token was selected; every parameter keeps a gradient, zero."""
+    x = x.flatten(0, 1)[:0]  # products of no rows
+    q, k, v = (proj(x).unflatten(-1, (-1, layer.head_dim)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+    return torch.zeros(0, dtype=torch.int64, device=x.device), q + 0 * (k.sum() + v.sum())
+
+
+def _spread(x, packed):
+    """(n, ...) in the order of `packed` -> (B, N, ...), zeros where a row has fewer."""
+    out = x.new_zeros(packed.shape[0] * packed.shape[1], *x.shape[1:])
+    return out.index_copy(0, packed.index, x).view(*packed.shape, *x.shape[1:])
+
+
+def _first_of_document(m, layout):
+    """(1, T): how many tokens were selected before a column's document."""
+    starts = torch.arange(m.shape[1], device=m.device) - layout.positions
+    return (m.cumsum(1) - m.long()).gather(1, starts)
+
+
+def _sums(x, layout):
+    """(B, T, 3) -> (rows or documents, 4): sums over real tokens, and how many those are."""
+    if layout.cu_seqlens is not None:
+        sizes = layout.cu_seqlens.diff()
+        document = torch.repeat_interleave(torch.arange(len(sizes), device=x.device), sizes)
+        sums = x.new_zeros(len(sizes), x.shape[-1]).index_add(0, document, x[0])
+        return torch.cat([sums, sizes[:, None].to(x.dtype)], 1)
+    if layout.lengths is not None:
+        x = x * layout.real
+    lengths = x.new_full((len(x),), x.shape[1]) if layout.lengths is None else layout.lengths.to(x.dtype)
+    return torch.cat([x.sum(1), lengths[:, None]], 1)
