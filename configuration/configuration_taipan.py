@@ -93,6 +93,7 @@ class TaipanConfig(SSDConfig):
     """
 
     model_type = "scrubjay_taipan"
+    keys_to_ignore_at_inference = ["past_key_values", "budget_loss", "selection"]
 
     base_model_tp_plan = {
         "layers.*.mixer.in_proj": "colwise_gather_output",

@@ -31,6 +31,7 @@ def test_bytes_are_those_of_the_docstring_and_constant(name):
         assert fed(model, tokens(29, 2, length)).nbytes == 2 * (3 * block + 2 * ring)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["all", "selected"])
 def test_bytes_are_the_same_after_4_thousand_and_a_million_tokens(scope):
     sizes = dict(hidden_size=8, num_hidden_layers=2, vocab_size=16, state_size=4, attention_head_dim=8, kv_scope=scope)

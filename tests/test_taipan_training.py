@@ -169,6 +169,22 @@ def test_training_with_accumulation_learns_and_spends_the_budget(tmp_path):
     assert (free[:, 1] - 0.15).abs().max() > 0.15
 
 
+def test_trainer_predicts_logits_and_evaluates_the_cross_entropy_alone(tmp_path):
+    model = build(dtype=torch.float32)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=16, use_cpu=True, report_to=[], disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, compute_metrics=lambda prediction: {"shape": prediction.predictions.shape})
+    found = trainer.predict(Rows())
+    assert found.metrics["test_shape"] == (48, 24, 29)
+    ids = Rows().ids
+    with torch.no_grad():
+        logits = model(ids).logits
+    want = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert found.metrics["test_loss"] == pytest.approx(float(want), rel=1e-5)
+
+
 def test_gradient_checkpointing_gives_the_budget_the_same_gradients():
     """The noise is drawn again in the backward pass: it has to be the same."""
     model, ids, grads = build().train(), tokens(29, 2, 40), []
