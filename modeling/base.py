@@ -24,6 +24,25 @@ from scrubjay.modeling.remote_code import auto_map, check_folder, write_code
 SEGMENT = 512
 
 
+def given(input_ids, inputs_embeds, hidden_size):
+    """Whichever of the two a call has.
+
+    Raises:
+        ValueError: both, neither, or one of the wrong shape.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError(
+            "Pass exactly one of input_ids (batch, length) and inputs_embeds (batch, length, hidden_size)."
+        )
+    if inputs_embeds is not None and (inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != hidden_size):
+        raise ValueError(
+            f"inputs_embeds must have shape (batch, length, {hidden_size}); got {tuple(inputs_embeds.shape)}."
+        )
+    if input_ids is not None and input_ids.ndim != 2:
+        raise ValueError(f"input_ids must have shape (batch, length); got {tuple(input_ids.shape)}.")
+    return input_ids if inputs_embeds is None else inputs_embeds
+
+
 class ZooPreTrainedModel(PreTrainedModel):
     """Saving with code, caches of the zoo, weight decay groups. Subclasses set `config_class`, `cache_class`."""
 
@@ -159,19 +178,9 @@ class ZooModel(ZooPreTrainedModel):
         return BaseModelOutputWithPast(**fields)
 
     def _embedded(self, input_ids, inputs_embeds):
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(
-                "Pass exactly one of input_ids (batch, length) and inputs_embeds (batch, length, hidden_size)."
-            )
+        given(input_ids, inputs_embeds, self.config.hidden_size)
         if inputs_embeds is not None:
-            if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
-                raise ValueError(
-                    f"inputs_embeds must have shape (batch, length, {self.config.hidden_size}); "
-                    f"got {tuple(inputs_embeds.shape)}."
-                )
             return inputs_embeds
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must have shape (batch, length); got {tuple(input_ids.shape)}.")
         return self.embed_tokens(input_ids)
 
     def _cache(self, cache, use_cache, x):

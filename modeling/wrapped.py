@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from scrubjay.configuration.configuration_wrapped import BASES
-from scrubjay.modeling.base import ZooForCausalLM, ZooPreTrainedModel
+from scrubjay.modeling.base import ZooForCausalLM, ZooPreTrainedModel, given
 from scrubjay.modeling.layout import arrange
 
 ATTENTION = ("sdpa", "eager")
@@ -165,7 +165,8 @@ class ZooWrapperModel(ZooPreTrainedModel):
         Raises:
             ValueError: inputs that do not fit each other or the cache; each says what came and what was needed.
         """
-        shape, device = self._given(input_ids, inputs_embeds)
+        x = given(input_ids, inputs_embeds, self.config.hidden_size)
+        shape, device = x.shape[:2], x.device
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         use_cache = not self.checkpoints(past_key_values) and use_cache
@@ -186,21 +187,6 @@ class ZooWrapperModel(ZooPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-
-    def _given(self, input_ids, inputs_embeds):
-        """(B, T) and device of the input."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(
-                "Pass exactly one of input_ids (batch, length) and inputs_embeds (batch, length, hidden_size)."
-            )
-        width = self.config.hidden_size
-        if inputs_embeds is not None and (inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != width):
-            got = tuple(inputs_embeds.shape)
-            raise ValueError(f"inputs_embeds must have shape (batch, length, {width}); got {got}.")
-        if input_ids is not None and input_ids.ndim != 2:
-            raise ValueError(f"input_ids must have shape (batch, length); got {tuple(input_ids.shape)}.")
-        x = input_ids if inputs_embeds is None else inputs_embeds
-        return x.shape[:2], x.device
 
 
 class ZooWrapperForCausalLM(ZooForCausalLM):
