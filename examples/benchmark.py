@@ -1,7 +1,6 @@
 """Speed and memory beside the peers, as ratios within one run.
 
-    python examples/benchmark.py --cpu                  our SSD and transformers' Mamba2 (130M shape, same weights),
-                                                        SW-SKA and torch's SDPA: about ten minutes on two cores
+    python examples/benchmark.py --cpu                  all of it: about twenty minutes on two cores
     python examples/benchmark.py --cpu --only prefill   the rows whose name contains a word; kept only with --out
     python examples/benchmark.py --cpu --smoke          all of it at tiny sizes in seconds; the numbers mean nothing
 
@@ -56,14 +55,17 @@ def summary(result: dict) -> str:
     legend = [
         f"Medians of {result['repetitions']} taken in turn. peer: transformers' Mamba2 with the same weights, at the",
         "chunk size given (its fastest in prefill and training); for SW-SKA, torch's SDPA with a dense band mask; for",
-        "Recycled Attention, full attention on the same buffer with packed heads.",
+        "Recycled Attention, full attention on the same buffer with packed heads; for ADORE, full attention with a",
+        "preallocated cache; for Taipan, the same weights with all tokens selected. Of two lengths, the first is peer.",
         f"memory: {result['memory']}.",
     ]
     return "\n\n".join([table(title, ["peer", "scrubjay", "chunk", "ratio", "floor", ""], rows), "\n".join(legend)])
 
 
 def shown(value: float, unit: str) -> str:
-    return f"{value / 2**20:,.0f} MiB" if unit == "bytes" else f"{value * 1e3:,.1f} ms"
+    if unit == "bytes":
+        return f"{value / 2**20:,.0f} MiB" if value >= 2**20 else f"{value / 2**10:,.0f} KiB"
+    return f"{value * 1e3:,.1f} ms" if value >= 1e-3 else f"{value * 1e6:,.0f} us"
 
 
 def plot(result: dict, path: Path) -> None:

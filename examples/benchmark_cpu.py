@@ -1,10 +1,9 @@
 """What `benchmark.py --cpu` measures: the same work done by a peer and by scrubjay, in one run on one machine.
 
 Models: transformers' own Mamba2 and our SSD with the same weights, checked to give the same logits before anything is
-timed. SW-SKA: torch's scaled_dot_product_attention with a dense band mask, and `window_attention`. Recycled Attention:
-full attention on the same preallocated buffer with packed heads, see benchmark_recycled.py.
-Times are taken in turn (peer, scrubjay, peer, ...), so that whatever else runs on the machine slows both; a peak of
-memory is taken in a process of its own.
+timed. SW-SKA: torch's scaled_dot_product_attention with a dense band mask, and `window_attention`. Then the lines of
+benchmark_recycled.py, benchmark_adore.py and benchmark_taipan.py, which say what is their peer.
+A peak of memory is taken in a process of its own.
 
 B = 1, T time, H heads, P head size. q, v (1, T, H, P), k (1, T, 1, P). Times in seconds, memory in bytes.
 """
@@ -16,11 +15,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +26,11 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from scrubjay import SSDForCausalLM
-from scrubjay.examples import benchmark_recycled
+from scrubjay.examples import benchmark_adore, benchmark_recycled, benchmark_taipan
+from scrubjay.examples.comparison import SIDES, Comparison, in_turn, summarized
 from scrubjay.kernels.window import window_attention
 
-SIDES = ("peer", "scrubjay")
 DTYPES = ("float32", "bfloat16")
-OWN = ("window", "recycled", "partial")  # one layer's attention, or a few layers'
 DEFAULT_CHUNK = 256  # of transformers' Mamba2; a shorter prompt is padded to it
 
 
@@ -54,6 +51,9 @@ class Shape:
     window: int = 512
     window_heads: int = 16
     recycled: benchmark_recycled.Sizes = benchmark_recycled.LARGE
+    adore: benchmark_adore.Sizes = benchmark_adore.LARGE
+    adore_others: tuple[benchmark_adore.Sizes, ...] = benchmark_adore.OTHERS
+    taipan: benchmark_taipan.Sizes = benchmark_taipan.LARGE
 
 
 SMOKE = Shape(
@@ -70,19 +70,22 @@ SMOKE = Shape(
     window=32,
     window_heads=2,
     recycled=benchmark_recycled.SMALL,
+    adore=benchmark_adore.SMALL,
+    adore_others=(),
+    taipan=benchmark_taipan.SMALL,
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement of both sides.
+    """One measurement of both models.
 
     Args:
-        work: "prefill", "decode", "train" (forward and backward) of the models; or one of `OWN`.
+        work: "prefill", "decode", "train" (forward and backward) of the models; or "window", one layer's attention.
         length: T, tokens of one pass; for decode those before it.
         floor: the ratio peer / scrubjay that the project promises, None where it promises none.
         chunks: chunk sizes from which transformers' fastest is taken; empty leaves its default.
-        passes: what a pass is divided by, so that decode is a time per token.
+        passes: units of one pass, so that decode is a time per token.
         memory: peak memory above the idle model instead of time.
     """
 
@@ -107,31 +110,19 @@ def rows_of(shape: Shape) -> list[Row]:
         Row(f"prefill {short} bfloat16", "prefill", short, "bfloat16", floor=4.0, chunks=chunks),
         Row(f"decode after {short} bfloat16, per token", "decode", short, "bfloat16", floor=2.0, passes=decoded),
         Row(f"SW-SKA {T}, window {shape.window} float32", "window", T, floor=4.0),
-        *recycled_rows(shape.recycled),
         Row(f"memory, prefill {long} float32", "prefill", long, chunks=chunks, memory=True),
         Row(f"memory, forward + backward {short} float32", "train", short, floor=2.0, chunks=chunks, memory=True),
         Row(f"memory, SW-SKA {T}, window {shape.window}", "window", T, memory=True),
     ]
 
 
-def recycled_rows(sizes: benchmark_recycled.Sizes) -> list[Row]:
-    """Decode attention, and that a partial step costs the same whatever is held (peer: a quarter, ours: all of it)."""
-    L, K, S = sizes.length, sizes.budget, sizes.stride
-    floors = {"float32": 3.0, "bfloat16": 4.0}
+def lines_of(shape: Shape) -> list[Comparison]:
+    """The systems that are not compared with a model of another library."""
     return [
-        Row(f"Recycled decode at {L}, budget {K}, stride {S} {dtype}", "recycled", L, dtype, floors[dtype], passes=S)
-        for dtype in DTYPES
-    ] + [Row(f"Recycled partial step at {L // 4} and {L}", "partial", L, floor=0.85, passes=S)]
-
-
-def own_pass(row: Row, side: str, shape: Shape) -> Callable[[], object]:
-    """The work of a row that runs no whole model."""
-    if row.work == "window":
-        return window_pass(side, shape)
-    sizes, dtype = shape.recycled, getattr(torch, row.dtype)
-    if row.work == "recycled":
-        return benchmark_recycled.recycled_pass(side, sizes, dtype)
-    return benchmark_recycled.partial_pass(replace(sizes, length=row.length // (4 if side == "peer" else 1)), dtype)
+        *benchmark_recycled.lines(shape.recycled),
+        *benchmark_adore.lines(shape.adore, shape.adore_others),
+        *benchmark_taipan.lines(shape.taipan),
+    ]
 
 
 def write_checkpoint(shape: Shape, folder: str) -> None:
@@ -264,30 +255,24 @@ def fastest_chunk(model: Mamba2ForCausalLM, row: Row, shape: Shape) -> tuple[int
 
 
 def time_row(row: Row, shape: Shape, models: dict[str, PreTrainedModel], repetitions: int) -> dict:
-    """Seconds of both sides in turn, after one unmeasured pass of each."""
+    """Seconds of both sides in turn."""
     record = {}
-    if row.work in OWN:
-        work = {side: own_pass(row, side, shape) for side in SIDES}
+    if row.work == "window":
+        work = {side: window_pass(side, shape) for side in SIDES}
     else:
         chunk, timed = fastest_chunk(models["peer"], row, shape) if row.chunks else (DEFAULT_CHUNK, {})
         set_chunk(models["peer"], chunk)
         record = {} if row.work == "decode" else {"chunk": chunk, "seconds_by_chunk": timed}
         work = {side: model_pass(models[side], row.work, row.length, shape) for side in SIDES}
-    for side in SIDES:
-        work[side]()
-    samples = {side: [] for side in SIDES}
-    for _ in range(repetitions):
-        for side in SIDES:
-            samples[side].append(seconds(work[side]) / row.passes)
-    return summarized(row, samples) | record
 
+    def counted(side: str) -> Callable[[], int]:
+        def run() -> int:
+            work[side]()
+            return row.passes
 
-def summarized(row: Row, samples: dict[str, list[float]]) -> dict:
-    """A record of a row: every sample, the medians and their ratio."""
-    unit = "bytes" if row.memory else "seconds"
-    middle = {side: median(values) for side, values in samples.items()}
-    ratio = middle["peer"] / max(middle["scrubjay"], 1e-9)  # memory can be 0 at tiny sizes
-    return {"name": row.name, "unit": unit, **middle, "ratio": ratio, "floor": row.floor, "samples": samples}
+        return run
+
+    return summarized(row.name, in_turn({side: counted(side) for side in SIDES}, repetitions), row.floor) | record
 
 
 def peak_memory(side: str, row: Row, shape: Shape, folder: str, chunk: int, threads: int) -> int:
@@ -335,7 +320,7 @@ def memory_row(row: Row, shape: Shape, folder: str, chunk: int, threads: int) ->
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         jobs = {side: pool.submit(peak_memory, side, row, shape, folder, chunk, threads) for side in SIDES}
         samples = {side: [job.result()] for side, job in jobs.items()}
-    return summarized(row, samples) | ({} if row.work == "window" else {"chunk": chunk})
+    return summarized(row.name, samples, row.floor, "bytes") | ({} if row.work == "window" else {"chunk": chunk})
 
 
 def measure(shape: Shape, *, repetitions: int, only: str = "", log: Callable[[str], None] = print) -> dict:
@@ -343,8 +328,13 @@ def measure(shape: Shape, *, repetitions: int, only: str = "", log: Callable[[st
     rows = [row for row in rows_of(shape) if only in row.name]
     agreement: dict[str, float] = {}
     records: list[dict] = []
+
+    def add(record: dict) -> None:
+        log(f"  {record['name']}: {record['ratio']:.2f}x")
+        records.append(record)
+
     with tempfile.TemporaryDirectory() as folder:
-        if any(row.work not in OWN for row in rows):
+        if any(row.work != "window" for row in rows):
             write_checkpoint(shape, folder)
             agreement |= check_logits(folder, shape)
         if any(row.work == "window" for row in rows):
@@ -359,9 +349,11 @@ def measure(shape: Shape, *, repetitions: int, only: str = "", log: Callable[[st
             if row.memory:  # at the chunk size at which the same work was fastest; without that row, at the smallest
                 timed = (r["chunk"] for r in records if row.chunks and r["name"] == row.name.removeprefix("memory, "))
                 chunk = next(timed, min(row.chunks, default=DEFAULT_CHUNK))
-                record = memory_row(row, shape, folder, chunk, torch.get_num_threads())
+                add(memory_row(row, shape, folder, chunk, torch.get_num_threads()))
             else:
-                record = time_row(row, shape, {} if row.work in OWN else models(row.dtype), repetitions)
-            log(f"  {row.name}: {record['ratio']:.2f}x")
-            records.append(record)
+                add(time_row(row, shape, {} if row.work == "window" else models(row.dtype), repetitions))
+        models.cache_clear()
+    for line in lines_of(shape):
+        if only in line.name:
+            add(line.measure(repetitions))
     return {"agreement": agreement, "memory": memory_method(), "rows": records}

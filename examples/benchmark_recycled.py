@@ -5,12 +5,14 @@ left out. B = 1, G key heads, H query heads, P head size, L tokens held, K budge
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from transformers import LlamaConfig
 
 from scrubjay import RecycledConfig
+from scrubjay.examples.comparison import Comparison
 from scrubjay.modeling.cache_recycled import RecycledLayer
 from scrubjay.modeling.kept_keys import Call
 
@@ -74,26 +76,44 @@ class Decoding:
             layer.attend(q, keys, values, self.scale)
 
 
-def recycled_pass(side: str, sizes: Sizes, dtype: torch.dtype) -> Callable[[], None]:
-    """S decode steps, so that each pass holds one full step of the scrubjay side."""
-    decoding = Decoding(sizes, dtype, "full" if side == "peer" else "recycled")
+def passes(decoding: Decoding) -> Callable[[], int]:
+    """S steps, so that each pass holds one full step of the recycled policy; returns S."""
+    stride = decoding.layers[0].settings.stride
 
-    def work() -> None:
-        for _ in range(sizes.stride):
+    def work() -> int:
+        for _ in range(stride):
             decoding.step()
+        return stride
 
     return work
 
 
-def partial_pass(sizes: Sizes, dtype: torch.dtype) -> Callable[[], None]:
-    """S partial steps and nothing else: what a step costs that reads K keys."""
-    decoding = Decoding(sizes, dtype, "recycled")
-    for layer in decoding.layers:
-        layer.settings.stride = 10**9
-    decoding.step()  # the one that chooses
+def decode(sizes: Sizes, dtype: torch.dtype) -> dict[str, Callable[[], int]]:
+    """Every step from all keys (peer), and one in S."""
+    return {
+        side: passes(Decoding(sizes, dtype, policy)) for side, policy in (("peer", "full"), ("scrubjay", "recycled"))
+    }
 
-    def work() -> None:
-        for _ in range(sizes.stride):
-            decoding.step()
 
-    return work
+def partial_steps(sizes: Sizes) -> dict[str, Callable[[], int]]:
+    """Steps that read K keys and nothing else, at a quarter of L (peer) and at L: they should cost the same."""
+    sides = {}
+    for side, length in (("peer", sizes.length // 4), ("scrubjay", sizes.length)):
+        decoding = Decoding(replace(sizes, length=length), torch.float32, "recycled")
+        work = passes(decoding)
+        for layer in decoding.layers:
+            layer.settings.stride = 10**9
+        decoding.step()  # the one that chooses
+        sides[side] = work
+    return sides
+
+
+def lines(sizes: Sizes) -> list[Comparison]:
+    """What the benchmark shows of Recycled Attention."""
+    L, K, S = sizes.length, sizes.budget, sizes.stride
+    floors = {torch.float32: 3.0, torch.bfloat16: 4.0}
+    what = f"Recycled decode attention at {L}, K = {K}, S = {S}"
+    return [
+        *(Comparison(f"{what}, {str(x)[6:]}", partial(decode, sizes, x), floor) for x, floor in floors.items()),
+        Comparison(f"Recycled partial step at {L // 4} and {L}", partial(partial_steps, sizes), 0.85),
+    ]

@@ -1,39 +1,29 @@
-"""What selection saves in Taipan: the same weights with a share C of tokens selected, and with all of them.
+"""What selection saves in Taipan, and that neither bytes nor time grow with the context.
 
-    python examples/benchmark_taipan.py            one unit of the reconstructed 190M shape, about five minutes
-    python examples/benchmark_taipan.py --smoke    tiny sizes in seconds; the numbers mean nothing
-
-One unit is six Mamba-2 blocks and one selective layer. Its gate's threshold is set so that the share of the prompt's
-tokens that is selected is C, to the token. Measured: prefill of the selective layer alone and of the unit, a decode
-step of the unit after contexts of several lengths, and the bytes of its cache there. Times are taken in turn (C, all,
-C, ...) and their medians reported; on a busy machine they say little.
+The same weights, with a share C of the tokens selected (scrubjay) and with all of them (peer). One unit of six Mamba-2
+blocks and a selective layer, at the width of the reconstructed 190M shape; its gate's threshold is set so that the
+share of the prompt's tokens that is selected is C, to the token.
 
 B = 1, T time. Times in seconds, memory in bytes.
 """
 
-import argparse
-import json
-import shlex
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from scrubjay import TaipanCache, TaipanConfig, TaipanForCausalLM
-from scrubjay.examples.report import commit, machine, size, table, versions
+from scrubjay.examples.comparison import Comparison
 from scrubjay.modeling.layout import Layout
 from scrubjay.modeling.modeling_taipan import SelectiveBlock
 
-RESULTS = Path(__file__).resolve().parent / "results" / "benchmark_taipan.json"
 ALL = 1e-9  # a threshold below every a
+CHUNK = 4096  # tokens of a call that reads a context
 
 
 @dataclass(frozen=True)
-class Shape:
+class Sizes:
     """The 190M shape with a small vocabulary, whose head would hide what is measured."""
 
     hidden_size: int = 768
@@ -42,134 +32,118 @@ class Shape:
     vocab_size: int = 1024
     capacity: float = 0.15
     length: int = 8192  # tokens of a prefill
-    contexts: tuple[int, ...] = (1024, 4096, 16384, 65536)
+    contexts: tuple[int, int] = (4096, 65536)  # before decoding
     decoded: int = 32  # tokens of one decode pass
+    weighed: tuple[int, int] = (4096, 2**20)  # contexts at which the cache of a narrow model is weighed
+    narrow: int = 64
 
 
-SMOKE = Shape(64, 16, 32, 64, 0.15, 256, (64, 128, 256), 4)
+LARGE = Sizes()
+SMALL = Sizes(64, 16, 32, 64, 0.15, 256, (64, 256), 4, (64, 256), 32)
 
 
-def build(shape: Shape) -> TaipanForCausalLM:
-    """One unit with random weights, whose gate tells tokens apart."""
+@lru_cache(maxsize=1)
+def unit(sizes: Sizes) -> tuple[TaipanForCausalLM, float]:
+    """One unit with random weights, and the threshold at which it selects a share C of `prompt`."""
+    model = build(sizes, sizes.hidden_size)
+    model.calibrate(prompt(sizes, sizes.length), sizes.capacity)
+    return model, model.config.eval_threshold
+
+
+def build(sizes: Sizes, hidden_size: int) -> TaipanForCausalLM:
     torch.manual_seed(0)
     config = TaipanConfig(
-        hidden_size=shape.hidden_size,
+        hidden_size=hidden_size,
         num_hidden_layers=7,
-        vocab_size=shape.vocab_size,
-        state_size=shape.state_size,
-        sliding_window=shape.sliding_window,
+        vocab_size=sizes.vocab_size,
+        state_size=sizes.state_size,
+        sliding_window=sizes.sliding_window,
     )
     return TaipanForCausalLM(config).eval()
 
 
-def selective(model: TaipanForCausalLM) -> SelectiveBlock:
-    """The unit's selective layer."""
-    (found,) = (block for block in model.model.layers if isinstance(block, SelectiveBlock))
-    return found
+def prompt(sizes: Sizes, length: int) -> torch.Tensor:
+    """(1, T) random ids."""
+    return torch.randint(sizes.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
 
 
-def in_turn(sides: dict[str, Callable], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each side, taken one after the other, once unmeasured before."""
-    for work in sides.values():
-        work()
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repetitions):
-        for name, work in sides.items():
-            start = time.perf_counter()
+def all_and_few(sizes: Sizes, work: Callable[[], object], units: int) -> dict[str, Callable[[], int]]:
+    """The same work with all tokens selected (peer) and with a share C of them."""
+    model, threshold = unit(sizes)
+
+    def at(value: float) -> Callable[[], int]:
+        @torch.no_grad()
+        def run() -> int:
+            model.config.eval_threshold = value
             work()
-            samples[name].append(time.perf_counter() - start)
-    return samples
-
-
-@torch.no_grad()
-def measure(shape: Shape, repetitions: int) -> dict:
-    """Everything that is printed and written."""
-    model = build(shape)
-    ids = torch.randint(0, shape.vocab_size, (1, max(*shape.contexts, shape.length)))
-    prompt = ids[:, : shape.length]
-    model.calibrate(prompt, shape.capacity)
-    thresholds = {f"C = {shape.capacity}": model.config.eval_threshold, "all": ALL}
-    block, h = selective(model), torch.randn(1, shape.length, shape.hidden_size)
-    layout = Layout(torch.arange(shape.length)[None])
-
-    def with_threshold(threshold: float, work: Callable) -> Callable:
-        def run():
-            model.config.eval_threshold = threshold
-            return work()
+            return units
 
         return run
 
-    def both(work: Callable) -> dict[str, list[float]]:
-        return in_turn({name: with_threshold(x, work) for name, x in thresholds.items()}, repetitions)
-
-    selected = {
-        name: float(with_threshold(x, lambda: model(prompt, logits_to_keep=1).selection)()[0, 0])
-        for name, x in thresholds.items()
-    }
-    prefill = {
-        "selective layer": both(lambda: block(h, layout)),
-        "unit": both(lambda: model(prompt, logits_to_keep=1, use_cache=False)),
-    }
-    decode, nbytes, cache, done = {}, {}, TaipanCache(model), 0
-    for context in shape.contexts:
-        model.config.eval_threshold = thresholds[f"C = {shape.capacity}"]
-        for start in range(done, context, 4096):
-            model(ids[:, start : min(start + 4096, context)], past_key_values=cache, logits_to_keep=1)
-        done, nbytes[context] = context, cache.nbytes
-        # steps advance the cache they are measured on, which is of constant size: a copy would be measured with it
-        decode[context] = both(lambda: [model(ids[:, t : t + 1], past_key_values=cache) for t in range(shape.decoded)])
-    return {"selected": selected, "prefill": prefill, "decode": decode, "nbytes": nbytes}
+    return {"peer": at(ALL), "scrubjay": at(threshold)}
 
 
-def summary(result: dict) -> str:
-    """Medians of both sides and their ratio."""
-    few, every = result["selected"]
-    rows = []
-
-    def row(name: str, samples: dict, count: int) -> None:
-        medians = [statistics.median(samples[side]) / count for side in (few, every)]
-        rows.append([name, *(f"{1e6 * x:,.1f} us" for x in medians), f"{medians[1] / medians[0]:.2f}x"])
-
-    shape = result["shape"]
-    for name, samples in result["prefill"].items():
-        row(f"prefill of the {name}, per token of {shape['length']}", samples, shape["length"])
-    for context, samples in result["decode"].items():
-        row(f"step of the unit after {context} tokens", samples, shape["decoded"])
-    shares = ", ".join(f"{name}: {share:.3f}" for name, share in result["selected"].items())
-    weights = ", ".join(f"{context}: {size(nbytes)}" for context, nbytes in result["nbytes"].items())
-    title = f"{result['machine']['cpu']}, {result['machine']['torch_threads']} threads"
-    return f"{table(title, [few, every, 'ratio'], rows)}\n\nselected {shares}\ncache {weights}"
-
-
-def main(argv: list[str] | None = None) -> dict:
-    """Measure, print, write; returns what is in the JSON."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="benchmark_taipan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def layer_prefill(sizes: Sizes) -> dict[str, Callable[[], int]]:
+    """The selective layer alone."""
+    model, _ = unit(sizes)
+    (block,) = (block for block in model.model.layers if isinstance(block, SelectiveBlock))
+    generator = torch.Generator().manual_seed(0)
+    h, layout = (
+        torch.randn(1, sizes.length, sizes.hidden_size, generator=generator),
+        Layout(torch.arange(sizes.length)[None]),
     )
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
-    parser.add_argument("--repetitions", type=int, default=5, help="samples of each side and row (default 5)")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that everything runs")
-    parser.add_argument("--out", type=Path, help="JSON to write (default: results/benchmark_taipan.json)")
-    args = parser.parse_args(argv)
-    shape, repetitions = (SMOKE, 2) if args.smoke else (Shape(), args.repetitions)
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
-        where, result = machine(), measure(shape, repetitions)
-    finally:
-        torch.set_num_threads(before)
-    command = shlex.join(["python", "examples/benchmark_taipan.py", *argv])
-    result = {
-        "command": command, "commit": commit(), "machine": where, "versions": versions(), "shape": asdict(shape)
-    } | result  # fmt: skip
-    print(summary(result))
-    out = args.out or (None if args.smoke else RESULTS)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    return all_and_few(sizes, lambda: block(h, layout), 1)
 
 
-if __name__ == "__main__":
-    main()
+def unit_prefill(sizes: Sizes) -> dict[str, Callable[[], int]]:
+    model, _ = unit(sizes)
+    ids = prompt(sizes, sizes.length)
+    return all_and_few(sizes, lambda: model(ids, logits_to_keep=1, use_cache=False), 1)
+
+
+@torch.no_grad()
+def read(model: TaipanForCausalLM, sizes: Sizes, contexts: tuple[int, ...]) -> list[TaipanCache]:
+    """The caches that have read each context."""
+    caches = []
+    for context in contexts:
+        caches.append(TaipanCache(model))
+        for piece in prompt(sizes, context).split(CHUNK, dim=1):
+            model(piece, past_key_values=caches[-1], logits_to_keep=1)
+    return caches
+
+
+def decode(sizes: Sizes) -> dict[str, Callable[[], int]]:
+    """Steps after a short context (peer) and after a long one, of the same model at the share C."""
+    model, threshold = unit(sizes)
+    model.config.eval_threshold = threshold
+    steps = prompt(sizes, sizes.decoded).split(1, dim=1)
+
+    def after(cache: TaipanCache) -> Callable[[], int]:
+        @torch.no_grad()
+        def run() -> int:
+            model.config.eval_threshold = threshold
+            for step in steps:
+                model(step, past_key_values=cache)
+            return len(steps)
+
+        return run
+
+    short, long = read(model, sizes, sizes.contexts)
+    return {"peer": after(short), "scrubjay": after(long)}
+
+
+def weights(sizes: Sizes) -> dict[str, Callable[[], int]]:
+    """Bytes of a narrow model's cache after a short context (peer) and a long one."""
+    short, long = read(build(sizes, sizes.narrow), sizes, sizes.weighed)
+    return {"peer": lambda: short.nbytes, "scrubjay": lambda: long.nbytes}
+
+
+def lines(sizes: Sizes) -> list[Comparison]:
+    """What the benchmark shows of Taipan."""
+    few, T, (short, long), (early, late) = sizes.capacity, sizes.length, sizes.contexts, sizes.weighed
+    return [
+        Comparison(f"Taipan selective layer, prefill {T}, all tokens and {few:.0%}", lambda: layer_prefill(sizes)),
+        Comparison(f"Taipan unit, prefill {T}, all tokens and {few:.0%}", lambda: unit_prefill(sizes)),
+        Comparison(f"Taipan decode after {short} and {long}, per token", lambda: decode(sizes), 0.9),
+        Comparison(f"memory, Taipan cache after {early} and {late}", lambda: weights(sizes), 1.0, "bytes"),
+    ]

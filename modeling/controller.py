@@ -21,6 +21,7 @@ from torch import nn
 from transformers import initialization as init
 
 WEIGHTS, SIZES = "controller.safetensors", "controller.json"
+BLOCK = 2**18  # numbers that a step scores at a time on a CPU, whose cache holds them between the operations
 BUCKETS = 32  # of the learned embedding of distances: the last one starts at about 2^15
 SCORE_MODES = ("query", "distance", "static")
 POSITIONS = ("relative", "absolute", "learned")
@@ -220,12 +221,18 @@ class Controller(Scorer):
         """See `Scorer`."""
         if self.score_mode == "static":
             return features[..., 0]
-        hidden = features.to(self.first.weight.dtype)
-        if table is not None:
-            hidden = hidden + table[(now - positions).clamp(min=0)]
-        if self.query is not None:
-            hidden = hidden + self._turned(self.query(state))[:, None]
-        return self.rest(hidden)[..., 0]
+        asked = None if self.query is None else self._turned(self.query(state))[:, None]
+        distances = (now - positions).clamp(min=0)
+        columns = features.shape[1] if features.is_cuda else max(1, BLOCK // (len(features) * self.hidden))
+        scores = []
+        for part, apart in zip(features.split(columns, 1), distances.split(columns, 1), strict=True):
+            hidden = part.to(self.first.weight.dtype)
+            if table is not None:
+                hidden = hidden + torch.nn.functional.embedding(apart, table)
+            if asked is not None:
+                hidden = hidden + asked
+            scores.append(self.rest(hidden)[..., 0])
+        return torch.cat(scores, 1)
 
     def forward(self, embeds: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """Scores (B, Q, T) of a text's tokens for the current tokens at `queries` (Q,), with their gradient.

@@ -12,6 +12,8 @@ from scrubjay import AdoreCache, AdoreConfig
 from scrubjay.examples import benchmark_adore, sparse_tune, train_adore_controller
 from scrubjay.examples.adore_data import smoke_model, windows
 from scrubjay.examples.attention_capture import PER_HEAD, Request, answering, attention_rows
+from scrubjay.examples.comparison import SIDES
+from scrubjay.examples.measure import cache_nbytes
 from scrubjay.kernels.importance import agreed, attended, later_share, top, tuning_mask, within_horizon
 from scrubjay.modeling.controller import Controller
 
@@ -234,16 +236,17 @@ def test_what_cannot_be_measured_or_cut_is_refused(capsys):
         windows(np.arange(9), 9, 1, np.random.default_rng(0), "cpu")
 
 
-def test_benchmark_adore_smoke(tmp_path, capsys):
-    result = benchmark_adore.main(["--smoke", "--out", str(tmp_path / "b.json")])
-    names = [row["name"] for row in result["rows"]]
-    assert names == [
-        "full attention",
-        *(f"ADORE, {r} rebuilt{more}" for r in (3, 0) for more in ("", ", equal memory")),
-    ]
-    for row in result["rows"]:
-        assert row["tokens_per_second"] > 0
-        assert row["name"] in capsys.readouterr().out or row is not result["rows"][0]
-    held = {row["kv_nbytes"] / row["batch"] for row in result["rows"][1:]}
-    assert held == {2 * 2 * 4 * (8 + 1) * 8 * 4}  # layers, keys and values, heads, slots and one, head size, bytes
-    assert json.loads((tmp_path / "b.json").read_text())["rows"] == result["rows"]
+def test_benchmark_adore_measures_the_rows_it_names():
+    sizes = benchmark_adore.SMALL
+    full, ours = benchmark_adore.full_cache(sizes), benchmark_adore.adore_cache(sizes, sizes.rebuild)
+    assert full.get_seq_length() == ours.get_seq_length() == sizes.context
+    assert cache_nbytes(full) == 2 * 2 * sizes.batch * 4 * (sizes.context + sizes.steps * sizes.passes) * 8 * 4
+    for equal_memory, rows in ((False, sizes.batch), (True, 1)):  # at this size ours weighs more
+        work = benchmark_adore.decode(sizes, sizes.rebuild, 1, equal_memory)
+        assert [work[side]() for side in SIDES] == [sizes.batch * sizes.steps, rows * sizes.steps]
+
+
+def test_benchmark_adore_holds_a_constant_number_of_keys():
+    *_, line = benchmark_adore.lines(benchmark_adore.SMALL)
+    record = line.measure(2)
+    assert record["scrubjay"] == record["peer"] == 2 * 2 * 4 * (8 + 1) * 8 * 4  # layers, k and v, heads, slots and one

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scrubjay.examples import benchmark, benchmark_cpu, mqar
-from scrubjay.examples.benchmark_cpu import SIDES, SMOKE, checked, high_water, rows_of, window_pass
+from scrubjay.examples.benchmark_cpu import SIDES, SMOKE, checked, high_water, lines_of, rows_of, window_pass
 from scrubjay.examples.mqar import IGNORED, MODELS, Run, accuracy, causal_labels, draw_distinct, mqar_batch
 
 PAIRS, LENGTH, VOCAB = 5, 32, 40  # keys 1..19, values 20..39
@@ -158,7 +158,7 @@ def test_benchmark_smoke(tmp_path, capsys):
     threads = torch.get_num_threads()
     result = benchmark.main(["--cpu", "--smoke", "--threads", "1", "--out", str(out)])
     assert torch.get_num_threads() == threads
-    assert [row["name"] for row in result["rows"]] == [row.name for row in rows_of(SMOKE)]
+    assert [row["name"] for row in result["rows"]] == [row.name for row in [*rows_of(SMOKE), *lines_of(SMOKE)]]
     printed = capsys.readouterr().out
     for row in result["rows"]:
         assert row["name"] in printed

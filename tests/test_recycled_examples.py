@@ -62,5 +62,6 @@ def test_recycled_benchmark_takes_one_full_step_in_a_pass():
             decoding.step()
         assert [(layer.full_steps, layer.partial_steps) for layer in decoding.layers] == [(2, 8)] * sizes.layers
         assert all(layer.seen == sizes.length + 10 for layer in decoding.layers)
-        benchmark_recycled.recycled_pass("peer", sizes, dtype)()
-        benchmark_recycled.partial_pass(sizes, dtype)()
+        assert [work() for work in benchmark_recycled.decode(sizes, dtype).values()] == [sizes.stride] * 2
+    for work in benchmark_recycled.partial_steps(sizes).values():
+        assert work() == sizes.stride

@@ -1,11 +1,9 @@
 """Taipan in the examples: of equal size, and measured where its gate was set."""
 
-import json
-
 import pytest
-import torch
 
 from scrubjay.examples import benchmark_taipan, mqar
+from scrubjay.examples.comparison import SIDES
 from scrubjay.examples.mqar import Run
 
 
@@ -26,17 +24,23 @@ def test_taipan_mqar_records_the_share_that_is_selected():
     assert "selected" not in mqar.main(["--smoke", "--model", "ssd"])[0]
 
 
-def test_taipan_benchmark_smoke(tmp_path, capsys):
-    out, threads = tmp_path / "results" / "taipan.json", torch.get_num_threads()
-    result = benchmark_taipan.main(["--smoke", "--threads", "1", "--out", str(out)])
-    assert torch.get_num_threads() == threads
-    shape = benchmark_taipan.SMOKE
-    few, every = result["selected"].values()
-    assert abs(few - shape.capacity) < 1 / shape.length + 1e-6
+def test_taipan_benchmark_selects_the_share_it_names():
+    sizes = benchmark_taipan.SMALL
+    model, _ = benchmark_taipan.unit(sizes)
+    ids = benchmark_taipan.prompt(sizes, sizes.length)
+    shares = []
+    work = benchmark_taipan.all_and_few(sizes, lambda: shares.append(float(model(ids).selection[0, 0])), 7)
+    assert [work[side]() for side in SIDES] == [7, 7]
+    every, few = shares
     assert every == 1
-    assert len(set(result["nbytes"].values())) == 1
-    assert set(result["nbytes"]) == set(result["decode"]) == set(shape.contexts)
-    samples = [*result["prefill"].values(), *result["decode"].values()]
-    assert all(len(times) == 2 and min(times) > 0 for sides in samples for times in sides.values())
-    assert json.loads(out.read_text())["prefill"] == result["prefill"]
-    assert "selective layer" in capsys.readouterr().out
+    assert abs(few - sizes.capacity) < 1 / sizes.length + 1e-6
+
+
+def test_taipan_benchmark_decodes_after_the_contexts_it_names():
+    sizes = benchmark_taipan.SMALL
+    model, _ = benchmark_taipan.unit(sizes)
+    caches = benchmark_taipan.read(model, sizes, sizes.contexts)
+    assert tuple(cache.get_seq_length() for cache in caches) == sizes.contexts
+    (line,) = (line for line in benchmark_taipan.lines(sizes) if line.unit == "bytes")
+    assert line.measure(2)["ratio"] == 1
+    assert [work() for work in benchmark_taipan.decode(sizes).values()] == [sizes.decoded] * 2
