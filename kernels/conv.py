@@ -80,21 +80,35 @@ class _Convolution(torch.autograd.Function):
     @without_autocast
     def backward(ctx, dy):
         weight, bias, *parts = ctx.saved_tensors
-        window = torch.cat(parts, 1)
-        (B, _, C), (_, K), T = window.shape, weight.shape, dy.shape[1]
-        wide = torch.promote_types(window.dtype, torch.float32)
-        by_tap, dwindow = weight.T.to(wide).contiguous(), torch.zeros_like(window, dtype=wide)
+        history, x = parts if len(parts) == 2 else (None, torch.cat(parts, 1))
+        (B, T, C), (_, K), dtype = dy.shape, weight.shape, x.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        by_tap, dwindow = weight.T.to(wide).contiguous(), dy.new_zeros(B, T + K - 1, C, dtype=wide)
         dweight, dbias = torch.zeros_like(by_tap), by_tap.new_zeros(C)
+        start = by_tap.new_zeros(C) if bias is None else bias.to(wide)
         rows = max(MIN_ROWS, TILE // (B * C)) if dy.device.type == "cpu" else T
         for tile in chunks(0, T, rows):
-            seen = window[:, tile.start : tile.stop + K - 1]
-            d = torch.ops.aten.silu_backward(dy[:, tile], _convolve(seen, weight, bias)).to(wide)
+            seen = _window(history, x, tile, K).to(wide)
+            taps = [seen[:, i : i + tile.stop - tile.start] for i in range(K)]
+            u = torch.addcmul(start, taps[0], by_tap[0])
+            for i in range(1, K):
+                u.addcmul_(taps[i], by_tap[i])
+            d = torch.ops.aten.silu_backward(dy[:, tile].to(wide), u)
             dbias += d.sum((0, 1))
             for i in range(K):
-                dweight[i] += torch.linalg.vecdot(d, seen[:, i : i + d.shape[1]].to(wide), dim=1).sum(0)
+                dweight[i] += torch.linalg.vecdot(d, taps[i], dim=1).sum(0)
                 dwindow[:, tile.start + i : tile.stop + i].addcmul_(d, by_tap[i])
-        dparts = dwindow.to(window.dtype).split([part.shape[1] for part in parts], 1)
+        dparts = dwindow.to(dtype).split([part.shape[1] for part in parts], 1)
         return dweight.T.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), *dparts
+
+
+def _window(history, x, tile, K):
+    """The steps (B, K - 1 + n, C) that a tile of n outputs reads. history: (B, K - 1, C); None: x starts with it."""
+    if history is None:
+        return x[:, tile.start : tile.stop + K - 1]
+    if tile.start >= K - 1:
+        return x[:, tile.start - K + 1 : tile.stop]
+    return torch.cat([history[:, tile.start :], x[:, : tile.stop]], 1)
 
 
 def _convolve(window, weight, bias):

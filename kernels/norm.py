@@ -104,7 +104,7 @@ def _gated(y, z, x, weight, skip, eps, groups):
     y, z, x, flat = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (y, z, x, out))
     for rows in _tiles(flat):
         u = _skipped(y, x, skip, rows).mul_(F.silu(z[rows].to(_wide(y))))
-        flat[rows] = u.mul_(_scale(u, eps, groups)).mul_(weight)
+        torch.mul(u.mul_(_scale(u, eps, groups)), weight, out=flat[rows])
     return out
 
 
@@ -138,8 +138,9 @@ class _GatedRMSNorm(torch.autograd.Function):
             mean = mean if ctx.groups == 1 else mean.repeat_interleave(d.shape[1] // ctx.groups, 1)
             du = torch.addcmul(normed.mul_(mean), d, weight.to(wide), value=-1).mul_(-scale)
             dz[rows] = torch.ops.aten.silu_backward(s.mul_(du), gate)
-            dy[rows] = du.mul_(silu)
+            torch.mul(du, silu, out=dy[rows])
             if x is not None:
+                du.mul_(silu)
                 dskip += torch.mul(du, x[rows], out=products).sum(0)
                 torch.mul(du, skip, out=dx[rows])
         dx, dskip = (None, None) if x is None else (dx.view(shape), dskip.to(skip.dtype))
@@ -158,8 +159,10 @@ def _tiles(rows):
 
 def _skipped(y, x, skip, rows):
     """y + skip * x for some rows, in a fresh float32 tensor."""
-    wide = y[rows].to(_wide(y), copy=True)
-    return wide if x is None else wide.addcmul_(x[rows].to(wide.dtype), skip.to(wide.dtype))
+    wide = _wide(y)
+    if x is None:
+        return y[rows].to(wide, copy=True)
+    return torch.addcmul(y[rows].to(wide), x[rows].to(wide), skip.to(wide))
 
 
 def _scale(u, eps, groups=1):
