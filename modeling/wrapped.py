@@ -200,9 +200,14 @@ class ZooWrapperForCausalLM(ZooForCausalLM):
         return self.model.decoder
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Give generate() the model's own cache."""
-        given = generation_config.cache_implementation or model_kwargs.get("past_key_values") is not None
-        if given or generation_config.use_cache is False:
+        """Give generate() the model's own cache; `cache_implementation` may be "dynamic"."""
+        wanted = generation_config.cache_implementation
+        if wanted not in (None, "dynamic", "dynamic_full"):
+            raise ValueError(
+                f"{type(self).__name__} makes a cache of its own, which no {wanted!r} one can stand in for. Leave "
+                "cache_implementation out; for full attention, pass a cache of transformers' as past_key_values."
+            )
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             return super(ZooForCausalLM, self)._prepare_cache_for_generation(
                 generation_config, model_kwargs, *args, **kwargs
             )

@@ -72,7 +72,12 @@ def test_chunked_prefill_equals_one_prefill(model, size):
 def test_offloaded_cache_gives_the_same(recurrent):
     model, ids = recurrent.build(torch.float64), tokens(2, 20)
     assert torch.equal(greedy(model, ids, cache_implementation="offloaded"), greedy(model, ids))
-    with pytest.raises(ValueError, match="one cache, of constant size"):
+
+
+def test_no_other_cache_is_made_in_place_of_the_models_own(entry, model):
+    ids = tokens(2, 20)
+    assert torch.equal(greedy(model, ids, cache_implementation="dynamic"), greedy(model, ids))
+    with pytest.raises(ValueError, match="cache_implementation out"):
         greedy(model, ids, cache_implementation="static")
 
 
