@@ -56,7 +56,8 @@ def summary(result: dict) -> str:
         f"Medians of {result['repetitions']} taken in turn. peer: transformers' Mamba2 with the same weights, at the",
         "chunk size given (its fastest in prefill and training); for SW-SKA, torch's SDPA with a dense band mask; for",
         "Recycled Attention, full attention on the same buffer with packed heads; for ADORE, full attention with a",
-        "preallocated cache; for Taipan, the same weights with all tokens selected. Of two lengths, the first is peer.",
+        "preallocated cache (equal memory: ours of as many rows as fit into its bytes, at most 64); for Taipan, the",
+        "same weights with all tokens selected. Of two lengths, the first is peer.",
         f"memory: {result['memory']}.",
     ]
     return "\n\n".join([table(title, ["peer", "scrubjay", "chunk", "ratio", "floor", ""], rows), "\n".join(legend)])
@@ -69,20 +70,24 @@ def shown(value: float, unit: str) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """A bar per row: how many times less time or memory than the peer, with the promised floor as a mark."""
+    """A bar per row: how many times less time or memory than the peer, with the promised floor as a mark.
+
+    Rows that compare two lengths of one thing promise that nothing changes: there is no bar to show.
+    """
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    rows = result["rows"][::-1]
-    figure = Figure(figsize=(9, 0.8 + 0.42 * len(rows)), layout="constrained")
+    rows = [row for row in result["rows"][::-1] if (row["floor"] or 2) > 1]
+    figure = Figure(figsize=(10, 0.8 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh([row["name"] for row in rows], [row["ratio"] for row in rows], color=OURS, height=0.6)
-    axes.bar_label(bars, fmt="%.1fx", padding=3, fontsize=8)
+    axes.bar_label(bars, fmt="%.1fx", padding=5, fontsize=8)
+    axes.tick_params(axis="y", labelsize=8)
     floors = [(row["floor"], at) for at, row in enumerate(rows) if row["floor"]]
     if floors:
         axes.plot(*zip(*floors, strict=True), "|", color="black", markersize=16, label="floor")
         axes.legend(frameon=False, loc="lower right")
     axes.axvline(1, color=GRAY, linewidth=0.8)
-    axes.set(xlabel="peer / scrubjay (right of the line: scrubjay takes less)", title=result["machine"]["cpu"])
+    axes.set(xlabel="peer / scrubjay", title=result["machine"]["cpu"])
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

@@ -27,7 +27,7 @@ PIECE = 1024  # tokens of a call that reads the context
 class Sizes:
     """A decoder (two layers of Llama-2-7B) and the cache: m tokens, R rebuilt, n before the clock starts."""
 
-    name: str = "2 layers of Llama-2-7B"
+    name: str = "7B width"
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_hidden_layers: int = 2
@@ -43,7 +43,7 @@ class Sizes:
     dtype: str = "bfloat16"
 
 
-LARGE, OTHERS = Sizes(), (Sizes(dtype="float32"), Sizes("Llama-160M", 768, 3072, 12, 12))
+LARGE, OTHERS = Sizes(), (Sizes(dtype="float32"), Sizes("160M", 768, 3072, 12, 12))
 SMALL = Sizes("tiny", 32, 48, 2, 4, 97, 40, 8, 3, 2, most=4, steps=2, dtype="float32")
 
 
@@ -128,27 +128,22 @@ def growth(sizes: Sizes) -> dict[str, Callable[[], int]]:
 
 
 def decode_line(sizes: Sizes, rebuild: int, every: int = 1, *, equal_memory: bool = False, floor=None) -> Comparison:
-    where = f"as many rows as fit, at most {sizes.most}" if equal_memory else f"batch {sizes.batch}"
-    how = f"R = {rebuild}" + (f" in every {every}th step" if every > 1 else "")
+    where = "equal memory" if equal_memory else f"batch {sizes.batch}"
+    how = f"R = {rebuild}" + (f" every {every}th step" if every > 1 else "")
     make = partial(decode, sizes, rebuild, every, equal_memory)
-    return Comparison(f"{title(sizes)}, {how}, decode at {sizes.context}, {where}", make, floor)
-
-
-def title(sizes: Sizes) -> str:
-    return f"ADORE, {sizes.name} {sizes.dtype}"
+    return Comparison(f"ADORE decode, {sizes.name} {sizes.dtype}, {how}, {where}", make, floor)
 
 
 def lines(sizes: Sizes, others: tuple[Sizes, ...] = ()) -> list[Comparison]:
     """What the benchmark shows of ADORE: one decoder in full, of others the step alone."""
     n, R = sizes.context, sizes.rebuild
-    memory = f"memory, {title(sizes)}"
     return [
         decode_line(sizes, R, floor=2.2),
         decode_line(sizes, R, 4),
         decode_line(sizes, 0),
         decode_line(sizes, R, equal_memory=True),
         decode_line(sizes, 0, equal_memory=True),
-        Comparison(f"{memory}, a row after {n}", partial(row_weights, sizes), None, "bytes"),
-        Comparison(f"{memory}, keys and values after {n // 4} and {n}", partial(growth, sizes), 1.0, "bytes"),
         *(decode_line(other, rebuild) for other in others for rebuild in (R, 0)),
+        Comparison(f"memory, ADORE row, {sizes.name} {sizes.dtype}", partial(row_weights, sizes), None, "bytes"),
+        Comparison(f"memory, ADORE's keys at {n // 4} and {n}", partial(growth, sizes), 1.0, "bytes"),
     ]

@@ -112,8 +112,8 @@ def lines(sizes: Sizes) -> list[Comparison]:
     """What the benchmark shows of Recycled Attention."""
     L, K, S = sizes.length, sizes.budget, sizes.stride
     floors = {torch.float32: 3.0, torch.bfloat16: 4.0}
-    what = f"Recycled decode attention at {L}, K = {K}, S = {S}"
+    what = f"Recycled decode at {L}, K = {K}, S = {S}"
     return [
-        *(Comparison(f"{what}, {str(x)[6:]}", partial(decode, sizes, x), floor) for x, floor in floors.items()),
+        *(Comparison(f"{what} {str(x)[6:]}", partial(decode, sizes, x), floor) for x, floor in floors.items()),
         Comparison(f"Recycled partial step at {L // 4} and {L}", partial(partial_steps, sizes), 0.85),
     ]

@@ -142,8 +142,8 @@ def lines(sizes: Sizes) -> list[Comparison]:
     """What the benchmark shows of Taipan."""
     few, T, (short, long), (early, late) = sizes.capacity, sizes.length, sizes.contexts, sizes.weighed
     return [
-        Comparison(f"Taipan selective layer, prefill {T}, all tokens and {few:.0%}", lambda: layer_prefill(sizes)),
-        Comparison(f"Taipan unit, prefill {T}, all tokens and {few:.0%}", lambda: unit_prefill(sizes)),
+        Comparison(f"Taipan's selective layer, prefill {T}, {few:.0%}", lambda: layer_prefill(sizes)),
+        Comparison(f"Taipan's unit, prefill {T}, {few:.0%}", lambda: unit_prefill(sizes)),
         Comparison(f"Taipan decode after {short} and {long}, per token", lambda: decode(sizes), 0.9),
-        Comparison(f"memory, Taipan cache after {early} and {late}", lambda: weights(sizes), 1.0, "bytes"),
+        Comparison(f"memory, Taipan's cache at {early} and {late}", lambda: weights(sizes), 1.0, "bytes"),
     ]
