@@ -8,7 +8,8 @@ record?
     python examples/retrieval.py            train, compare, write results/retrieval.json and .png
     python examples/retrieval.py --smoke    the code path in seconds, learns nothing
 
-The answers before a token are given (teacher forcing), so that one miss does not spoil what follows it.
+The answers before a token are given (teacher forcing), so that one miss does not spoil what follows it. A question and
+its answer are 5 tokens: a stride of 5 looks at everything once a question, of 10 once in two, of 7 here and there.
 K budget, L listed tokens, Q questions, V value tokens.
 """
 
@@ -42,7 +43,7 @@ class Task:
     """Sizes of the task, the model and its training. The list has records * (1 + values) tokens."""
 
     records: int = 64
-    values: int = 5
+    values: int = 4
     questions: int = 8
     keys: int = 128
     alphabet: int = 256
@@ -230,6 +231,7 @@ def caches(task: Task, controller: Controller | None = None) -> dict[str, Callab
         "H2O": lambda model: RecycledCache(model, budget=budget, policy="h2o"),
         "SnapKV": lambda model: RecycledCache(model, budget=budget, policy="snapkv"),
         "Recycled, S = 5": lambda model: RecycledCache(model, budget=budget, stride=5),
+        "Recycled, S = 7": lambda model: RecycledCache(model, budget=budget, stride=7),
         "Recycled, S = 10": lambda model: RecycledCache(model, budget=budget, stride=10),
         "Recycled, dynamic": lambda model: RecycledCache(model, budget=budget, schedule="dynamic", qc=5),
         "ADORE, recency": lambda model: AdoreCache(model, cache_size=budget, rebuild=0, controller="recency"),
