@@ -59,7 +59,7 @@ class AdoreSettings:
         position_mode: tokens keep their "original" positions, or "compact": those attended are numbered from 0 in each
             step, for texts beyond the length that the model was trained on.
         prefill: a prompt in one "full" causal pass, of which `cache_size` tokens are kept, or "chunked": in pieces of
-            `cache_size`, which bounds working memory and releases tokens on the way.
+            `cache_size`, which bounds working memory and releases tokens on the way; rows must not be padded then.
         store: of released tokens keep "ids", 4 bytes each, or "embeds". A prompt of `inputs_embeds` makes it "embeds".
     """
 

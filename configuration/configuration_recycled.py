@@ -80,8 +80,11 @@ class RecycledConfig(WrappedConfig):
                 "keep_recent (for h2o half the budget; at least the new token) and n_sink must be 0 or more and fit "
                 f"the budget together; got {self.recent} + {self.sinks} and a budget of {self.budget}."
             )
-        if self.train_tail < 0:
-            raise ValueError(f"train_tail must be 0 or more; got {self.train_tail}.")
+        if self.train_tail < 0 or (self.train_tail and self.policy != "recycled"):
+            raise ValueError(
+                "train_tail must be 0 or more, and other policies than 'recycled' have no such training; got "
+                f"{self.train_tail} and {self.policy!r}."
+            )
         layers = self.base_config.num_hidden_layers
         if any(not isinstance(i, int) or not 0 <= i < layers for i in self.full_layers):
             raise ValueError(f"full_layers must be layer indices from 0 to {layers - 1}; got {list(self.full_layers)}.")

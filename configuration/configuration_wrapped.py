@@ -1,5 +1,6 @@
 """What configurations share whose model is another library's decoder with a cache of its own."""
 
+import copy
 import dataclasses
 
 from transformers import CONFIG_MAPPING
@@ -36,6 +37,9 @@ class WrappedConfig(PreTrainedConfig):
             self.base_config = _base(given.get("model_type"), {k: v for k, v in given.items() if k != "model_type"})
         elif given.model_type not in BASES:
             raise ValueError(_unknown(given.model_type))
+        else:
+            self.base_config = copy.deepcopy(given)  # a model may hold it
+            kwargs.setdefault("attn_implementation", given._attn_implementation)
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
 

@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.kernels.release import turned, unturned
+from scrubjay.modeling.cache import writable
 
 
 @dataclass
@@ -75,7 +76,7 @@ class AdoreLayer(CacheLayerMixin):
         at = at.expand(-1, entries.shape[1], -1, entries.shape[3])
         if torch.is_grad_enabled():
             return held.scatter(2, at, entries)
-        return held.scatter_(2, at, entries)
+        return writable(held).scatter_(2, at, entries)
 
     def map(self, change) -> None:
         """Apply a change of rows."""

@@ -22,10 +22,10 @@ NAMES = {stock: f"{PREFIX}{_COPY}_{stock}" for stock in ATTENTION}
 def recycled_attention(stock, module, query, key, value, attention_mask, *, scaling, recycled_tail=None, **kwargs):
     """transformers' interface: query (B, H, T, P), key and value (B, G, n, P) -> (B, T, H, P), None.
 
-    `recycled_tail`: arguments of `attend_tail`, in continued pre-training.
+    `recycled_tail`: in continued pre-training, arguments of `attend_tail` and the layers that do without it.
     """
-    if recycled_tail is not None:
-        return attend_tail(query, key, value, scaling, **recycled_tail), None
+    if recycled_tail is not None and module.layer_idx not in recycled_tail[1]:
+        return attend_tail(query, key, value, scaling, **recycled_tail[0]), None
     if stock == "eager":  # lives in each model's own file
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:

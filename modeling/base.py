@@ -105,6 +105,7 @@ class ZooModel(ZooPreTrainedModel):
     has_padding_row = False  # whether the embedding of pad_token_id is zero and learns nothing
 
     def __init__(self, config):
+        config.validate()  # from_pretrained changes fields after it has read them
         super().__init__(config)
         padding_row = config.pad_token_id if self.has_padding_row else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_row)
@@ -287,7 +288,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None or loss_kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
-        out = CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        out = CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
         return self.output(out, outputs, labels, **loss_kwargs)
 
     def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None):

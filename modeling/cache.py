@@ -173,6 +173,11 @@ def _at(slots: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return slots[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
 
 
+def writable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of what inference mode made and is now to be written outside of it, which torch refuses."""
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
+
+
 def take_slots(ring: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """(B, K, W, P), (B, S) -> (B, K, S, P)."""
     return ring.gather(2, _at(slots, ring))
@@ -185,7 +190,7 @@ def put_slots(ring: torch.Tensor, slots: torch.Tensor, new: torch.Tensor, real: 
         new = torch.where(real[:, None, :, None], new, take_slots(ring, slots))
     if torch.is_grad_enabled():
         return ring.scatter(2, _at(slots, ring), new)
-    return ring.scatter_(2, _at(slots, ring), new)
+    return writable(ring).scatter_(2, _at(slots, ring), new)
 
 
 class StateCache(Cache):

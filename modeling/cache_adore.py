@@ -65,6 +65,8 @@ class AdoreCache(AttachedCache):
         controller: Scorer | str | None = None,
         **changes,
     ):
+        if not isinstance(settings, AdoreSettings | None):
+            raise ValueError(f"settings must be AdoreSettings or fields by keyword (cache_size=...); got {settings!r}.")
         settings = settings or getattr(getattr(model, "config", None), "settings", None) or AdoreSettings()
         unknown = set(changes) - {field.name for field in dataclasses.fields(AdoreSettings)}
         if unknown:
@@ -104,6 +106,11 @@ class AdoreCache(AttachedCache):
         real = self._real(kwargs)
         pieces = None
         if self.settings.prefill == "chunked" and real.shape[1] > self.settings.cache_size:
+            if not bool(real.all()):
+                raise ValueError(
+                    "prefill='chunked' cuts all rows at the same columns, so a padded row would release other tokens "
+                    "than it does alone. Give rows of one length, or use prefill='full'."
+                )
             pieces, kwargs = self._run_ahead(decoder, kwargs)
             real = real[:, -given(kwargs).shape[1] :]
         kwargs = dict(kwargs)
@@ -286,6 +293,10 @@ class AdoreCache(AttachedCache):
         table = history["embeds"]
         old = table.gather(1, rebuilt[..., None].expand(-1, -1, table.shape[2])).to(new.dtype)
         return {"input_ids": None, "inputs_embeds": torch.cat([old, new], 1)}
+
+    def real(self):
+        """(B, seen) bool, which columns given so far are tokens; None before the first."""
+        return self.history["real"] if self.history.rows else None
 
     @property
     def batch_size(self) -> int:

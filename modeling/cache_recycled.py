@@ -3,19 +3,19 @@
 B batch, H query heads, G key heads, P head size, T new columns, n columns held, K budget.
 """
 
-import copy
 import os
 from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.configuration.configuration_wrapped import WrappedConfig
 from scrubjay.kernels.recycle import decode, decode_with_scores, top
 from scrubjay.modeling.attention_recycled import NAMES, PREFIX
-from scrubjay.modeling.cache import read_tensors, write_tensors
+from scrubjay.modeling.cache import read_tensors, writable, write_tensors
 from scrubjay.modeling.evicting import EvictingLayer
 from scrubjay.modeling.kept_keys import TAIL, Call, KeepingLayer, Kept
 from scrubjay.modeling.wrapped import AttachedCache, decoder_of
@@ -95,6 +95,7 @@ class RecycledLayer(KeepingLayer):
             elif self.call.source is not None:  # no token in this call so far: the one before it
                 before = held[:, :, (self.seen - query.shape[2] - 1) % TAIL, None]
                 rows = torch.where(self.call.source[:, None, :, None] < 0, before, rows)
+            held = writable(held)
             held[:, :, columns % TAIL] = rows
             setattr(self, name, held)
         self.oldest = max(self.oldest, self.seen - TAIL)
@@ -200,6 +201,7 @@ class RecycledLayer(KeepingLayer):
 def _appended(buffer, new, used):
     """The buffer with new columns written behind `used` ones, in larger memory if they do not fit."""
     (B, G, _, P), needed = new.shape, used + new.shape[2]
+    buffer = None if buffer is None else writable(buffer)
     if buffer is None or buffer.shape[2] < needed:
         larger = new.new_empty(B, G, max(256, needed + int(needed * (GROWTH - 1)) if used else needed + 256), P)
         if used:
@@ -220,6 +222,8 @@ class RecycledCache(AttachedCache):
             `RecycledForCausalLM`, whose settings are then the defaults.
         settings: fields of `RecycledConfig`.
 
+    Steps that choose among the keys, or attend those chosen, have no gradient.
+
     Raises:
         ValueError: a model, or a setting, that it was not built for.
     """
@@ -230,7 +234,11 @@ class RecycledCache(AttachedCache):
             raise ValueError(f"RecycledCache has no setting {unknown}; it has {SETTINGS}.")
         if isinstance(config, RecycledConfig):
             settings = {name: getattr(config, name) for name in SETTINGS} | settings
-        self._build(RecycledConfig(base_config=copy.deepcopy(decoder.config), **settings))
+        try:
+            config = RecycledConfig(base_config=decoder.config, **settings)
+        except StrictDataclassError as error:  # is no ValueError, which a caller expects
+            raise ValueError(str(error.__cause__ or error)) from error
+        self._build(config)
         self.attach(model)
 
     def _build(self, settings):
@@ -261,16 +269,20 @@ class RecycledCache(AttachedCache):
             if self.call.source is not None:
                 positions = positions.expand(batch, -1).gather(1, self.call.source.clamp(min=0))
             self.call.rotary = decoder.rotary_emb(torch.empty(0, device=given.device), positions[:, -TAIL:])
-        self._stock, self.call.active = stock, True
-        decoder.config._attn_implementation_internal = NAMES[stock]
+        config, call = decoder.config, self.call
+        config._attn_implementation_internal, call.active = NAMES[stock], True
+
+        def undo():
+            config._attn_implementation_internal, call.active = stock, False
+
+        self._undo.append(undo)
         if seen and isinstance(self.layers[0], EvictingLayer):
             kwargs = kwargs | {"attention_mask": None}  # columns and slots no longer agree; the layers make their own
         return kwargs
 
-    def leave(self, decoder, output):
-        """The decoder is as it was."""
-        if self.call.active:
-            decoder.config._attn_implementation_internal, self.call.active = self._stock, False
+    def real(self):
+        """(B, seen) bool, which columns given so far are tokens; None: all."""
+        return None if self.call.real is None else self.call.real[:, : self.get_seq_length()]
 
     def _check(self, batch, seen, columns, mask):
         layer = self.layers[0]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from scrubjay.kernels.recycle import attend_seen, decode, decode_with_scores, received, top
+from scrubjay.modeling.cache import writable
 from scrubjay.modeling.kept_keys import KeepingLayer, Kept, pick
 
 
@@ -32,6 +33,7 @@ class EvictingLayer(KeepingLayer):
             return k.view_as(k), v
         order = self.kept.sort()
         if self.mass is not None:
+            self.mass = writable(self.mass)
             self.mass[:, :, : self.kept.filled] = self.mass.gather(2, order)
         keys, values, _ = self.kept.held()
         return torch.cat([keys, k], 2), torch.cat([values, v], 2)

@@ -5,6 +5,8 @@ B batch, T columns given so far (padding included), D width of embeddings, F of 
 
 import torch
 
+from scrubjay.modeling.cache import writable
+
 CHUNK = 256  # columns by which the tables grow, so that a step copies nothing
 TABLES = ("ids", "embeds", "positions", "real", "features")
 
@@ -67,6 +69,7 @@ class TokenHistory:
                     grown[:, : self.length] = self.tables[name][:, : self.length]
                 self.tables[name] = grown
         for name, new in columns.items():
+            self.tables[name] = writable(self.tables[name])
             self.tables[name][:, self.length : end] = new
         counted = real.sum(1)
         self.rows["counts"] = self.counts + counted if self.rows else counted

@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.kernels.recycle import gather, pooled, scores_of
+from scrubjay.modeling.cache import writable
 
 TAIL = 64  # queries remembered, and so columns that `crop` may take back
 
@@ -84,11 +85,11 @@ class Kept:
         if self.real is not None:
             new["real"] = torch.ones_like(at, dtype=torch.bool) if real is None else real[:, None, None].expand_as(at)
         for name, value in new.items():
-            held = getattr(self, name)
+            held = writable(getattr(self, name))
             rows = at[..., None].expand_as(value) if value.ndim == 4 else at
             if real is not None and not room:
                 value = torch.where(real.view(-1, *(1,) * (value.ndim - 1)), value, held.gather(2, rows))
-            held.scatter_(2, rows, value)
+            setattr(self, name, held.scatter_(2, rows, value))
         return at
 
     def sort(self):
@@ -97,7 +98,9 @@ class Kept:
         for name in self.names:
             if (held := getattr(self, name)) is not None:
                 rows = order[..., None].expand(-1, -1, -1, held.shape[3]) if held.ndim == 4 else order
+                held = writable(held)
                 held[:, :, : self.filled] = held.gather(2, rows)
+                setattr(self, name, held)
         return order
 
     def held(self):

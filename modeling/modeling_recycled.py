@@ -39,7 +39,8 @@ class RecycledModel(ZooWrapperModel):
         if decoder._attn_implementation not in NAMES.values():
             decoder._attn_implementation_internal = NAMES[decoder._attn_implementation]
         settings = {"recent": config.keep_recent, "kernel": config.pool_kernel, "reduce": config.group_reduce}
-        return settings | {"tail": config.train_tail, "budget": config.budget, "sinks": config.sinks}
+        settings |= {"tail": config.train_tail, "budget": config.budget, "sinks": config.sinks}
+        return settings, config.full_layers
 
 
 class RecycledForCausalLM(ZooWrapperForCausalLM):

@@ -184,18 +184,21 @@ class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM):
             for module in self.modules()
             if isinstance(module, Gate)
         ]
-        training, tried = self.training, []
+        training, before, tried = self.training, self.config.eval_threshold, []
         self.eval()
-        for _ in range(passes):
-            deltas.clear()
-            self.model(input_ids=input_ids, use_cache=False)
-            a, threshold = torch.sigmoid(torch.cat(deltas)), self.config.eval_threshold
-            share = float((a > threshold).double().mean())
-            tried.append((abs(share - rate), threshold, share))
-            self.config.eval_threshold = min(max(float(a.quantile(1 - rate)), 1e-9), 1 - 1e-9)
-        for hook in hooks:
-            hook.remove()
-        self.train(training)
+        try:
+            for _ in range(passes):
+                deltas.clear()
+                self.model(input_ids=input_ids, use_cache=False)
+                a, threshold = torch.sigmoid(torch.cat(deltas)), self.config.eval_threshold
+                share = float((a > threshold).double().mean())
+                tried.append((abs(share - rate), threshold, share))
+                self.config.eval_threshold = min(max(float(a.quantile(1 - rate)), 1e-9), 1 - 1e-9)
+        finally:
+            self.config.eval_threshold = before
+            for hook in hooks:
+                hook.remove()
+            self.train(training)
         _, self.config.eval_threshold, share = min(tried)
         return share
 

@@ -8,6 +8,7 @@ it is closed or no longer referred to. B batch, T time.
 import copy
 import inspect
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -52,9 +53,14 @@ class AttachedCache(Cache):
         """Take part in the calls of `model` that are given this cache."""
         decoder, me = decoder_of(model), weakref.ref(self)
         self._decoder = weakref.ref(decoder)
+        # What `enter` changes outside the cache is undone by functions in this list, which do not refer to the cache.
+        # After a call that Ctrl-C ended no hook runs: then the next call of the model, or the cache's end, does it.
+        self._undo: list[Callable[[], None]] = []
+        undo = self._undo
         names = list(inspect.signature(decoder.forward).parameters)
 
         def before(module, args, kwargs):
+            _run(undo)
             cache, kwargs = me(), dict(zip(names, args, strict=False)) | kwargs
             if cache is not None and kwargs.get("past_key_values") is cache:
                 return (), cache.enter(module, kwargs)
@@ -63,6 +69,7 @@ class AttachedCache(Cache):
         def after(module, args, kwargs, output):
             cache = me()
             if cache is not None and kwargs.get("past_key_values") is cache:
+                _run(undo)
                 return cache.leave(module, output)
             return None
 
@@ -70,7 +77,7 @@ class AttachedCache(Cache):
             decoder.register_forward_pre_hook(before, with_kwargs=True),
             decoder.register_forward_hook(after, with_kwargs=True, always_call=True),
         )
-        self._detach = weakref.finalize(self, _remove, handles)
+        self._detach = weakref.finalize(self, _remove, handles, undo)
         self._detach.atexit = False
 
     def enter(self, decoder: nn.Module, kwargs: dict) -> dict:
@@ -79,6 +86,10 @@ class AttachedCache(Cache):
 
     def leave(self, decoder: nn.Module, output):
         """Called after the decoder (with None if it failed); returns what replaces its output, or None."""
+
+    def real(self) -> torch.Tensor | None:
+        """(B, seen) bool, which columns given so far are tokens; None: all."""
+        return None
 
     def close(self) -> None:
         """Leave the model. The cache cannot be used afterwards."""
@@ -98,7 +109,7 @@ class AttachedCache(Cache):
     def __deepcopy__(self, memo):
         """A copy has hooks of its own, so that a prompt's cache can be forked."""
         new = memo[id(self)] = type(self).__new__(type(self))
-        own = {name: value for name, value in self.__dict__.items() if name not in ("_detach", "_decoder")}
+        own = {name: value for name, value in self.__dict__.items() if name not in ("_detach", "_decoder", "_undo")}
         new.__dict__ |= copy.deepcopy(own, memo)
         decoder = self._decoder()
         if decoder is None or not self._detach.alive:
@@ -107,7 +118,13 @@ class AttachedCache(Cache):
         return new
 
 
-def _remove(handles) -> None:
+def _run(undo) -> None:
+    while undo:
+        undo.pop()()
+
+
+def _remove(handles, undo) -> None:
+    _run(undo)
     for handle in handles:
         handle.remove()
 
@@ -118,7 +135,10 @@ class ZooWrapperModel(ZooPreTrainedModel):
     Positions are those of the real tokens of each row, so that padding on any side changes nothing.
     """
 
+    _supports_sdpa = True
+
     def __init__(self, config):
+        config.validate()  # from_pretrained changes fields after it has read them
         super().__init__(config)
         decoder = AutoModel.from_config(config.base_config)
         for name, child in decoder.named_children():
@@ -130,13 +150,20 @@ class ZooWrapperModel(ZooPreTrainedModel):
     def _init_weights(self, module):
         self.decoder._init_weights(module)
 
+    def __setattr__(self, name, value):
+        """As in torch; what replaces a child (an adapter, other embeddings) does so in the decoder, too."""
+        super().__setattr__(name, value)
+        decoder = self.__dict__.get("decoder")
+        if decoder is not None and name in decoder._modules:
+            setattr(decoder, name, value)
+
     def get_decoder(self):
         """transformers' own model."""
         return self.decoder
 
     def set_input_embeddings(self, value):
-        """In both places that hold them."""
-        self.embed_tokens = self.decoder.embed_tokens = value
+        """The decoder's."""
+        self.embed_tokens = value
 
     def train(self, mode: bool = True):
         """As in torch; the decoder follows."""
@@ -158,7 +185,8 @@ class ZooWrapperModel(ZooPreTrainedModel):
         """(B, T) tokens to (B, T, D) hidden states.
 
         Args:
-            attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row.
+            attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row. The
+                zoo's caches remember the padding that they were given.
             position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as transformers' collators give them.
             past_key_values: a cache of the zoo's for this model, or one of transformers'.
 
@@ -171,6 +199,7 @@ class ZooWrapperModel(ZooPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         use_cache = not self.checkpoints(past_key_values) and use_cache
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        attention_mask = _whole_mask(past_key_values, seen, shape, attention_mask)
         packing = (position_ids if seen == 0 else None, cu_seq_lens_q, seq_idx)
         layout = arrange(shape, device, None, attention_mask, *packing, seen).layout
         if layout.cu_seqlens is not None:
@@ -192,6 +221,8 @@ class ZooWrapperModel(ZooPreTrainedModel):
 class ZooWrapperForCausalLM(ZooForCausalLM):
     """A `ZooWrapperModel` and the decoder's language-model head. A checkpoint of the decoder loads as it is."""
 
+    _supports_sdpa = True
+
     def _init_weights(self, module):
         self.model._init_weights(module)
 
@@ -212,6 +243,17 @@ class ZooWrapperForCausalLM(ZooForCausalLM):
                 generation_config, model_kwargs, *args, **kwargs
             )
         model_kwargs["past_key_values"] = self.cache_class(self)
+
+
+def _whole_mask(cache, seen, shape, mask):
+    """(B, seen + T), from a mask of the new columns and what the cache knows of those before; None: no padding."""
+    if not seen or not isinstance(cache, AttachedCache) or (mask is not None and mask.shape != shape):
+        return mask
+    before = cache.real()
+    if before is None:
+        return mask if mask is None else torch.nn.functional.pad(mask, (seen, 0), value=1)
+    mask = before.new_ones(shape) if mask is None else mask.to(before.device, torch.bool)
+    return torch.cat([before, mask], 1).long()
 
 
 def _positions(shape, device, mask, seen, layout):

@@ -176,9 +176,8 @@ def test_sampling_is_decided_by_its_seed(model):
     assert torch.equal(*outs)
 
 
-@pytest.mark.parametrize("lengths", [(40, 40), (40, 3)])
-def test_a_prompt_in_pieces_is_run_as_chunked_prefill(model, lengths):
-    ids, mask = text(2), mask_of(lengths, 40)
+def test_a_prompt_in_pieces_is_run_as_chunked_prefill(model):
+    ids, mask = text(2), mask_of((40, 40), 40)
     whole = made(model, prefill="chunked")
     with torch.no_grad():
         out = model(ids, attention_mask=mask, past_key_values=whole, output_hidden_states=True)
@@ -192,6 +191,17 @@ def test_a_prompt_in_pieces_is_run_as_chunked_prefill(model, lengths):
     options = dict(max_new_tokens=9, do_sample=False, attention_mask=mask)
     chunked = model.generate(ids, past_key_values=made(model, prefill="chunked"), **options)
     assert torch.equal(chunked, model.generate(ids, past_key_values=made(model), prefill_chunk_size=7, **options))
+    with pytest.raises(ValueError, match="cuts all rows at the same columns"):
+        model(ids, attention_mask=mask_of((40, 3), 40), past_key_values=made(model, prefill="chunked"))
+
+
+def test_a_padded_row_keeps_its_own_first_tokens(model):
+    """Sinks are counted in tokens, not in columns."""
+    ids, mask = text(2), mask_of((40, 23), 40)
+    settings = dict(sinks=2, cache_size=7, rebuild=3)
+    both, _ = run(model, ids, PIECES, made(model, **settings), mask)
+    alone, _ = run(model, ids[1:, 17:], [1] * 21, made(model, **settings))
+    assert (both[1, 17:] - alone[0]).abs().max() < EXACT
 
 
 def test_compact_positions_without_releases_are_the_original_ones(model):
@@ -280,7 +290,7 @@ def test_a_copy_is_a_fork_that_shares_the_controller(model):
 
 def test_saved_and_loaded_goes_on_bit_for_bit(model, tmp_path):
     controller, ids = Controller(48, 16), text(2, 50)
-    cache = AdoreCache(model, controller=controller, rebuild_every=2, **SMALL)
+    cache = AdoreCache(model, controller=controller, rebuild_every=5, **SMALL)
     run(model, ids, [18] + [1] * 11, cache)
     cache.save(tmp_path / "prompt.safetensors")
     loaded = AdoreCache.load(tmp_path / "prompt.safetensors", model, controller)

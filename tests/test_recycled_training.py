@@ -44,6 +44,17 @@ def test_a_recycled_tail_of_a_budget_that_holds_all_is_ordinary_attention():
     assert relative(got, model(ids).logits) < 1e-10
 
 
+def test_a_recycled_tail_leaves_full_layers_alone():
+    ids = tokens(2, LENGTH)
+    whole, one = (build(full_layers=layers)(ids).logits for layers in ([0, 1], [1]))
+    model = build(train_tail=0)
+    assert relative(whole, model(ids).logits) < 1e-10
+    assert relative(one, model(ids).logits) > 1e-2
+    assert relative(one, build()(ids).logits) > 1e-2
+    with pytest.raises(Exception, match="other policies than 'recycled' have no such training; got 5 and 'full'"):
+        build(policy="full")
+
+
 def test_a_recycled_tail_has_no_effect_outside_train_mode():
     model, ids = build().eval(), tokens(2, LENGTH)
     with torch.no_grad():

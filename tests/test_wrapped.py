@@ -1,0 +1,198 @@
+"""Decoders of transformers with a cache of the zoo: what the model around the cache owes its user.
+
+What both wrappers do is tested here once; what each method computes, in the tests of its own.
+"""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from recycled_cases import decoder
+from recycled_cases import tokens as small
+from transformers import AutoModelForCausalLM, DynamicCache
+from zoo import relative, tokens
+
+from scrubjay import (
+    AdoreCache,
+    AdoreConfig,
+    AdoreForCausalLM,
+    RecycledCache,
+    RecycledConfig,
+    RecycledForCausalLM,
+    TaipanCache,
+    TaipanConfig,
+    TaipanForCausalLM,
+)
+
+WRAPPERS = {
+    "recycled": (RecycledConfig, RecycledForCausalLM, dict(budget=8, stride=3)),
+    "adore": (AdoreConfig, AdoreForCausalLM, dict(cache_size=12, rebuild=3, label_k=4)),
+}
+EXACT = 1e-10
+
+
+@pytest.fixture(params=WRAPPERS)
+def kind(request):
+    return WRAPPERS[request.param]
+
+
+def build(kind, **changes):
+    """In float64 and evaluation mode."""
+    config_class, model_class, settings = kind
+    sizes = dict(hidden_size=48, num_hidden_layers=2, vocab_size=97, num_attention_heads=4, initializer_range=0.3)
+    torch.manual_seed(0)
+    return model_class(config_class(**sizes, **settings | changes)).double().eval()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_configuration_made_from_a_models_own_leaves_the_model_alone(kind, implementation):
+    llama = decoder()
+    llama.set_attn_implementation(implementation)
+    ids = small(2, 20)
+    with torch.no_grad():
+        before = llama(ids).logits
+        wrapper = kind[1](kind[0](base_config=llama.config, **kind[2]))
+        assert torch.equal(llama(ids).logits, before)
+    assert llama.config._attn_implementation == implementation
+    assert wrapper.get_decoder().config._attn_implementation == implementation
+    wrapper.resize_token_embeddings(120)
+    wrapper.set_attn_implementation("eager")
+    assert llama.config.vocab_size != 120
+    assert llama.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_attention_that_is_asked_for_runs(kind, implementation, tmp_path):
+    build(kind).save_pretrained(tmp_path / "m")
+    for cls, options in ((kind[1], {}), (AutoModelForCausalLM, {"trust_remote_code": True})):
+        model = cls.from_pretrained(tmp_path / "m", attn_implementation=implementation, **options)
+        assert model.config._attn_implementation == model.get_decoder().config._attn_implementation == implementation
+    assert kind[1].from_pretrained(tmp_path / "m").config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "adapted",
+    [
+        dict(target_modules=["q_proj", "embed_tokens"]),
+        dict(target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"]),
+        dict(target_modules=["q_proj"], trainable_token_indices=[5, 6]),
+    ],
+    ids=["LoRA", "whole", "tokens"],
+)
+def test_what_an_adapter_replaces_takes_part(kind, adapted):
+    """The decoder runs the modules that the wrapper has, not those that it was made with."""
+    tuned = get_peft_model(build(kind), LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False, **adapted))
+    ids = torch.arange(20)[None]
+    tuned.train()(input_ids=ids, labels=ids).loss.backward()
+    trained = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+    assert len(trained) > 4
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for name, p in trained.items() if "lora_embed" not in name)
+    assert any("embed_tokens" in name or "token_adapter" in name for name in trained)
+    embedded = [name for name in trained if "lora_embedding" in name]
+    assert all(trained[name].grad is not None for name in embedded)
+
+
+def test_a_layer_that_is_taken_away_is_gone(kind):
+    model, ids = build(kind), tokens(1, 12)
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        model.model.layers = model.model.layers[:1]
+        assert relative(model(ids, use_cache=False).logits, before) > 1e-2
+
+
+def test_settings_given_to_from_pretrained_are_checked(kind, tmp_path):
+    build(kind).save_pretrained(tmp_path / "m")
+    name = next(name for name in kind[2] if name in ("budget", "cache_size"))
+    with pytest.raises(Exception, match=rf"{name} (must be|>=).* got 0"):
+        kind[1].from_pretrained(tmp_path / "m", **{name: 0})
+    assert getattr(kind[1].from_pretrained(tmp_path / "m", **{name: 9}).config, name) == 9
+
+
+@pytest.mark.parametrize("mask", ["none", "of the new columns", "of all columns"])
+def test_padding_is_remembered_when_the_next_call_does_not_repeat_it(kind, mask):
+    model, ids = build(kind), tokens(2, 24)
+    seen = torch.stack([torch.arange(20) >= 20 - n for n in (7, 20)]).long()
+    masks = {"none": None, "of the new columns": seen.new_ones(2, 1)}
+    with torch.no_grad():
+        cache = model(ids[:, :20], attention_mask=seen).past_key_values
+        alone = model(ids[:1, 13:20]).past_key_values
+        for t in range(20, 24):
+            masks["of all columns"] = torch.cat([seen, seen.new_ones(2, t - 19)], 1)
+            got = model(ids[:, t : t + 1], attention_mask=masks[mask], past_key_values=cache).logits
+            want = model(ids[:1, t : t + 1], past_key_values=alone).logits
+            assert relative(got[:1], want) < EXACT
+
+
+def test_attentions_are_returned(kind):
+    model = build(kind)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = model(tokens(2, 9), use_cache=False, output_attentions=True).attentions
+    assert [x.shape for x in found] == [(2, 4, 9, 9)] * 2
+
+
+def caches(model):
+    """Every cache that takes part in a decoder's calls."""
+    for policy in ("recycled", "snapkv", "h2o", "streaming", "full"):
+        yield lambda policy=policy: RecycledCache(model, budget=8, stride=3, policy=policy)
+    yield lambda: RecycledCache(model, budget=8, schedule="dynamic", qc=2)
+    yield lambda: AdoreCache(model, cache_size=8, rebuild=3, controller="random")
+
+
+def turns(model, cache, ids, first):
+    """Logits of steps after a prompt that was read under `first`."""
+    with first:
+        model(ids[:, :20], past_key_values=cache)
+    with torch.no_grad():
+        later = model(ids[:, 20:24], past_key_values=cache).logits
+        return torch.cat([later, *(model(x, past_key_values=cache).logits for x in ids[:, 24:].split(1, 1))], 1)
+
+
+@pytest.mark.parametrize("which", range(7))
+def test_a_prompt_read_in_inference_mode_can_be_gone_on_with_outside_of_it(which):
+    model, ids = decoder(), small(2, 34)
+    make = list(caches(model))[which]
+    assert torch.equal(turns(model, make(), ids, torch.inference_mode()), turns(model, make(), ids, torch.no_grad()))
+
+
+def test_taipan_goes_on_outside_of_inference_mode():
+    config = TaipanConfig(hidden_size=48, num_hidden_layers=3, attention_every=1, vocab_size=97, sliding_window=8)
+    model, ids = TaipanForCausalLM(config).eval(), small(2, 34)
+    one, other = (turns(model, TaipanCache(model), ids, mode()) for mode in (torch.inference_mode, torch.no_grad))
+    assert torch.equal(one, other)
+
+
+def interrupted(model, cache):
+    """A step that Ctrl-C ends between two layers, where torch runs no hooks."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(small(1, 1), past_key_values=cache)
+    hook.remove()
+
+
+@pytest.mark.parametrize("which", range(7))
+@pytest.mark.parametrize("ending", ["close", "del", "next call"])
+def test_an_interrupted_call_leaves_no_trace(which, ending):
+    model = decoder()
+    inner, ids = model.get_decoder(), small(1, 20)
+    with torch.no_grad():
+        want = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+        cache = list(caches(model))[which]()
+        model(ids, past_key_values=cache)
+    interrupted(model, cache)
+    if ending == "next call":
+        with torch.no_grad():
+            assert torch.equal(model(ids, past_key_values=DynamicCache(config=model.config)).logits, want)
+    elif ending == "close":
+        cache.close()
+    else:
+        del cache
+    assert inner.config._attn_implementation == "sdpa"
+    if ending != "next call":
+        assert not inner._forward_hooks
+        assert not inner._forward_pre_hooks
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, want)
