@@ -233,7 +233,7 @@ class RecycledCache(AttachedCache):
         if unknown := sorted(set(settings) - set(SETTINGS)):
             raise ValueError(f"RecycledCache has no setting {unknown}; it has {SETTINGS}.")
         if isinstance(config, RecycledConfig):
-            settings = {name: getattr(config, name) for name in SETTINGS} | settings
+            settings = {name: getattr(config, name) for name in SETTINGS} | {"train_tail": 0} | settings
         try:
             config = RecycledConfig(base_config=decoder.config, **settings)
         except StrictDataclassError as error:  # is no ValueError, which a caller expects

@@ -51,6 +51,7 @@ def test_a_recycled_tail_leaves_full_layers_alone():
     assert relative(whole, model(ids).logits) < 1e-10
     assert relative(one, model(ids).logits) > 1e-2
     assert relative(one, build()(ids).logits) > 1e-2
+    assert RecycledCache(build(), policy="full").settings.train_tail == 0  # a cache trains nothing
     with pytest.raises(Exception, match="other policies than 'recycled' have no such training; got 5 and 'full'"):
         build(policy="full")
 
