@@ -11,6 +11,7 @@ CHOICES = {
     "group_reduce": ("max", "mean", "first"),
     "qsim_space": ("pre", "post"),
     "qsim_batch": ("any", "all"),
+    "rope_mode": ("absolute", "cache"),
 }
 
 
@@ -41,6 +42,8 @@ class RecycledConfig(WrappedConfig):
         qsim_space: compare queries before ("pre", ours) or after ("post") the rotary encoding, which alone turns the
             same query by more than most thresholds within a few steps.
         qsim_batch: a layer takes a full step if "any" (ours) or "all" rows of the batch ask for it.
+        rope_mode: of "streaming": tokens keep their "absolute" positions (ours: alike for all policies), or are counted
+            within the "cache", as in StreamingLLM: then a text may grow beyond the length that the model knows.
         train_tail: S of the paper's continued pre-training (50 there): in train mode the last S tokens of each row see
             themselves and the `budget` keys that the token before them chooses. 0: ordinary attention.
         full_layers: indices of layers that attend all keys at every step (none in the paper).
@@ -62,6 +65,7 @@ class RecycledConfig(WrappedConfig):
     full_output: bool = True
     qsim_space: str = "pre"
     qsim_batch: str = "any"
+    rope_mode: str = "absolute"
     train_tail: int = 0
     full_layers: list | tuple = ()
 
@@ -85,6 +89,14 @@ class RecycledConfig(WrappedConfig):
                 "train_tail must be 0 or more, and other policies than 'recycled' have no such training; got "
                 f"{self.train_tail} and {self.policy!r}."
             )
+        if self.rope_mode == "cache" and self.policy != "streaming":
+            raise ValueError(
+                "rope_mode='cache' numbers sinks and a window anew, which policy='streaming' alone keeps; got "
+                f"{self.policy!r}."
+            )
+        kind = (getattr(self.base_config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if self.rope_mode == "cache" and kind in ("dynamic", "longrope"):
+            raise ValueError(f"rope_mode='cache' turns keys by fixed frequencies; those of rope_type {kind!r} change.")
         layers = self.base_config.num_hidden_layers
         if any(not isinstance(i, int) or not 0 <= i < layers for i in self.full_layers):
             raise ValueError(f"full_layers must be layer indices from 0 to {layers - 1}; got {list(self.full_layers)}.")

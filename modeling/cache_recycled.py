@@ -270,10 +270,10 @@ class RecycledCache(AttachedCache):
                 positions = positions.expand(batch, -1).gather(1, self.call.source.clamp(min=0))
             self.call.rotary = decoder.rotary_emb(torch.empty(0, device=given.device), positions[:, -TAIL:])
         config, call = decoder.config, self.call
-        config._attn_implementation_internal, call.active = NAMES[stock], True
+        config._attn_implementation_internal, call.active, call.table = NAMES[stock], True, decoder.rotary_emb
 
         def undo():
-            config._attn_implementation_internal, call.active = stock, False
+            config._attn_implementation_internal, call.active, call.table = stock, False, None
 
         self._undo.append(undo)
         if seen and isinstance(self.layers[0], EvictingLayer):

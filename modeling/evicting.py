@@ -1,6 +1,6 @@
 """The policies that Recycled Attention is compared with: they keep K keys and forget all others.
 
-SnapKV (arXiv:2404.14469, window 1), H2O (arXiv:2306.14048), StreamingLLM (arXiv:2309.17453, original positions).
+SnapKV (arXiv:2404.14469, window 1), H2O (arXiv:2306.14048), StreamingLLM (arXiv:2309.17453).
 B batch, H query heads, G key heads, P head size, T new columns, n columns, m columns kept, K budget.
 """
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from scrubjay.kernels.recycle import attend_seen, decode, decode_with_scores, received, top
+from scrubjay.kernels.release import turned
 from scrubjay.modeling.cache import writable
 from scrubjay.modeling.kept_keys import KeepingLayer, Kept, pick
 
@@ -16,10 +17,12 @@ class EvictingLayer(KeepingLayer):
     """The K keys of a policy that forgets all others: SnapKV, H2O, StreamingLLM. O(K) bytes.
 
     A prompt is read with full attention, each further piece of several tokens with what is kept and itself.
-    mass: (B, G, capacity), attention that each kept key has received (H2O).
+    mass: (B, G, capacity), attention that each kept key has received (H2O). Where positions count from the start of the
+    cache, evicted: (B,) int64, tokens forgotten, and sink_keys: (B, G, sinks, P), keys of the sinks at their own
+    positions. A window keeps its distances as it moves, so the sinks alone are turned, to follow it.
     """
 
-    names = ("mass",)
+    names = ("mass", "evicted", "sink_keys")
     is_croppable = False
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -58,6 +61,7 @@ class EvictingLayer(KeepingLayer):
         """One token: evict, write, attend."""
         if self.settings.policy != "h2o":
             self.put_newest(k, v)
+            self.turn_sinks()
             keys, values, real = self.kept.held()
             return decode(q, keys, values, scaling, real)
         self.rank_by_mass()
@@ -117,6 +121,30 @@ class EvictingLayer(KeepingLayer):
         self.kept.index[:, :, : index.shape[2]] = columns.gather(2, index)
         if mass is not None:
             self.mass = F.pad(mass.gather(2, index), (0, self.capacity - index.shape[2]))
+        self.turn_sinks()
+
+    def turn_sinks(self):
+        """Move the sinks of each row on by the number of tokens that it has forgotten."""
+        if self.settings.rope_mode == "absolute":
+            return
+        kept, real = self.kept, self.real_until(self.seen)
+        count = torch.full((len(kept.keys),), self.seen, device=kept.keys.device) if real is None else real.sum(1)
+        before = torch.zeros_like(count) if self.evicted is None else self.evicted
+        self.evicted = (count - kept.filled).clamp(min=0)
+        columns = kept.index.masked_fill(kept.rank != torch.inf, self.seen)
+        slots = columns.topk(min(self.settings.sinks, columns.shape[2]), 2, largest=False).indices
+        rows = slots[..., None].expand(-1, -1, -1, kept.keys.shape[3])
+        now = kept.keys.gather(2, rows)
+        if self.sink_keys is None or self.sink_keys.shape != now.shape:
+            self.sink_keys = now
+        own = self.sink_keys = torch.where(before.view(-1, 1, 1, 1) > 0, self.sink_keys, now)  # so far nothing turned
+        cos, sin = (x.float() for x in self.call.table(own, self.evicted[:, None]))
+        norm = (cos.square() + sin.square()).sqrt()  # keys are scaled already, where the table is
+        wide = torch.promote_types(own.dtype, torch.float32)
+        moved = turned(own.to(wide), cos / norm, sin / norm).to(own.dtype)
+        is_sink = kept.rank.gather(2, slots) == torch.inf
+        moved = torch.where(is_sink[..., None] & (self.evicted > 0).view(-1, 1, 1, 1), moved, now)
+        kept.keys = writable(kept.keys).scatter_(2, rows, moved)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: evicted keys cannot come back."""

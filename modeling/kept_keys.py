@@ -4,6 +4,7 @@ B batch, H query heads, G key heads, P head size, T new columns, n columns held,
 encoding, so the order of the slots means nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +22,14 @@ class Call:
     """What all layers need to know of the call in progress.
 
     real: (B, n + T) bool, None without padding. source: (B, m) for the last m = min(T, 64) of its columns, which of the
-    T is the last token up to there, -1: none; None if all T are. rotary: cos and sin (B or 1, m, P) at those.
+    T is the last token up to there, -1: none; None if all T are. rotary: cos and sin (B or 1, m, P) at those. table:
+    the decoder's own function from a tensor of the device and positions (B, T) to (cos, sin), during the call.
     """
 
     real: torch.Tensor | None = None
     source: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    table: Callable | None = None
     active: bool = False
 
     def last(self, query, count):
