@@ -8,6 +8,7 @@ from taipan_cases import build, gates
 from zoo import relative
 
 from scrubjay.kernels import select_attention as kernel
+from scrubjay.kernels.gate import mix
 from scrubjay.kernels.select_attention import (
     pack,
     select_attention,
@@ -199,3 +200,13 @@ def test_a_step_reads_the_rings_of_selected_rows_alone(monkeypatch):
     counts = [int((delta > 0).sum()) for _, delta in found]
     assert read == [count for count in counts if count]
     assert 0 in counts or min(counts) < 6
+
+
+@pytest.mark.parametrize("refine", ["convex", "residual"])
+def test_the_mixture_of_low_precision_states_is_rounded_once(refine):
+    h, o = (torch.randn(500, 16, dtype=torch.float64).to(torch.bfloat16) for _ in "ho")
+    a = torch.rand(500)
+    exact = h.double() * (1 - a[:, None].double() if refine == "convex" else 1) + a[:, None].double() * o.double()
+    got = mix(h, o, a, refine)
+    assert got.dtype == torch.bfloat16
+    assert ((got.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()  # half a unit in the last place

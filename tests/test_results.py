@@ -1,0 +1,68 @@
+"""The numbers that the README gives are those of the runs recorded in examples/results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def recorded(name):
+    return json.loads((ROOT / "examples" / "results" / name).read_text(encoding="utf-8"))
+
+
+def section(title):
+    """Text of a section, up to the next of its rank."""
+    return re.split(r"\n## ", TEXT.split(f"\n## {title}\n")[1])[0]
+
+
+def row(text, start):
+    """Cells of the table row that begins so."""
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {start}"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_recall():
+    cells, text = [(8, 16), (8, 64), (32, 16), (32, 64), (64, 16), (64, 64)], section("What they remember")
+    rows = {"ssd": "SSD", "rodimus": "Rodimus |", "rodimus_plus": "Rodimus+", "taipan": "Taipan"}
+    found = {name: row(text, start) for name, start in rows.items()}
+    for record in recorded("mqar.json"):
+        run = record["settings"]
+        cell = found[run["model"]][cells.index((run["pairs"], run["state_size"]))]
+        assert cell == f"{record['test_accuracy']:.3f}", run
+    assert sum(cell != "" for row in found.values() for cell in row) == len(recorded("mqar.json"))
+
+
+def test_retrieval():
+    text, results = section("What they remember"), recorded("retrieval.json")["results"]
+    rows = {
+        "full attention": ["full"],
+        "StreamingLLM / H2O / SnapKV": ["StreamingLLM", "H2O", "SnapKV"],
+        "Recycled Attention, S = 5 / 7 / 10": [f"Recycled, S = {s}" for s in (5, 7, 10)],
+        "Recycled Attention, dynamic": ["Recycled, dynamic"],
+        "ADORE, recency": ["ADORE, recency"],
+        "ADORE, trained controller": ["ADORE, R = 0", "ADORE, R = 8"],
+    }
+    assert sum(len(names) for names in rows.values()) == len(results)
+    for start, names in rows.items():
+        assert row(text, start) == [" / ".join(f"{results[name]['accuracy']:.3f}" for name in names)]
+
+
+def test_bits_per_byte_of_the_long_demo():
+    table = recorded("demo_30.json")["bits_per_byte"]
+    assert row(TEXT, "**Rodimus+, 5.2M parameters**") == [f"**{table['rodimus_plus']:.2f}**"]
+    assert row(TEXT, "lzma, after it has seen") == [f"{table['lzma after the training text']:.2f}"]
+    for name in ("lzma", "trigram, interpolated", "bigram", "unigram"):
+        assert row(TEXT, f"{name} |") == [f"{table[name.partition(',')[0]]:.2f}"]
+
+
+@pytest.mark.parametrize("line", recorded("benchmark_cpu.json")["rows"], ids=lambda line: line["name"])
+def test_benchmark_rows_are_what_their_samples_say(line):
+    ratio = line["peer"] / line["scrubjay"]
+    assert line["ratio"] == pytest.approx(ratio)
+    for side in ("peer", "scrubjay"):
+        samples = sorted(line["samples"][side])
+        assert line[side] == pytest.approx((samples[(len(samples) - 1) // 2] + samples[len(samples) // 2]) / 2)
