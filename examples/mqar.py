@@ -289,22 +289,23 @@ def plot(records: list[dict], path: Path) -> None:
     cells = sorted({(run.pairs, run.state_size) for run, _ in runs})
     models = [model for model in MODELS if any(run.model == model for run, _ in runs)]
     width = 0.8 / len(models)
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
+    styles = ("-", "--", "-.", ":", (0, (1, 3)), (0, (6, 2, 1, 2, 1, 2)))
     for run, record in runs:
         color, cell = COLORS[run.model], cells.index((run.pairs, run.state_size))
         steps = [point["step"] for point in record["curve"]]
         values = [point["accuracy"] for point in record["curve"]]
         label = f"{run.model}, {run.pairs} pairs, state {run.state_size}"
-        left.plot(steps, values, ("-", "--", "-.", ":")[cell % 4], color=color, label=label)
+        left.plot(steps, values, linestyle=styles[cell % len(styles)], color=color, label=label)
         at = cell + width * (models.index(run.model) - (len(models) - 1) / 2)
         bar = right.bar(at, record["test_accuracy"], width, color=color, label=run.model)
-        right.bar_label(bar, fmt="%.3f", fontsize=8)
+        right.bar_label(bar, fmt="%.3f", fontsize=7, rotation=90, padding=2)
     left.set(xlabel="step", ylabel="validation accuracy", ylim=(0, 1.02), title="Multi-query associative recall")
-    labels = [f"{pairs} pairs\nstate size {state_size}" for pairs, state_size in cells]
+    labels = [f"{pairs} pairs\nstate {state_size}" for pairs, state_size in cells]
     right.set(ylabel="test accuracy", ylim=(0, 1.2), xticks=range(len(cells)), xticklabels=labels)
     right.set_title(f"{runs[0][0].layers} layers of width {runs[0][0].hidden_size}")
-    left.legend(frameon=False, fontsize=7)
+    left.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     named = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))  # one entry a model, not a bar
     right.legend(named.values(), named.keys(), frameon=False, fontsize=8, ncols=len(named), loc="upper center")
     for axes in (left, right):

@@ -59,6 +59,35 @@ def test_bits_per_byte_of_the_long_demo():
         assert row(TEXT, f"{name} |") == [f"{table[name.partition(',')[0]]:.2f}"]
 
 
+RATIOS = {
+    "prefill 2048 tokens, float32": "prefill 2048 float32",
+    "prefill 512 tokens, bfloat16": "prefill 512 bfloat16",
+    "prompt of one token": "prompt of 1 token float32",
+    "decode, float32": "decode after 512 float32, per token",
+    "decode, bfloat16": "decode after 512 bfloat16, per token",
+    "forward and backward": "forward + backward 512 float32",
+    "the same, peak memory": "memory, forward + backward 512 float32",
+    "prefill 2048 tokens, peak memory": "memory, prefill 2048 float32",
+    "Rodimus+ attention": "SW-SKA 8192, window 512 float32",
+    "Recycled Attention at 32K": "Recycled decode at 32768, K = 2048, S = 10 float32",
+    "the same, bfloat16": "Recycled decode at 32768, K = 2048, S = 10 bfloat16",
+    "ADORE at 8K": "ADORE decode, 7B width bfloat16, R = 8, batch 8",
+    "the same, R = 8 in every": "ADORE decode, 7B width bfloat16, R = 8 every 4th step, batch 8",
+    "the same, R = 0": "ADORE decode, 7B width bfloat16, R = 0, batch 8",
+    "the same in equal memory": "ADORE decode, 7B width bfloat16, R = 8, equal memory",
+    "ADORE in float32": "ADORE decode, 7B width float32, R = 8, batch 8",
+    "Taipan's selective layer": "Taipan's selective layer, prefill 8192, 15%",
+    "seven layers of Taipan": "Taipan's unit, prefill 8192, 15%",
+}
+
+
+@pytest.mark.parametrize("start", RATIOS)
+def test_ratios(start):
+    *_, shown = row(section("How fast, how small"), start)
+    ratio = next(line["ratio"] for line in recorded("benchmark_cpu.json")["rows"] if line["name"] == RATIOS[start])
+    assert shown.removesuffix(" less") == (f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x")
+
+
 @pytest.mark.parametrize("line", recorded("benchmark_cpu.json")["rows"], ids=lambda line: line["name"])
 def test_benchmark_rows_are_what_their_samples_say(line):
     ratio = line["peer"] / line["scrubjay"]
