@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from test_configuration import OTHER_VALUES as SSD_VALUES
 from test_initialisation import distributed, gather, normal, uniform, without_decay
 from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import own_fields, relative
@@ -17,9 +18,7 @@ from scrubjay import SSDConfig, TaipanConfig, TaipanForCausalLM
 from scrubjay.configuration.configuration_taipan import CHOICES
 
 # A value for each field that is not its default.
-OTHER_VALUES = {
-    "vocab_size": 97,
-    "hidden_size": 48,
+OTHER_VALUES = SSD_VALUES[SSDConfig] | {
     "num_hidden_layers": 5,
     "attention_every": 2,
     "num_attention_heads": 6,
@@ -39,30 +38,6 @@ OTHER_VALUES = {
     "rope_theta": 500.0,
     "mamba_mlp": True,
     "eval_threshold": 0.6,
-    "state_size": 16,
-    "expand": 1.5,
-    "num_heads": 9,
-    "head_dim": 8,
-    "n_groups": 3,
-    "conv_kernel": 3,
-    "use_conv_bias": False,
-    "use_bias": True,
-    "chunk_size": 17,
-    "hidden_act": "swish",
-    "layer_norm_epsilon": 1e-6,
-    "residual_in_fp32": False,
-    "time_step_limit": [0.01, 0.5],
-    "time_step_min": 0.002,
-    "time_step_max": 0.2,
-    "time_step_floor": 1e-3,
-    "A_initializer_range": [2.0, 3.0],
-    "initializer_range": 0.1,
-    "rescale_prenorm_residual": False,
-    "use_cache": False,
-    "tie_word_embeddings": False,
-    "pad_token_id": 3,
-    "bos_token_id": 1,
-    "eos_token_id": [2, 4],
 }
 
 
