@@ -28,11 +28,17 @@ def cross_entropy(logits, labels, ignore_index=-100):
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """Keeps the probabilities, which the first backward pass turns into the gradient where they are; another one (of a
+    graph that was retained) computes them again."""
+
     @staticmethod
     def forward(ctx, logits, labels, ignore_index):
         asked = labels != ignore_index
-        totals = torch.cat([logits[rows].logsumexp(1) for rows in _tiles(logits)])
-        ctx.save_for_backward(logits, labels, asked, totals)
+        if not ctx.needs_input_grad[0]:
+            totals = torch.cat([logits[rows].logsumexp(1) for rows in _tiles(logits)])
+        else:
+            ctx.probabilities, totals = _softmax(logits)
+            ctx.save_for_backward(logits, labels, asked, totals)
         picked = logits.gather(1, labels.where(asked, 0)[:, None])[:, 0]
         return (totals - picked).masked_fill_(~asked, 0)
 
@@ -40,13 +46,23 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dnats):
         logits, labels, asked, totals = ctx.saved_tensors
-        dlogits = torch.empty_like(logits)
-        for rows in _tiles(logits):
-            d = torch.sub(logits[rows], totals[rows, None], out=dlogits[rows])
-            d.mul_(LOG2_E).exp2_()  # the probabilities
-            d.scatter_add_(1, labels[rows].where(asked[rows], 0)[:, None], d.new_full((len(d), 1), -1))
-            d.mul_(dnats[rows].where(asked[rows], 0)[:, None])
-        return dlogits, None, None
+        dlogits, ctx.probabilities = ctx.probabilities, None
+        if dlogits is None:
+            dlogits = torch.sub(logits, totals[:, None]).mul_(LOG2_E).exp2_()
+        dlogits.scatter_add_(1, labels.where(asked, 0)[:, None], dlogits.new_full((len(labels), 1), -1))
+        return dlogits.mul_(dnats.where(asked, 0)[:, None]), None, None
+
+
+def _softmax(logits):
+    """Probabilities (R, V), and log sum exp of each row (R,)."""
+    probabilities, totals = torch.empty_like(logits), logits.new_empty(len(logits))
+    for rows in _tiles(logits):
+        highest = logits[rows].amax(1, keepdim=True)
+        p = torch.sub(logits[rows], highest, out=probabilities[rows]).mul_(LOG2_E).exp2_()
+        total = p.sum(1, keepdim=True)
+        p.mul_(total.reciprocal())
+        totals[rows] = (highest + total.log())[:, 0]
+    return probabilities, totals
 
 
 def _tiles(logits):

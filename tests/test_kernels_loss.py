@@ -40,6 +40,17 @@ def test_gradient_in_float64():
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, labels), (logits,))
 
 
+def test_a_retained_graph_gives_the_same_gradient_again():
+    """The first backward pass writes the gradient over what the forward pass kept."""
+    logits, labels = drawn(7, 33)
+    nats = cross_entropy(logits, labels)
+    weights = torch.rand(2, 7)
+    first, second = (torch.autograd.grad((nats * w).sum(), logits, retain_graph=True)[0] for w in weights)
+    for got, w in zip((first, second), weights, strict=True):
+        (want,) = torch.autograd.grad((cross_entropy(logits, labels) * w).sum(), logits)
+        assert error(got, want) <= 1e-6
+
+
 @pytest.mark.parametrize("num_items", [None, 5, torch.tensor(5)], ids=str)
 @pytest.mark.parametrize("shifted", [False, True])
 def test_the_models_loss_is_that_of_transformers(num_items, shifted):
