@@ -1,4 +1,6 @@
-"""What ADORE's two training scripts share: a decoder to smoke-test with, and real text as streams of token ids."""
+"""What trainings of ADORE share: a decoder to smoke-test with, real text as streams of token ids, and the loop."""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -39,3 +41,19 @@ def windows(stream: np.ndarray, length: int, count: int, rng: np.random.Generato
         raise ValueError(f"The text has {len(stream)} tokens, more than length = {length} are needed. Pass more text.")
     starts = rng.integers(len(stream) - length, size=count)
     return torch.from_numpy(np.stack([stream[a : a + length] for a in starts])).long().to(device)
+
+
+def descend(loss_of_step: Callable[[], float], optimizer, schedule, steps: int, clip: float) -> list[float]:
+    """`steps` updates; `loss_of_step` returns the loss of a fresh batch and leaves its gradients, whose norm is cut to
+    `clip`. Prints ten means on the way; returns the loss of each step."""
+    losses, often = [], max(steps // 10, 1)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(1, steps + 1):
+        losses.append(loss_of_step())
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % often == 0:
+            print(f"  step {step:5d}  loss {np.mean(losses[-often:]):.4f}", flush=True)
+    return losses

@@ -27,6 +27,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_constant_schedule_with_warmup
 
 from scrubjay import AdoreCache, AdoreConfig, RecycledCache
+from scrubjay.examples.adore_data import descend
 from scrubjay.examples.report import FULL, GRAY, OURS, commit, machine, versions
 from scrubjay.examples.train_adore_controller import loss_of
 from scrubjay.modeling.controller import Controller
@@ -203,20 +204,17 @@ def train_controller(model: PreTrainedModel, task: Task) -> Controller:
     controller = Controller(config.hidden_size, config.controller_hidden, *made, "", config.label_k)
     optimizer = torch.optim.AdamW(controller.parameters(), lr=2e-3)
     schedule = get_constant_schedule_with_warmup(optimizer, WARMUP)
-    rng, losses = np.random.default_rng([task.seed, 3]), []
-    for step in range(1, task.controller_steps + 1):
+    rng = np.random.default_rng([task.seed, 3])
+
+    def step() -> float:
         ids = torch.from_numpy(draw(task, 4, rng)[0])
         asked = np.arange(task.listed, ids.shape[1])  # where an answer is looked for
         at = torch.from_numpy(np.sort(rng.choice(asked, min(16, len(asked)), False)))
         loss = loss_of(controller, model, ids, at, config, 1.0)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(controller.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if step % max(task.controller_steps // 5, 1) == 0:
-            print(f"  controller, step {step:5d}  loss {np.mean(losses[-100:]):.4f}", flush=True)
+        return loss.item()
+
+    descend(step, optimizer, schedule, task.controller_steps, 1.0)
     return controller.eval()
 
 

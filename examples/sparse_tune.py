@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from scrubjay import AdoreConfig
-from scrubjay.examples.adore_data import smoke_model, streams, windows
+from scrubjay.examples.adore_data import descend, smoke_model, streams, windows
 from scrubjay.examples.attention_capture import PER_HEAD, Request, answering, attention_rows
 from scrubjay.kernels.importance import top, tuning_mask
 
@@ -130,17 +130,13 @@ def tune(model: PeftModel, stream: np.ndarray, config: AdoreConfig, args: argpar
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr)
     schedule = get_constant_schedule_with_warmup(optimizer, max(args.steps // 30, 1))
-    rng, losses = np.random.default_rng(args.seed), []
-    for step in range(1, args.steps + 1):
+    rng = np.random.default_rng(args.seed)
+
+    def step() -> float:
         model.train()
-        losses.append(backward(model, windows(stream, args.length, args.batch_size, rng, model.device), config))
-        torch.nn.utils.clip_grad_norm_(parameters, 0.3)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % max(args.steps // 10, 1) == 0:
-            print(f"  step {step:5d}  loss {np.mean(losses[-max(args.steps // 10, 1) :]):.4f}", flush=True)
-    return losses
+        return backward(model, windows(stream, args.length, args.batch_size, rng, model.device), config)
+
+    return descend(step, optimizer, schedule, args.steps, 0.3)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

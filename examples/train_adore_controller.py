@@ -24,7 +24,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
 
 from scrubjay import AdoreConfig
-from scrubjay.examples.adore_data import smoke_model, streams, windows
+from scrubjay.examples.adore_data import descend, smoke_model, streams, windows
 from scrubjay.examples.attention_capture import attention_rows
 from scrubjay.kernels.importance import attended, later_share, top, within_horizon
 from scrubjay.modeling.controller import Controller
@@ -71,22 +71,18 @@ def train(controller: Controller, model, stream, config, args) -> list[float]:
     """AdamW with a cosine; the decoder learns nothing. Returns the loss of each step."""
     optimizer = torch.optim.AdamW(controller.parameters(), lr=args.lr)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(args.steps // 20, 1), args.steps)
-    rng, losses = np.random.default_rng(args.seed), []
-    for step in range(1, args.steps + 1):
+    rng = np.random.default_rng(args.seed)
+
+    def step() -> float:
         ids = windows(stream, args.length, args.batch_size, rng, model.device)
         # a query with no more than K tokens before it has all of them labelled and teaches nothing
         at = rng.choice(np.arange(config.label_k, args.length), min(args.queries, args.length - config.label_k), False)
         at = torch.from_numpy(np.sort(at)).to(model.device)
         loss = loss_of(controller, model, ids, at, config, args.pos_weight)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(controller.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if step % max(args.steps // 10, 1) == 0:
-            print(f"  step {step:5d}  loss {np.mean(losses[-args.steps // 10 :]):.4f}", flush=True)
-    return losses
+        return loss.item()
+
+    return descend(step, optimizer, schedule, args.steps, 1.0)
 
 
 def choices(controller, embeds, a, config) -> dict[str, torch.Tensor]:

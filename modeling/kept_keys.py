@@ -211,7 +211,10 @@ class KeepingLayer(CacheLayerMixin):
         """Write the last column into `kept`; returns its slots (B, G, 1)."""
         column = self.seen - 1
         rank = torch.full((len(k),), float(column), dtype=torch.float64, device=k.device)
-        rank.masked_fill_(self.pinned(self.seen, k)[:, -1], torch.inf)
+        if self.settings.sinks:
+            known = self.real_until(self.seen)
+            pinned = column < self.settings.sinks if known is None else known.sum(1) <= self.settings.sinks
+            rank.masked_fill_(torch.as_tensor(pinned, device=k.device), torch.inf)
         real = None if self.call.source is None else self.call.real[:, column]
         return self.kept.put(k, v, column, rank, real)
 

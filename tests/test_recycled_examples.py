@@ -1,9 +1,12 @@
 """The examples of Recycled Attention: the retrieval task, the comparison, continued pre-training."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from scrubjay.examples import benchmark_recycled, recycled_pretraining, retrieval
 from scrubjay.examples.retrieval import IGNORED, SMOKE, answer, build, caches, draw
@@ -65,3 +68,34 @@ def test_recycled_benchmark_takes_one_full_step_in_a_pass():
         assert [work() for work in benchmark_recycled.decode(sizes, dtype).values()] == [sizes.stride] * 2
     for work in benchmark_recycled.partial_steps(sizes).values():
         assert work() == sizes.stride
+
+
+class Touched(TorchDispatchMode):
+    """Counts the numbers that operations read and write; views read none."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+            self.count += sum(x.numel() for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor))
+        return out
+
+
+def test_a_recycled_partial_step_touches_as_much_of_a_long_text_as_of_a_short_one():
+    """And a full step touches all keys and values, at least once each."""
+    sizes, found = benchmark_recycled.SMALL, {}
+    for length in (2000, 4000):
+        decoding = benchmark_recycled.Decoding(replace(sizes, length=length), torch.float32, "recycled")
+        steps = []
+        for _ in range(2 * sizes.stride):
+            with Touched() as touched:
+                decoding.step()
+            steps.append(touched.count)
+        found[length] = steps
+        kept, held = (2 * n * sizes.kv_heads * sizes.head_dim * sizes.layers for n in (sizes.budget, length))
+        partial = steps[sizes.stride : 2 * sizes.stride - 1]  # after a full step; the first one gathers, too
+        assert kept <= min(partial)
+        assert max(partial[1:]) < held
+        assert steps[sizes.stride - 1] > held
+    assert found[2000][sizes.stride + 1 : -1] == found[4000][sizes.stride + 1 : -1]
