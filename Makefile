@@ -7,6 +7,14 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 # With HF_HUB_OFFLINE a test that reaches for the Hub fails at once, whether or not there is a network.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -q $(PYTEST_ARGS)
+# Triton's interpreter is chosen before Triton is imported, and its compiler does not work under it: two more processes.
+# numpy, in which it computes, makes small products more slowly with threads.
+define TRITON
+	@.venv/bin/python -c 'import triton' 2>/dev/null || echo 'Triton is not installed: its kernels are not tested here.'
+	@! .venv/bin/python -c 'import triton' 2>/dev/null || { set -ex; \
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(call PYTEST,.venv) -n $(WORKERS) tests/interpreter; \
+	.venv/bin/python examples/kernels_aot.py --check; }
+endef
 
 CONTRACT = $(wildcard tests/test_modeling.py tests/test_generate.py tests/test_hub.py)
 
@@ -21,16 +29,19 @@ demo: .venv/.demo ## what a small cache does, on any CPU
 
 test: .venv/.dev ## the whole test-suite, on CPU, offline
 	$(call PYTEST,.venv) -n $(WORKERS)
+	$(TRITON)
 
 test-oldest: .venv-oldest/.test ## the model contract on the oldest supported transformers
 	$(if $(CONTRACT),,$(error no contract test found: tests/test_modeling.py, tests/test_generate.py, tests/test_hub.py))
 	$(call PYTEST,.venv-oldest) -n $(WORKERS) $(CONTRACT)
 
-test-kernels: .venv/.dev ## the kernels alone
-	$(call PYTEST,.venv) tests/test_kernels*.py
+test-kernels: .venv/.dev ## the kernels alone: PyTorch's, Triton's in its interpreter, Triton's compiled without a GPU
+	$(call PYTEST,.venv) -n $(WORKERS) $(wildcard tests/test_kernels*.py)
+	$(TRITON)
 
-gpu: .venv/.dev ## the tests that need a CUDA device
+gpu: .venv/.dev ## the tests that need a CUDA device, then the benchmark, which writes examples/results/gpu_<name>.json
 	$(call PYTEST,.venv) -m gpu
+	.venv/bin/python examples/benchmark_gpu.py
 
 style: .venv/.dev ## format and repair
 	.venv/bin/ruff format .

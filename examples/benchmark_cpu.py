@@ -45,6 +45,7 @@ class Shape:
     vocab_size: int = 50288
     chunks: tuple[int, ...] = (64, 128, 256)  # transformers is compared at the fastest of these
     long: int = 2048  # tokens of the long prefill
+    longest: int = 8192
     short: int = 512  # tokens of the short prefill, of a training step, and before decoding
     decoded: int = 16  # tokens of one decode pass
     window_length: int = 8192
@@ -64,6 +65,7 @@ SMOKE = Shape(
     256,
     (16, 32),
     64,
+    96,
     32,
     4,
     window_length=256,
@@ -107,8 +109,11 @@ def rows_of(shape: Shape) -> list[Row]:
         Row("prompt of 1 token float32", "prefill", 1, floor=5.0),
         Row(f"decode after {short} float32, per token", "decode", short, floor=2.0, passes=decoded),
         Row(f"forward + backward {short} float32", "train", short, floor=2.5, chunks=chunks),
+        Row(f"prefill {shape.longest} float32", "prefill", shape.longest, chunks=chunks[:1]),
         Row(f"prefill {short} bfloat16", "prefill", short, "bfloat16", floor=4.0, chunks=chunks),
         Row(f"decode after {short} bfloat16, per token", "decode", short, "bfloat16", floor=2.0, passes=decoded),
+        Row(f"forward + backward {short} bfloat16", "train", short, "bfloat16", chunks=chunks),
+        Row(f"prefill {shape.longest} bfloat16", "prefill", shape.longest, "bfloat16", chunks=chunks[:1]),
         Row(f"SW-SKA {T}, window {shape.window} float32", "window", T, floor=4.0),
         Row(f"memory, prefill {long} float32", "prefill", long, chunks=chunks, memory=True),
         Row(f"memory, forward + backward {short} float32", "train", short, floor=2.0, chunks=chunks, memory=True),

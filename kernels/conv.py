@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from scrubjay.kernels.conv_triton import causal_conv_triton, conv_fits
 from scrubjay.kernels.dispatch import choose, without_autocast
 from scrubjay.kernels.recurrence import by_steps, chunks, documents, num_states
 
@@ -50,9 +51,11 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
         ValueError: shapes that do not fit each other, a sequence of length 0, a backend that cannot run.
     """
     _check(x, weight, bias)
-    choose(backend, "causal_conv", x, weight)
     if lengths is not None and cu_seqlens is not None:
         raise ValueError("causal_conv takes lengths of rows or packed documents (cu_seqlens), not both.")
+    fused = conv_fits(x, weight, bias, initial_state)
+    if choose(backend, "causal_conv", x, weight, fused=fused) == "triton":
+        return causal_conv_triton(x, weight, bias, _given(x, weight, initial_state, cu_seqlens), cu_seqlens, lengths)
     state = _initial(x, weight, initial_state, cu_seqlens)
     if x.shape[1] == 1 and cu_seqlens is None and lengths is None:
         y, state = causal_conv_step(x[:, 0], weight, bias, state)
@@ -139,12 +142,20 @@ def _end(state, x):
 
 
 def _initial(x, weight, state, cu_seqlens):
-    shape = (num_states(cu_seqlens, *x.shape[:2]), weight.shape[1] - 1, x.shape[2])
-    if state is None:
-        return x.new_zeros(shape)
-    if tuple(state.shape) != shape:
+    state = _given(x, weight, state, cu_seqlens)
+    return x.new_zeros(_state_shape(x, weight, cu_seqlens)) if state is None else state
+
+
+def _given(x, weight, state, cu_seqlens):
+    """The initial state in x's dtype, or None."""
+    shape = _state_shape(x, weight, cu_seqlens)
+    if state is not None and tuple(state.shape) != shape:
         raise ValueError(f"causal_conv: initial_state must have shape {shape}; got {tuple(state.shape)}.")
-    return state.to(x.dtype)
+    return None if state is None else state.to(x.dtype)
+
+
+def _state_shape(x, weight, cu_seqlens):
+    return num_states(cu_seqlens, *x.shape[:2]), weight.shape[1] - 1, x.shape[2]
 
 
 def _check(x, weight, bias):

@@ -17,6 +17,7 @@ rounded once. In its gradient every a_t gathers only the pairs (i >= t > j) that
 
 import torch
 
+from scrubjay.kernels.ddts_triton import ddts_fits, ddts_step_triton, ddts_triton
 from scrubjay.kernels.dispatch import choose, without_autocast
 from scrubjay.kernels.recurrence import (
     LOG2_E,
@@ -55,7 +56,8 @@ def ddts(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=16, overwrite
         q, k, v, a: shapes in the header; float32, bfloat16, float16 or float64, each its own.
         initial_state: (B, N, M), or (D, N, M) with D packed documents; None is zero.
         cu_seqlens: (D + 1,) offsets of the documents packed into the one row of the batch; no state crosses them.
-        chunk: Q, steps solved as one product; changes speed, never the result beyond rounding.
+        chunk: Q, steps solved as one product; changes speed, never the result beyond rounding. The Triton kernels
+            have their own.
         overwrite: whether the memory of `initial_state` may be used for the new state.
         backend: None chooses by device; "torch" and "triton" are obeyed or refused.
 
@@ -68,11 +70,14 @@ def ddts(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=16, overwrite
         ValueError: shapes that do not fit each other, a sequence of length 0, a backend that cannot run.
     """
     _check(q, k, v, a, chunk)
-    choose(backend, "ddts", q, k, v, a)
-    if q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(q, k, v, a, initial_state):
-        y, state = ddts_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], _initial(q, v, initial_state, None), overwrite)
-        return y[:, None], state
+    fused = choose(backend, "ddts", q, k, v, a, fused=ddts_fits(q, k, v, a)) == "triton"
     state = _initial(q, v, initial_state, cu_seqlens)
+    if q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(q, k, v, a, initial_state):
+        step = ddts_step_triton if fused else ddts_step
+        y, state = step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], state, overwrite)
+        return y[:, None], state
+    if fused:
+        return ddts_triton(q, k, v, a, state, cu_seqlens)
     return ChunkedRecurrence.apply(_Chunk, chunk, state, cu_seqlens, q, k, v, a)
 
 

@@ -4,6 +4,8 @@ import functools
 
 import torch
 
+from scrubjay.kernels.triton_tools import interpreted, triton
+
 BACKENDS = ("torch", "triton")
 
 
@@ -25,13 +27,15 @@ def choose(backend: str | None, op: str, *tensors: torch.Tensor, fused: bool = F
     if backend == "triton":
         if not fused:
             raise ValueError(f"{op} has no Triton kernel for this call. Pass backend=None to let it choose.")
-        if devices != ["cuda"]:
+        if triton is None:
+            raise ValueError(f"{op}: backend='triton' needs Triton. Install it: pip install 'scrubjay[gpu]'.")
+        if devices != ["cuda"] and not (devices == ["cpu"] and interpreted()):
             raise ValueError(
                 f"{op}: backend='triton' was asked for but the operands are on {devices}; the kernel needs cuda. "
                 "Pass backend=None to let it choose."
             )
         return "triton"
-    return "triton" if backend is None and fused and devices == ["cuda"] else "torch"
+    return "triton" if backend is None and fused and triton is not None and devices == ["cuda"] else "torch"
 
 
 def without_autocast(function):

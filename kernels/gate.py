@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from scrubjay.kernels.dispatch import choose, without_autocast
+from scrubjay.kernels.gate_triton import gate_fits, gate_logit_triton, norm_gate_triton, row_norm_triton
 
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
 
@@ -37,13 +38,15 @@ def gate_logit_reference(h, weight, bias, norm_weight=None, eps=1e-5, hidden=Non
     return s[..., 1] - s[..., 0]
 
 
-def row_norm(h, weight, eps):
+def row_norm(h, weight, eps, *, backend=None):
     """RMSNorm, (..., D) -> (..., D) in float32 (float64 for float64 h), with bits that depend on a token's own h alone.
 
     Error against x * rsqrt(mean(x^2) + eps) * weight, gradients included: 1e-6 of the largest value in float32.
     """
+    if choose(backend, "row_norm", h, weight, fused=gate_fits(h, weight)) == "triton":
+        return row_norm_triton(h, weight, eps)
     x = h.to(torch.promote_types(h.dtype, torch.float32))
-    # sqrt and division are rounded correctly everywhere, which rsqrt is not
+    # a square root and a division are rounded alike wherever an element stands; rsqrt is not
     scale = 1 / (tree_sum(x * x) / x.shape[-1] + eps).sqrt()
     return x * scale[..., None] * weight.to(x.dtype)
 
@@ -76,13 +79,39 @@ def gate_logit(x, weight, bias, hidden=None, *, backend=None):
             "gate_logit needs x (..., D), weight (2, D) and bias (2,); with hidden = (n, D), (n,) a weight (2, n); "
             f"got x, weight, bias, hidden {got}."
         )
-    choose(backend, "gate_logit", x, weight)
+    fused = hidden is None and gate_fits(x, weight, bias)
+    if choose(backend, "gate_logit", x, weight, fused=fused) == "triton":
+        return gate_logit_triton(x, weight, bias)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = x.dtype
     if hidden is not None:
         x = F.silu(F.linear(x.double(), hidden[0].double(), hidden[1].double())).to(wide)
     row = weight[1].to(wide) - weight[0].to(wide)
     return tree_sum(x * row) + (bias[1].to(wide) - bias[0].to(wide))
+
+
+def in_one_pass(h, norm_weight, weight, bias, hidden=None) -> bool:
+    """Whether `norm_gate` takes these operands faster than `row_norm` and `gate_logit` do: a kernel reads h once."""
+    fused = hidden is None and gate_fits(h, norm_weight, weight, bias)
+    return choose(None, "norm_gate", h, norm_weight, weight, fused=fused) == "triton"
+
+
+def norm_gate(h, norm_weight, eps, weight, bias, hidden=None, *, normed=True, backend=None):
+    """The norm of the residual stream for what follows, and delta, whose bits depend on a token's own h alone.
+
+    Args:
+        h: (..., D), the residual stream. norm_weight: (D,), eps: as for `row_norm`.
+        weight, bias, hidden: as for `gate_logit`.
+        normed: whether the gate reads the norm's output, before it is rounded; else h.
+        backend: None chooses by device; "torch" and "triton" are obeyed or refused.
+
+    Returns: `row_norm`, (..., D) in norm_weight's dtype, and `gate_logit`, (...), bit for bit.
+    """
+    fused = hidden is None and gate_fits(h, norm_weight, weight, bias)
+    if choose(backend, "norm_gate", h, norm_weight, weight, fused=fused) == "triton":
+        return norm_gate_triton(h, norm_weight, eps, weight, bias, normed)
+    x = row_norm(h, norm_weight, eps, backend=backend)
+    return x.to(norm_weight.dtype), gate_logit(x if normed else h, weight, bias, hidden, backend=backend)
 
 
 def tree_sum(x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.dispatch import choose, without_autocast
+from scrubjay.kernels.norm_triton import gated_rms_norm_triton, norm_fits, rms_norm_triton
 from scrubjay.kernels.recurrence import wants_gradient
 
 # Elements of one tile of rows on a CPU: a tile and what is computed from it stay in one core's second-level cache, so
@@ -18,11 +19,21 @@ from scrubjay.kernels.recurrence import wants_gradient
 TILE = 2**17
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x, weight, eps, *, backend=None):
     """(..., C) -> (..., C) in weight's dtype: a float32 residual stream goes in, the layer's own dtype comes out.
 
-    On a CPU torch's own takes twice the calls for one token and, with a gradient, thrice the time and memory.
+    On a CPU torch's own takes twice the calls for one token and, with a gradient, thrice the time and memory. On a GPU
+    it is one kernel, but of one dtype; where there are two, Triton's kernel reads and writes each number once.
+
+    Args:
+        backend: None chooses by device and dtypes; "torch" and "triton" are obeyed or refused.
+
+    Raises:
+        ValueError: a backend that cannot run.
     """
+    fused = (x.dtype != weight.dtype or backend == "triton") and norm_fits(1, x, weight)
+    if choose(backend, "rms_norm", x, weight, fused=fused) == "triton":
+        return rms_norm_triton(x, weight, eps)
     if x.device.type == "cpu":
         return _RMSNorm.apply(x, weight, eps) if wants_gradient(x, weight) else _normed(x, weight, eps)[0]
     if x.dtype == weight.dtype:
@@ -92,7 +103,9 @@ def gated_rms_norm(y, z, weight, eps, groups=1, x=None, skip=None, *, backend=No
         )
     if (x is None) != (skip is None) or (x is not None and (x.shape != y.shape or skip.shape != weight.shape)):
         raise ValueError("gated_rms_norm needs x in y's shape together with skip in weight's shape, or neither.")
-    choose(backend, "gated_rms_norm", y, z)
+    fused = norm_fits(groups, y, z, weight, x, skip)
+    if choose(backend, "gated_rms_norm", y, z, fused=fused) == "triton":
+        return gated_rms_norm_triton(y, z, weight, eps, groups, x, skip)
     if wants_gradient(y, z, x, weight, skip):
         return _GatedRMSNorm.apply(y, z, x, weight, skip, eps, groups)
     return _gated(y, z, x, weight, skip, eps, groups)

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 from scrubjay.kernels.dispatch import without_autocast
 
 LOG2_E = 1 / math.log(2)  # exp(x) = exp2(x LOG2_E)
+_read = WeakIdKeyDictionary()  # offsets that were read, by the tensor that holds them: (its version, the numbers)
 
 
 def documents(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[tuple[slice, int, int]]:
@@ -23,7 +25,7 @@ def documents(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[
     """
     if cu_seqlens is None:
         return [(slice(0, batch), 0, length)]
-    offsets = cu_seqlens.tolist()
+    offsets = _numbers(cu_seqlens)
     if batch != 1:
         raise ValueError(f"cu_seqlens describes documents packed into one row; got a batch of {batch} rows.")
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != length or sorted(offsets) != offsets:
@@ -32,6 +34,17 @@ def documents(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[
             f"{', ...' if len(offsets) > 8 else ''} (last {offsets[-1] if offsets else None})."
         )
     return [(slice(d, d + 1), offsets[d], offsets[d + 1]) for d in range(len(offsets) - 1)]
+
+
+def _numbers(cu_seqlens: torch.Tensor) -> list[int]:
+    """`cu_seqlens.tolist()`, once for all layers of a model: reading a GPU's tensor waits for all that it has to do."""
+    if cu_seqlens.is_inference():  # has no version: may have changed
+        return cu_seqlens.tolist()
+    version, numbers = _read.get(cu_seqlens, (None, []))
+    if version != cu_seqlens._version:
+        numbers = cu_seqlens.tolist()
+        _read[cu_seqlens] = (cu_seqlens._version, numbers)
+    return numbers
 
 
 def num_states(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> int:
@@ -67,8 +80,12 @@ def initial_or_zeros(state: torch.Tensor | None, shape: tuple[int, ...], like: t
 
 def decayed(state: torch.Tensor, factor: torch.Tensor, overwrite: bool) -> torch.Tensor:
     """state * factor for one step outside autograd: in the state's memory where it may be overwritten, else in new."""
-    locked = state.requires_grad or (state.is_inference() and not torch.is_inference_mode_enabled())
-    return state.mul_(factor) if overwrite and not locked else state * factor
+    return state.mul_(factor) if overwrite and not locked(state) else state * factor
+
+
+def locked(state: torch.Tensor | None) -> bool:
+    """Whether a state's memory may not be written: autograd's leaf, or made in inference mode and used outside."""
+    return state is None or state.requires_grad or (state.is_inference() and not torch.is_inference_mode_enabled())
 
 
 def by_steps(step, state, cu_seqlens, *sequences):

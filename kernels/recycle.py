@@ -15,7 +15,21 @@ import math
 import torch
 import torch.nn.functional as F
 
-from scrubjay.kernels.dispatch import without_autocast
+from scrubjay.kernels.dispatch import choose, without_autocast
+from scrubjay.kernels.recycle_triton import (
+    decode_fits,
+    decode_triton,
+    decode_with_scores_triton,
+    gather_pair_triton,
+    order_fits,
+    order_triton,
+    pooled_fits,
+    pooled_triton,
+    put_triton,
+    rows_fit,
+    scores_of_triton,
+)
+from scrubjay.kernels.release import COLUMN, ordered
 
 BLOCK = 64  # queries whose scores are held at a time by `received`
 REDUCTIONS = ("max", "mean", "first")
@@ -34,11 +48,16 @@ def decode_reference(q, k, v, scale, real=None):
 
 
 @without_autocast
-def decode(q, k, v, scale, real=None):
+def decode(q, k, v, scale, real=None, *, backend=None):
     """o (B, H, P). The heads that share a key are its rows, so that each key is read once.
 
     `real` may also be (B, G, n). Error against `decode_reference`: 1e-6 of the largest value in float32.
+
+    Args:
+        backend: here and below: None chooses by device; "torch" and "triton" are obeyed or refused.
     """
+    if choose(backend, "decode", q, k, v, fused=decode_fits(q, k, v, real)) == "triton":
+        return decode_triton(q, k, v, scale, real)
     B, H, P = q.shape
     mask = None if real is None else (real[:, None, None] if real.ndim == 2 else real[:, :, None])
     packed = q.reshape(B, k.shape[1], -1, P)
@@ -46,17 +65,21 @@ def decode(q, k, v, scale, real=None):
 
 
 @without_autocast
-def decode_with_scores(q, k, v, scale, real=None):
+def decode_with_scores(q, k, v, scale, real=None, *, backend=None):
     """`decode`, and the log-probabilities (B, H, n) in float32, with one pass over k and one over v."""
+    if choose(backend, "decode_with_scores", q, k, v, fused=decode_fits(q, k, v, real)) == "triton":
+        return decode_with_scores_triton(q, k, v, scale, real)
     (B, H, P), G = q.shape, k.shape[1]
-    logp = scores_of(q, k, scale, real)
+    logp = scores_of(q, k, scale, real, backend="torch")
     o = _products(logp.exp().to(v.dtype).view(B, G, H // G, -1), v)
     return o.view(B, H, P), logp
 
 
 @without_autocast
-def scores_of(q, k, scale, real=None):
+def scores_of(q, k, scale, real=None, *, backend=None):
     """Log-probabilities (B, H, n) of queries q (B, H, P) alone."""
+    if choose(backend, "scores_of", q, k, fused=decode_fits(q, k, real=real)) == "triton":
+        return scores_of_triton(q, k, scale, real)
     power = _power(scale)
     scores = _products((q * power).unflatten(1, (k.shape[1], -1)), k, transposed=True).flatten(1, 2)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)).mul_(scale / power)
@@ -84,7 +107,7 @@ def received(q, k, scale, seen):
     return total
 
 
-def pooled(logp, groups, reduce="max", kernel=7, real=None):
+def pooled(logp, groups, reduce="max", kernel=7, real=None, *, backend=None):
     """Scores of keys (B, G, n) from log-probabilities of query heads (B, H, n).
 
     Args:
@@ -93,6 +116,8 @@ def pooled(logp, groups, reduce="max", kernel=7, real=None):
         kernel: odd; each score becomes the largest among that many neighbouring tokens. 1: no pooling.
         real: keys that are not tokens score -inf, and tokens on both sides of them are neighbours.
     """
+    if choose(backend, "pooled", logp, fused=pooled_fits(logp, kernel)) == "triton":
+        return pooled_triton(logp, groups, reduce, kernel, real)
     by_group = logp.view(logp.shape[0], groups, -1, logp.shape[-1])
     if reduce == "max":
         scores = by_group.amax(2)
@@ -109,26 +134,34 @@ def pooled(logp, groups, reduce="max", kernel=7, real=None):
     return scores if real is None else scores.masked_fill(~_by_head(real, groups), -torch.inf)
 
 
-def top(scores, budget, recent=0, sinks=0, real=None):
+def top(scores, budget, recent=0, sinks=0, real=None, *, backend=None):
     """Indices (B, G, M) of the keys to keep, in ascending order of their scores (B, G, n); M = min(budget, n).
 
     Of equal scores, which pooling makes many of, the later key is the higher: wherever a row stands in a padded batch.
-    What is no number is the lowest.
+    What is no number is the lowest. Nothing here waits for the device.
 
     Args:
         recent: last tokens that are kept whatever they score. sinks: first ones likewise; they stand last of all.
     """
-    (B, G, n), M = scores.shape, min(budget, scores.shape[-1])
-    real = torch.ones(1, n, dtype=torch.bool, device=scores.device) if real is None else real
+    M = min(budget, scores.shape[-1])
+    if choose(backend, "top", scores, fused=order_fits(scores)) == "triton":
+        rank = order_triton(scores, recent, sinks, real)
+    else:
+        scores = _forced(scores, recent, sinks, real)
+        if scores.dtype == torch.float64:  # has no room for the column beside it
+            return scores.argsort(dim=-1, stable=True)[..., scores.shape[-1] - M :]
+        rank = ordered(scores, torch.arange(scores.shape[-1], device=scores.device))
+    return rank.topk(M, sorted=False).values.sort(-1).values.bitwise_and_(COLUMN)
+
+
+def _forced(scores, recent, sinks, real):
+    """Scores (B, G, n) in which the newest stand above all others but the first, and padding below."""
+    G = scores.shape[1]
+    real = torch.ones(1, scores.shape[-1], dtype=torch.bool, device=scores.device) if real is None else real
     newest, first = real.flip(-1).cumsum(-1).flip(-1) <= recent, real.cumsum(-1) <= sinks
     scores = scores.masked_fill(scores.isnan(), -torch.inf)
     scores = scores.masked_fill(_by_head(newest, G), torch.finfo(scores.dtype).max)
-    scores = scores.masked_fill(_by_head(first, G), torch.inf).masked_fill(~_by_head(real, G), -torch.inf)
-    least = scores.topk(M).values[..., -1:]
-    above, equal = scores > least, scores == least
-    equal &= equal.flip(-1).cumsum(-1).flip(-1) <= M - above.sum(-1, keepdim=True)
-    index = (above | equal).nonzero()[:, -1].view(B, G, M)
-    return index.gather(-1, scores.gather(-1, index).argsort(dim=-1, stable=True))
+    return scores.masked_fill(_by_head(first, G), torch.inf).masked_fill(~_by_head(real, G), -torch.inf)
 
 
 def gather(x, index):
@@ -136,12 +169,66 @@ def gather(x, index):
     than a gather of single numbers."""
     if x.device.type != "cpu":
         return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
-    B, G, M = index.shape
-    out = x.new_empty(B, G, M, x.shape[3])
-    for b in range(B):
-        for g in range(G):
+    return _copied(x, index, x.new_empty(*index.shape, x.shape[3]))
+
+
+def _copied(x, index, out):
+    for b in range(len(out)):
+        for g in range(out.shape[1]):
             torch.index_select(x[b, g], 0, index[b, g], out=out[b, g])
     return out
+
+
+def gather_pair(k, v, index, out=None, *, backend=None):
+    """Rows `index` (B, G, M) of k and of v, (B, G, n, P) each: two (B, G, M, P).
+
+    Args:
+        out: two buffers (B, G, C, P) of the same dtype, C at least M: the rows become their first M, and those are
+            returned. None: new ones.
+    """
+    M = index.shape[2]
+    out = [x.new_empty(*index.shape, x.shape[3]) if out is None else out[i][:, :, :M] for i, x in enumerate((k, v))]
+    if choose(backend, "gather_pair", k, v, *out, fused=rows_fit(k, v, *out)) == "triton":
+        gather_pair_triton(k, v, index, out)
+    else:
+        for x, rows in zip((k, v), out, strict=True):
+            if x.device.type == "cpu":
+                _copied(x, index, rows)
+            else:
+                rows.copy_(gather(x, index))
+    return out[0], out[1]
+
+
+def put_row(held, k, v, column, rank, real, filled, *, backend=None):
+    """Write one new row, in place: into slot `filled`, or, where all C are taken, the first of the lowest rank.
+
+    In a row of the batch where it is no token it gets rank -inf, and nothing is evicted for it.
+
+    Args:
+        held: keys, values (B, G, C, P), index (B, G, C) int64, rank (B, G, C) float64 and which are tokens, (B, G, C)
+            bool, or None where all are.
+        k, v: (B, G, 1, P). column: int, where it comes from. rank: (B,) float64. real: (B,) bool, None: a token in all.
+        filled: slots taken.
+
+    Returns: its slots, (B, G, 1).
+    """
+    keys, values, index, ranks, reals = held
+    fits = rows_fit(keys, values, k, v) and all(x is None or x.is_contiguous() for x in held)
+    if choose(backend, "put_row", keys, k, v, fused=fits) == "triton":
+        return put_triton(held, k, v, column, rank, real, filled)
+    room = filled < index.shape[2]
+    at = torch.full_like(index[:, :, :1], filled) if room else ranks.argmin(-1, keepdim=True)
+    if real is not None:
+        rank = rank.masked_fill(~real, -torch.inf)
+    new = [k, v, torch.full_like(at, column), rank[:, None, None].expand_as(at)]
+    if reals is not None:
+        new.append(torch.ones_like(at, dtype=torch.bool) if real is None else real[:, None, None].expand_as(at))
+    for buffer, value in zip(held, new, strict=False):
+        rows = at[..., None].expand_as(value) if value.ndim == 4 else at
+        if real is not None and not room:
+            value = torch.where(real.view(-1, *(1,) * (value.ndim - 1)), value, buffer.gather(2, rows))
+        buffer.scatter_(2, rows, value)
+    return at
 
 
 @without_autocast

@@ -13,27 +13,33 @@ or document   c: (B, S + T) int64   readable: (B, S + T) bool. K divides H; quer
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
 from scrubjay.kernels.dispatch import choose, without_autocast
 from scrubjay.kernels.recurrence import wants_gradient
+from scrubjay.kernels.select_attention_triton import (
+    select_attention_fits,
+    select_attention_step_triton,
+    select_attention_triton,
+)
 
 Limit = tuple[torch.Tensor, int]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Which of (B, T) columns are queries, tile after tile, and in a tile row after row.
+    """Which of (B, T) columns are queries: tile after tile and in a tile row after row, or (not `tiled`) row after row.
 
-    index: (n,) int64, row * T + column of each query. counts: queries of each tile, then row, on the host.
+    index: (n,) int64, row * T + column of each query, columns of a row rising.
     """
 
     index: torch.Tensor
-    counts: list[list[int]]
     shape: tuple[int, int]
     tile: int
+    tiled: bool
 
     @property
     def rows(self) -> torch.Tensor:
@@ -45,19 +51,29 @@ class Packed:
         """(n,) the column of each query."""
         return self.index % self.shape[1]
 
+    @cached_property
+    def counts(self) -> list[list[int]]:
+        """Queries of each tile, then row, on the host: to read them waits for the device."""
+        (B, T), tile = self.shape, self.tile
+        places = self.columns // tile * B + self.rows
+        return places.bincount(minlength=-(-T // tile) * B).view(-1, B).tolist()
 
-def pack(mask: torch.Tensor, window: int) -> Packed:
-    """Gather the columns of (B, T) bool `mask` for `select_attention`.
+
+def pack(mask: torch.Tensor, window: int, *, every: bool = False, tiled: bool | None = None) -> Packed:
+    """Gather the columns of (B, T) bool `mask` for `select_attention`; `every`: all of them, whatever it says.
 
     A tile covers as many columns as make one product worth its call and few enough that the keys read for it are not
-    many more than a window: 64 to 256.
+    many more than a window: 64 to 256. `tiled` is the order; None takes the one that the mask's device is fastest with.
     """
     (B, T), tile = mask.shape, max(64, min(256, window // 4))
     tile = min(tile, T)
+    if not (mask.device.type == "cpu" if tiled is None else tiled):
+        index = torch.arange(B * T, device=mask.device) if every else mask.flatten().nonzero()[:, 0]
+        return Packed(index, (B, T), tile, False)
+    mask = torch.ones_like(mask) if every else mask
     padded = F.pad(mask, (0, -T % tile)).view(B, -1, tile).transpose(0, 1)  # (tiles, B, tile)
     at = padded.nonzero()
-    index = at[:, 1] * T + at[:, 0] * tile + at[:, 2]
-    return Packed(index, padded.sum(-1).tolist(), (B, T), tile)
+    return Packed(at[:, 1] * T + at[:, 0] * tile + at[:, 2], (B, T), tile, True)
 
 
 def select_attention_reference(
@@ -80,17 +96,39 @@ def select_attention_reference(
 
 
 @without_autocast
-def select_attention_step(q, keys, values, seen, scale=None):
+def select_attention_step(q, keys, values, seen, scale=None, rows=None, *, backend=None):
     """One query a row against what its row holds, in any order.
 
-    q (n, H, P), keys, values (n, K, W, P), seen (n, W) bool -> (n, H, P). For rows that were selected; the others need
-    no query and read nothing.
+    Args:
+        q: (n, H, P). keys, values: (n, K, W, P). seen: (n, W) bool.
+        scale: of the scores; None is P ** -0.5.
+        rows: (n,) bool, which rows attend; None: all. The others get zeros. Where the kernel runs they read nothing,
+            and nobody has to know on the host which they are.
+        backend: None chooses by device; "torch" and "triton" are obeyed or refused.
+
+    Returns: (n, H, P).
     """
     (n, H, P), K = q.shape, keys.shape[1]
+    if choose(backend, "select_attention_step", q, keys, values, fused=_step_fits(q, keys, values)) == "triton":
+        return select_attention_step_triton(q, keys, values, seen, rows, _scale(q, scale))
+    if rows is not None:
+        seen = seen | ~rows[:, None]
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.matmul(q.view(n, K, H // K, P), keys.mT).to(wide) * _scale(q, scale)
     weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).to(values.dtype)
-    return torch.matmul(weights, values).reshape(n, H, P)
+    o = torch.matmul(weights, values).reshape(n, H, P)
+    return o if rows is None else torch.where(rows[:, None, None], o, 0)
+
+
+def steps_by_mask(keys) -> bool:
+    """Whether a step over `keys` is faster for all rows, with a mask of those that attend, than for those alone: to
+    name them, a GPU has to be waited for. Not where a gradient may be wanted."""
+    fused = _step_fits(keys, keys, keys) and not torch.is_grad_enabled()
+    return choose(None, "select_attention_step", keys, fused=fused) == "triton"
+
+
+def _step_fits(q, keys, values):
+    return select_attention_fits(q, keys, values) and not wants_gradient(q, keys, values)
 
 
 def select_attention(
@@ -120,9 +158,21 @@ def select_attention(
         ValueError: shapes that do not fit each other, a backend that cannot run.
     """
     _check(q, k, v, packed, before, window, limits, readable)
-    choose(backend, "select_attention", q, k, v)
+    path = choose(backend, "select_attention", q, k, v, fused=select_attention_fits(q, k, v, limits))
     if not len(q):
         return q + 0 * (k.sum() + v.sum())  # every parameter keeps a gradient, zero
+    if path == "triton":
+        return select_attention_triton(q, k, v, packed, before, window, limits, readable, _scale(q, scale))
+    if not packed.tiled:
+        order = (packed.columns // packed.tile * packed.shape[0] + packed.rows).argsort(stable=True)
+        packed = Packed(packed.index[order], packed.shape, packed.tile, True)
+        o = _by_tiles(q[order], k, v, packed, before, window, limits, readable, _scale(q, scale))
+        return torch.empty_like(o).index_copy(0, order, o)
+    return _by_tiles(q, k, v, packed, before, window, limits, readable, _scale(q, scale))
+
+
+def _by_tiles(q, k, v, packed, before, window, limits, readable, scale):
+    """One product of each tile's queries with the keys that any of them sees."""
     T, S = packed.shape[1], k.shape[1] - packed.shape[1]
     columns, rows = packed.columns, packed.rows
     starts = torch.arange(0, T, packed.tile, device=q.device)
@@ -141,7 +191,7 @@ def select_attention(
         low = max(0, start - window + 1, floors[tile])
         low, keys, values = _reach(k, v, blocks, packed.tile, low, min(start + packed.tile, S + T))
         seen = _seen(place, sight[tile], low, keys.shape[1], limits, readable)
-        outs.append(place.leave(_attend(place.enter(own[tile]), keys, values, seen, _scale(q, scale))))
+        outs.append(place.leave(_attend(place.enter(own[tile]), keys, values, seen, scale)))
     return torch.cat(outs)
 
 

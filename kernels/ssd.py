@@ -25,10 +25,12 @@ from scrubjay.kernels.recurrence import (
     crossing,
     decayed,
     initial_or_zeros,
+    locked,
     num_states,
     reuse,
     wants_gradient,
 )
+from scrubjay.kernels.ssd_triton import ssd_fits, ssd_step_triton, ssd_triton
 
 
 @without_autocast
@@ -56,7 +58,8 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
         q, k, v, a, g: shapes in the header; float32, bfloat16, float16 or float64.
         initial_state: (B, H, N, P), or (D, H, N, P) with D packed documents; None is zero.
         cu_seqlens: (D + 1,) offsets of the documents packed into the one row of the batch; no state crosses them.
-        chunk: Q, steps solved as one product; changes speed, never the result beyond rounding.
+        chunk: Q, steps solved as one product; changes speed, never the result beyond rounding. The Triton kernels
+            have their own.
         overwrite: whether the memory of `initial_state` may be used for the new state.
         backend: None chooses by device; "torch" and "triton" are obeyed or refused.
 
@@ -70,8 +73,18 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
     """
     sequences = q, k, v, a, g
     _check(*sequences, chunk)
-    choose(backend, "ssd", *sequences)
-    if q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(*sequences, initial_state):
+    fused = choose(backend, "ssd", *sequences, fused=ssd_fits(*sequences)) == "triton"
+    single = q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(*sequences, initial_state)
+    if fused and initial_state is not None:
+        initial_state = _initial(q, v, initial_state, cu_seqlens)
+    if fused and not single:
+        num_states(cu_seqlens, *v.shape[:2])  # refuses offsets that name no documents
+        return ssd_triton(*sequences, initial_state, cu_seqlens)
+    if fused:
+        out = initial_state if overwrite and not locked(initial_state) else None
+        y, state = ssd_step_triton(*(x[:, 0] for x in sequences), initial_state, out)
+        return y[:, None], state
+    if single:
         y, state = ssd_step(*(x[:, 0] for x in sequences), _initial(q, v, initial_state, None), overwrite)
         return y[:, None], state
     state = _grouped(_initial(q, v, initial_state, cu_seqlens), q.shape[2])

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from scrubjay.kernels.dispatch import choose, without_autocast
-from scrubjay.kernels.recurrence import documents
+from scrubjay.kernels.recurrence import documents, wants_gradient
+from scrubjay.kernels.window_triton import window_fits, window_step_triton, window_triton
 
 # Queries solved as one call on the keys that they can see. 64 was the fastest of 64, 128, 256 for W = 512 on a CPU.
 BLOCK = 64
@@ -35,12 +36,16 @@ def window_attention_reference(q, k, v, window, past=None, cu_seqlens=None, *, s
 
 
 @without_autocast
-def window_attention_step(q, keys, values, held, scale=None):
+def window_attention_step(q, keys, values, held, scale=None, *, backend=None):
     """One token against a window in any order.
 
     q (B, H, P), keys (B, K, W, P), values (B, V, W, P), held (B, W) bool: which entries there are -> (B, H, P).
+    backend: as in `window_attention`; the Triton kernel has no gradient.
     """
     (B, H, P), K, V = q.shape, keys.shape[1], values.shape[1]
+    fused = window_fits(q, keys, values, scale=_scale(q, scale)) and not wants_gradient(q, keys, values)
+    if choose(backend, "window_attention_step", q, keys, values, fused=fused) == "triton":
+        return window_step_triton(q, keys, values, held, _scale(q, scale))
     wide = torch.promote_types(q.dtype, torch.float32)
     by_key = q.view(B, H // K, K, P).transpose(1, 2)  # (B, K, H / K, P): a shared key is read once for its heads
     scores = torch.matmul(by_key, keys.mT).to(wide) * _scale(q, scale)
@@ -59,7 +64,7 @@ def window_attention(q, k, v, window, past=None, cu_seqlens=None, *, scale=None,
         cu_seqlens: (D + 1,) offsets of the documents packed into the batch's one row; no query sees another's keys.
         scale: of the scores; None is P ** -0.5.
         dropout: probability with which a weight is zeroed.
-        backend: None chooses by device; "torch" and "triton" are obeyed or refused.
+        backend: None chooses by device; "torch" and "triton" are obeyed or refused. The Triton kernels know no dropout.
 
     Returns: (B, T, H, P).
 
@@ -67,11 +72,14 @@ def window_attention(q, k, v, window, past=None, cu_seqlens=None, *, scale=None,
         ValueError: shapes that do not fit each other, a sequence of length 0, a backend that cannot run.
     """
     _check(q, k, v, window, past, cu_seqlens)
-    choose(backend, "window_attention", q, k, v)
     scale = _scale(q, scale)
+    pieces = documents(cu_seqlens, *q.shape[:2])
+    fused = window_fits(q, k, v, *(past or ())[:2], scale=scale, dropout=dropout)
+    if choose(backend, "window_attention", q, k, v, fused=fused) == "triton":
+        return window_triton(q, k, v, window, past, cu_seqlens, scale)
     if cu_seqlens is None:
         return _banded(q, k, v, window, past, scale, dropout)
-    cuts = [stop - start for _, start, stop in documents(cu_seqlens, *q.shape[:2])]
+    cuts = [stop - start for _, start, stop in pieces]
     packed = zip(*(x.split(cuts, 1) for x in (q, k, v)), strict=True)
     return torch.cat([_banded(*x, window, None, scale, dropout) for x in packed if x[0].shape[1]], 1)
 

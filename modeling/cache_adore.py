@@ -23,7 +23,7 @@ from torch import nn
 from transformers.utils import logging
 
 from scrubjay.configuration.configuration_adore import AdoreSettings, warn_of_fixed_order
-from scrubjay.kernels.release import compacted, highest, placement, ranking, survivors, visibility
+from scrubjay.kernels.release import compacted, highest, ranking, release_step, visibility
 from scrubjay.modeling.adore_layer import AdoreLayer, Step
 from scrubjay.modeling.cache import read_tensors, write_tensors
 from scrubjay.modeling.controller import POLICIES, Controller, Scorer
@@ -264,14 +264,11 @@ class AdoreCache(AttachedCache):
             columns, is_real, pos = (
                 torch.cat([x[:, :width], x[:, width + rebuilt :]], 1) for x in (columns, is_real, pos)
             )
-        protected = (pos < settings.sinks) | (pos >= self.history.counts[:, None] - settings.recent)
-        rank = ranking(self._scores(columns), pos, is_real, protected)
-        kept = survivors(rank, settings.cache_size)
-        stays = nn.functional.pad(kept[:, :width], (0, settings.cache_size - width))
-        target = placement(stays, kept[:, width:])
-        slots = nn.functional.pad(self.slots.masked_fill(~stays, -1), (0, 1))
-        self.slots = slots.scatter(1, target, columns[:, width:])[:, :-1]
-        return kept[:, :width], target
+        kept, target, self.slots = release_step(
+            self._scores(columns), pos, is_real, columns, self.slots, width,
+            self.history.counts, settings.sinks, settings.recent,
+        )  # fmt: skip
+        return kept, target
 
     def _turn(self, decoder, pos, width):
         """Give the step the rotations of compact positions (B, w + r + q)."""

@@ -4,6 +4,7 @@ B batch, H query heads, G key heads, P head size, T new columns, n columns held,
 encoding, so the order of the slots means nothing.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.configuration.configuration_recycled import RecycledConfig
-from scrubjay.kernels.recycle import gather, pooled, scores_of
+from scrubjay.kernels.recycle import gather_pair, pooled, put_row, scores_of
 from scrubjay.modeling.cache import writable
 
 TAIL = 64  # queries remembered, and so columns that `crop` may take back
@@ -57,7 +58,7 @@ class Kept:
         (B, G, M), P = index.shape, keys.shape[3]
         self.filled = M
         self.keys, self.values = (keys.new_empty(B, G, capacity, P) for _ in "kv")
-        self.keys[:, :, :M], self.values[:, :, :M] = gather(keys, index), gather(values, index)
+        gather_pair(keys, values, index, out=(self.keys, self.values))
         self.index = index.new_full((B, G, capacity), -1)
         self.index[:, :, :M] = index
         # below any column number that comes later; padding goes first, pinned tokens never
@@ -75,24 +76,13 @@ class Kept:
 
         In a row where it is padding nothing is evicted for it. Returns its slots, (B, G, 1).
         """
-        room = self.filled < self.keys.shape[2]
-        if room:
-            at = torch.full((*k.shape[:2], 1), self.filled, device=k.device)
-            self.filled += 1
-        else:
-            at = self.rank.argmin(-1, keepdim=True)
-        if real is not None:
-            rank = rank.masked_fill(~real, -torch.inf)
-            self.real = torch.ones_like(self.index, dtype=torch.bool) if self.real is None else self.real
-        new = {"keys": k, "values": v, "index": torch.full_like(at, column), "rank": rank[:, None, None].expand_as(at)}
-        if self.real is not None:
-            new["real"] = torch.ones_like(at, dtype=torch.bool) if real is None else real[:, None, None].expand_as(at)
-        for name, value in new.items():
-            held = writable(getattr(self, name))
-            rows = at[..., None].expand_as(value) if value.ndim == 4 else at
-            if real is not None and not room:
-                value = torch.where(real.view(-1, *(1,) * (value.ndim - 1)), value, held.gather(2, rows))
-            setattr(self, name, held.scatter_(2, rows, value))
+        if real is not None and self.real is None:
+            self.real = torch.ones_like(self.index, dtype=torch.bool)
+        held = [None if (x := getattr(self, name)) is None else writable(x) for name in self.names]
+        for name, x in zip(self.names, held, strict=True):
+            setattr(self, name, x)
+        at = put_row(held, k, v, column, rank, real, self.filled)
+        self.filled = min(self.filled + 1, self.keys.shape[2])
         return at
 
     def sort(self):
@@ -209,12 +199,11 @@ class KeepingLayer(CacheLayerMixin):
 
     def put_newest(self, k, v):
         """Write the last column into `kept`; returns its slots (B, G, 1)."""
-        column = self.seen - 1
-        rank = torch.full((len(k),), float(column), dtype=torch.float64, device=k.device)
-        if self.settings.sinks:
-            known = self.real_until(self.seen)
-            pinned = column < self.settings.sinks if known is None else known.sum(1) <= self.settings.sinks
-            rank.masked_fill_(torch.as_tensor(pinned, device=k.device), torch.inf)
+        column, sinks, known = self.seen - 1, self.settings.sinks, self.real_until(self.seen)
+        rank = math.inf if known is None and column < sinks else float(column)
+        rank = torch.full((len(k),), rank, dtype=torch.float64, device=k.device)
+        if sinks and known is not None:
+            rank.masked_fill_(known.sum(1) <= sinks, torch.inf)
         real = None if self.call.source is None else self.call.real[:, column]
         return self.kept.put(k, v, column, rank, real)
 

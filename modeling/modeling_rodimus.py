@@ -14,13 +14,13 @@ B batch, T time, D hidden size, M inner width, N state size, R rank of the input
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_rodimus import RodimusConfig
 from scrubjay.kernels.ddts import ddts
+from scrubjay.kernels.rodimus_gates import rodimus_gates
 from scrubjay.kernels.window import window_attention, window_attention_step
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.cache import RodimusCache
@@ -64,7 +64,8 @@ class RodimusMixer(nn.Module):
         x, z = self.fc(h).chunk(2, -1)  # (B, T, M) twice
         conv, s = (None, None) if state is None else state.read(x)
         seen, conv = self.conv1d(x, conv, layout)
-        q, k, a = self._keys_and_decays(seen)
+        gates = (self.in_proj(seen), self.mem_gate_proj(seen), self.mem_gate_bias)
+        q, k, a = rodimus_gates(*gates, self.k_norm_eps)  # (B, T, N) each
         v = torch.sigmoid(self.ch_gate_up(self.ch_gate_down(x))) * x  # gated by x before the convolution
         if layout.lengths is not None:
             v, a = v * layout.real, a * layout.real  # such a step adds nothing and forgets nothing
@@ -72,21 +73,6 @@ class RodimusMixer(nn.Module):
         if state is not None:
             state.write(conv, s)
         return self.out_proj(self.act_dropout(self.act_norm(y, z, seen, self.residual_weight)))
-
-    def _keys_and_decays(self, x):
-        """q, gated k and log-decay, (B, T, N) each, from the convolved stream; all but q in float32."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        q, k = self.in_proj(x).chunk(2, -1)
-        selection, temperature = (self.mem_gate_proj(x).to(wide) + self.mem_gate_bias.to(wide)).chunk(2, -1)
-        gate, temperature = F.softplus(selection), torch.sigmoid(temperature)
-        k = F.normalize(k.to(wide), dim=-1, eps=self.k_norm_eps) * (temperature * _log_softplus(selection)).exp()
-        return q * self.n**-0.5, k, -gate * temperature
-
-
-def _log_softplus(x):
-    """ln(softplus(x)), with its gradient where softplus underflows: ln(softplus(x)) = x - e^x / 2 + ... for x << 0."""
-    low = x < -15
-    return torch.where(low, x - 0.5 * x.clamp(max=-15).exp(), F.softplus(x.clamp(min=-15)).log())
 
 
 class SharedKeyWindow(nn.Module):

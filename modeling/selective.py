@@ -7,8 +7,17 @@ row.
 import torch
 from torch import nn
 
-from scrubjay.kernels.gate import gate_logit, gumbel_difference, mix, row_norm, select, straight_through
-from scrubjay.kernels.select_attention import pack, select_attention, select_attention_step
+from scrubjay.kernels.gate import (
+    gate_logit,
+    gumbel_difference,
+    in_one_pass,
+    mix,
+    norm_gate,
+    row_norm,
+    select,
+    straight_through,
+)
+from scrubjay.kernels.select_attention import pack, select_attention, select_attention_step, steps_by_mask
 from scrubjay.modeling.layers import Linear, RMSNorm, ends_branch, rotate
 
 
@@ -57,8 +66,7 @@ class SelectiveAttention(nn.Module):
         a; selected by argmax; tokens.
         """
         config, real = self.config, None if layout.real is None else layout.real[..., 0]
-        x = self.norm(h)
-        delta = self.gate(x if config.gate_norm else h)
+        x, delta = self._norm_and_gate(h)
         a, sampled = torch.sigmoid(delta), self.training or config.eval_gate == "sample"
         noise = gumbel_difference(delta) if sampled else None
         m = select(delta, config.eval_threshold, noise, real)
@@ -68,19 +76,33 @@ class SelectiveAttention(nn.Module):
         if ring is not None:
             ring.prepare(x.new_empty(len(x), 0, dtype=self.norm.weight.dtype))
         index, o = self.attend(x.to(self.norm.weight.dtype), a, m, layout, ring, dense)
-        flat, strength = h.flatten(0, 1), a.flatten()[index]
-        if self.training and config.st_surrogate == "p1":
-            strength = strength * soft.flatten()[index]
-        mixed = mix(flat[index], o, strength, config.refine)
-        if len(index) or torch.is_grad_enabled():
-            h = flat.index_copy(0, index, mixed).view_as(h)
+        if index is None:
+            h = torch.where(m[..., None], mix(h[:, 0], o, a[:, 0], config.refine)[:, None], h)
+        else:
+            flat, strength = h.flatten(0, 1), a.flatten()[index]
+            if self.training and config.st_surrogate == "p1":
+                strength = strength * soft.flatten()[index]
+            mixed = mix(flat[index], o, strength, config.refine)
+            if len(index) or torch.is_grad_enabled():
+                h = flat.index_copy(0, index, mixed).view_as(h)
         if self.training and config.st_surrogate == "chosen":
             drawn = torch.where(m, p1, 1 - p1)  # equation 3: the probability of the branch that was drawn
             h = (h * straight_through(torch.ones_like(m), drawn)[..., None]).to(h.dtype)
         return h, _sums(torch.stack([soft, a.detach(), select(delta.detach()).to(a.dtype)], -1), layout)
 
+    def _norm_and_gate(self, h):
+        """x (B, T, D), in float32 or the layer's dtype, and delta (B, T)."""
+        norm, gate = self.norm, self.gate
+        if in_one_pass(h, norm.weight, gate.weight, gate.bias, gate.hidden_weight):
+            return norm_gate(h, norm.weight, norm.eps, gate.weight, gate.bias, normed=self.config.gate_norm)
+        x = norm(h)
+        return x, gate(x if self.config.gate_norm else h)
+
     def attend(self, x, a, m, layout, ring, dense):
-        """(index, o): which of the B * T columns attended, and what they found, (n, D)."""
+        """(index, o): which of the B * T columns attended, and what they found, (n, D).
+
+        Index None: all B rows of a step, some of which may not have been selected.
+        """
         if ring is not None and x.shape[1] == 1 and layout.lengths is None and not dense:
             index, o = self._step(x, a, m, layout, ring)
         elif self.config.kv_scope == "all":
@@ -115,7 +137,7 @@ class SelectiveAttention(nn.Module):
         """Every token writes a key: columns are positions."""
         k, v = self._keys(x, layout)
         past = None if ring is None else ring.past(x.device)
-        packed = pack(torch.ones_like(m) if dense else m, self.config.ring_size)
+        packed = pack(m, self.config.ring_size, every=dense)
         q = self._queries(x, a, layout, packed.index)
         keys, values = _after(past, k, v)
         o = select_attention(q, keys, values, packed, layout.positions, self.config.ring_size)
@@ -173,7 +195,7 @@ class SelectiveAttention(nn.Module):
         reach = config.ring_size if config.window_axis == "rank" else config.kv_cap
         if reach:
             limits.append((ranks, reach))
-        packed = pack(torch.ones_like(m), window)
+        packed = pack(m, window, every=True)
         q = self._queries(x, a, layout, packed.index)
         keys, values = _after(past, k, v)
         o = select_attention(q, keys, values, packed, before, window, limits, readable)
@@ -188,16 +210,16 @@ class SelectiveAttention(nn.Module):
         ring.append(k, v, layout.positions.gather(1, first), lengths)
 
     def _step(self, x, a, m, layout, ring):
-        """One token of each row: a row that is not selected makes no query and reads nothing."""
-        index = m[:, 0].nonzero()[:, 0]
-        every = self.config.kv_scope == "all"
+        """One token of each row: a row that is not selected makes no query and reads nothing. Where steps go by mask it
+        makes keys and a query in vain, and still reads nothing: a GPU is not asked which rows those are."""
+        masked, every = steps_by_mask(ring.keys), self.config.kv_scope == "all"
+        index = torch.arange(len(m), device=m.device) if masked else m[:, 0].nonzero()[:, 0]
         if not len(index) and not every:
             return _nothing(x, self)
-        k, v = self._keys(x, layout) if every else self._keys(x[index, 0], layout, index)
-        positions, lengths = layout.positions, None
-        if not every:
+        k, v = self._keys(x, layout) if every or masked else self._keys(x[index, 0], layout, index)
+        positions, lengths = layout.positions, None if every else m[:, 0].long()
+        if not (every or masked):
             k, v = (t.new_zeros(len(m), 1, *t.shape[1:]).index_copy(0, index, t[:, None]) for t in (k, v))
-            lengths = m[:, 0].long()
         seen = ring.held(1)
         ring.append(k, v, positions, lengths)
         if not len(index):
@@ -205,10 +227,12 @@ class SelectiveAttention(nn.Module):
         keys, values = ring.keys, ring.values
         if not every and self.config.window_axis == "position":
             seen = seen & (positions - ring.places < self.config.sliding_window)
-        q = self._queries(x[index, 0], a, layout, index)
+        q = self._queries(x[index, 0], a, layout, index).to(keys.dtype)
+        if masked:
+            return None, select_attention_step(q, keys, values, seen, rows=m[:, 0])
         if len(index) < len(m):
             keys, values, seen = keys[index], values[index], seen[index]
-        return index, select_attention_step(q.to(keys.dtype), keys, values, seen)
+        return index, select_attention_step(q, keys, values, seen)
 
 
 def _after(past, k, v):

@@ -223,7 +223,7 @@ def results(op, inputs, cotangents=None, **options):
         raise OutOfBoundError(f"outputs have shapes {[tuple(y.shape) for y in outputs]}, not those of `cotangents`")
     if cotangents is None:
         generator = torch.Generator().manual_seed(0)
-        cotangents = [torch.randn(y.shape, generator=generator, dtype=F64).to(y.dtype) for y in outputs]
+        cotangents = [torch.randn(y.shape, generator=generator, dtype=F64, device="cpu").to(y) for y in outputs]
     matching = [c.to(y.dtype) for c, y in zip(cotangents, outputs, strict=True)]
     grads = torch.autograd.grad(outputs, list(leaves.values()), matching, materialize_grads=True)
     named = dict(zip(("y", "state"), (y.detach() for y in outputs), strict=False))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from adore_cases import EXACT, PIECES, decoder, drawn_scores, follows, gap_after_reordering, text
 
+from scrubjay.kernels import release
 from scrubjay.modeling import cache_adore
 from scrubjay.modeling.adore_layer import AdoreLayer
 from scrubjay.modeling.cache_adore import AdoreCache
@@ -71,8 +72,8 @@ MUTANTS = {
     "wrong RoPE position": (AdoreCache, "enter", rebuilt_at_the_current_position, in_one_run),
     "non-causal rebuild": (cache_adore, "visibility", rebuilt_sees_later_tokens, in_one_run),
     "stale slot": (AdoreLayer, "_stored", not_written, in_one_run),
-    "another slot than the table says": (cache_adore, "placement", written_one_slot_late, in_one_run),
-    "one token too few kept": (cache_adore, "survivors", released_too_early, in_one_run),
+    "another slot than the table says": (release, "placement", written_one_slot_late, in_one_run),
+    "one token too few kept": (release, "survivors", released_too_early, in_one_run),
     "history forgotten in reorder": (TokenHistory, "map", forgotten, in_rows),
     "slots forgotten in reorder": (AdoreCache, "_map", slots_forgotten, in_rows),
     "keys forgotten in reorder": (AdoreLayer, "map", forgotten, in_rows),

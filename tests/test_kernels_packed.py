@@ -7,6 +7,7 @@ from kernel_cases import BF16, F32, F64, RECURRENT, SEQUENCE, all_of, assert_wit
 from kernel_checks import DOCUMENTS, check_documents, check_packed, draw_packed, offsets
 
 from scrubjay.kernels.conv import causal_conv
+from scrubjay.kernels.ssd import ssd
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
@@ -75,3 +76,12 @@ def test_causal_conv_state_ends_at_each_rows_length(taps, states, T):
 
     want, cotangents = results(row_by_row, inputs)
     assert_within("causal_conv", results(ragged, inputs, cotangents)[0], want, inputs)
+
+
+def test_offsets_that_are_changed_in_place_are_read_again():
+    inputs, offsets = draw("ssd", 9, F64, batch=1, states=2), torch.tensor([0, 4, 9])
+    first = ssd(**inputs, cu_seqlens=offsets)[1]
+    offsets[1] = 7
+    moved = ssd(**inputs, cu_seqlens=offsets)[1]
+    assert not torch.equal(moved, first)
+    assert torch.equal(moved, ssd(**inputs, cu_seqlens=torch.tensor([0, 7, 9]))[1])

@@ -201,5 +201,5 @@ def test_wrong_shapes_and_backends_are_named():
         gate_logit(h, torch.zeros(3, 8), bias)
     with pytest.raises(ValueError, match=r"weight \(2, n\)"):
         gate_logit(h, weight, bias, (torch.zeros(5, 8), torch.zeros(5)))
-    with pytest.raises(ValueError, match="no Triton kernel"):
+    with pytest.raises(ValueError, match=r"needs (cuda|Triton)"):
         gate_logit(h, weight, bias, backend="triton")
