@@ -21,8 +21,8 @@ only the states between chunks go through memory, in the inputs' dtype. The back
                                + sum_(j<t) f_j g_j v_j . dS^T k_j + e_Q <S, dS>
 
 A program of the first goes over heads of one group and sums their dq and dk in registers; what several programs add to
-is summed afterwards, in order. They are two kernels because one spills its registers. Every sum in da is over pairs that
-a_t decays, so nothing large cancels.
+is summed afterwards, in order. They are two kernels because one would spill its registers. Every sum in da is over
+pairs that a_t decays, so nothing large cancels.
 """
 
 from typing import NamedTuple
