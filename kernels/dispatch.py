@@ -28,7 +28,10 @@ def choose(backend: str | None, op: str, *tensors: torch.Tensor, fused: bool = F
         if not fused:
             raise ValueError(f"{op} has no Triton kernel for this call. Pass backend=None to let it choose.")
         if triton is None:
-            raise ValueError(f"{op}: backend='triton' needs Triton. Install it: pip install 'scrubjay[gpu]'.")
+            raise ValueError(
+                f"{op}: backend='triton' needs Triton, which is not installed: pip install 'scrubjay[gpu]'. "
+                "Pass backend=None to let it choose."
+            )
         if devices != ["cuda"] and not (devices == ["cpu"] and interpreted()):
             raise ValueError(
                 f"{op}: backend='triton' was asked for but the operands are on {devices}; the kernel needs cuda. "

@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_cases import KERNELS, RECURRENT, SEQUENCE, draw
 
+from scrubjay.kernels import dispatch
 from scrubjay.kernels.conv import causal_conv
 from scrubjay.kernels.dispatch import choose
 from scrubjay.kernels.window import window_attention
@@ -16,7 +17,9 @@ pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "rms_norm"])
 def test_backends_are_obeyed_or_refused_with_a_reason(kernel):
     inputs, options = draw(kernel, 5), KERNELS[kernel].options
-    with pytest.raises(ValueError, match=rf"{kernel}.*(cpu|no Triton kernel).*Pass backend=None to let it choose"):
+    with pytest.raises(
+        ValueError, match=rf"{kernel}.*(cpu|no Triton kernel|needs Triton).*Pass backend=None to let it choose"
+    ):
         KERNELS[kernel].fast(**inputs, **options, backend="triton")
     with pytest.raises(ValueError, match=rf"{kernel}: backend must be None or one of .*torch.*triton.*got 'cuda'"):
         KERNELS[kernel].fast(**inputs, **options, backend="cuda")
@@ -26,7 +29,9 @@ def test_backends_are_obeyed_or_refused_with_a_reason(kernel):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_choose_obeys_or_refuses_and_never_replaces():
+def test_choose_obeys_or_refuses_and_never_replaces(monkeypatch):
+    monkeypatch.setattr(dispatch, "triton", object())  # as where it is installed
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     cpu, cuda = (SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda"))
     assert choose(None, "op", cpu) == choose(None, "op", cpu, fused=True) == "torch"
     assert choose(None, "op", cuda) == choose(None, "op", cuda, cpu, fused=True) == "torch"
@@ -40,6 +45,14 @@ def test_choose_obeys_or_refuses_and_never_replaces():
         choose("triton", "op", cuda)
     with pytest.raises(ValueError, match=r"op: backend must be None or one of .* got 'Torch'"):
         choose("Torch", "op", cpu)
+
+
+def test_without_triton_a_gpu_takes_pytorch_and_a_request_is_refused(monkeypatch):
+    cuda = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(dispatch, "triton", None)
+    assert choose(None, "op", cuda, fused=True) == "torch"
+    with pytest.raises(ValueError, match=r"op: .*needs Triton, which is not installed: pip install 'scrubjay\[gpu\]'"):
+        choose("triton", "op", cuda, fused=True)
 
 
 def bad(kernel, options=None, **shapes):
