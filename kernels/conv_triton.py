@@ -15,7 +15,7 @@ torch adds up.
 import torch
 from torch.autograd.function import once_differentiable
 
-from scrubjay.kernels.triton_tools import chunk_table, jit, launch, tl, triton
+from scrubjay.kernels.triton_tools import append, chunk_table, jit, launch, tl, triton
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 TAPS = 8  # the most that registers hold
@@ -95,17 +95,11 @@ def _lanes(programs, channels, meta, group, per_lane):
 
 
 @jit
-def _and(xs, x):
-    """A tuple with one more."""
-    return xs + (x,)  # noqa: RUF005 - Triton does not know (*xs, x)
-
-
-@jit
 def _zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """That many tensors."""
     found = ()
     for _ in tl.static_range(COUNT):
-        found = _and(found, tl.zeros((BLOCK,), tl.float32))
+        found = append(found, tl.zeros((BLOCK,), tl.float32))
     return found
 
 
@@ -142,7 +136,7 @@ def _steps(x, t, low, high, stride, c, channels, COUNT: tl.constexpr):
         if low is not None:
             real = real & (t + j >= low)
         read = tl.load(at + j * stride, mask=c < tl.where(real, channels, 0), other=0.0)
-        found = _and(found, read.to(tl.float32))
+        found = append(found, read.to(tl.float32))
     return found
 
 
@@ -157,7 +151,7 @@ def _before(x, state, t, row, first, stride, c, channels, K: tl.constexpr):
         initial = _steps(state, t - (K - 1), None, first, channels, c, channels, K - 1)
         both = ()
         for i in tl.static_range(K - 1):
-            both = _and(both, found[i] + initial[i])
+            both = append(both, found[i] + initial[i])
         return both
 
 
@@ -166,7 +160,7 @@ def _taps(weight, bias, c, inside, K: tl.constexpr):
     """w_0 .. w_(K - 1) of the channels c, and b."""
     taps = ()
     for i in tl.static_range(K):
-        taps = _and(taps, tl.load(weight + c * K + i, mask=inside, other=0.0).to(tl.float32))
+        taps = append(taps, tl.load(weight + c * K + i, mask=inside, other=0.0).to(tl.float32))
     if bias is None:
         return taps, 0.0
     else:
@@ -230,7 +224,7 @@ def _added(dtaps, d, seen, j, K: tl.constexpr):
     """The sums dw_0 .. dw_(K - 1) with a step more, whose inputs are seen[j] .. seen[j + K - 1]."""
     more = ()
     for i in tl.static_range(K):
-        more = _and(more, dtaps[i] + d * seen[i + j])
+        more = append(more, dtaps[i] + d * seen[i + j])
     return more
 
 
@@ -285,7 +279,7 @@ def _backward(
         dys = _steps(dy, t, None, stop, dy_step, c, channels, GROUP)
         for j in tl.static_range(GROUP):
             d = _slope(taps, b, seen, j, dys[j], K)
-            slopes = _and(slopes, d)
+            slopes = append(slopes, d)
             db += d
             dtaps = _added(dtaps, d, seen, j, K)
         p = t - (K - 1)
@@ -301,7 +295,7 @@ def _backward(
     p = t - (K - 1)
     to = dx + p.to(tl.int64) * channels + c
     for j in tl.static_range(K - 1):
-        slopes = _and(slopes, _slope(taps, b, seen, j, dys[j], K))
+        slopes = append(slopes, _slope(taps, b, seen, j, dys[j], K))
         _hand_back(taps, slopes, j, p + j, dfinal, end, to + j * channels, dstate, first, start, stop, c, channels, K)
     at = sums + chunk.to(tl.int64) * channels + c
     between = tl.num_programs(0).to(tl.int64) * channels

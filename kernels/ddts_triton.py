@@ -39,6 +39,7 @@ from scrubjay.kernels.triton_tools import (
     jit,
     launch,
     precision,
+    tile_side,
     tl,
     triton,
 )
@@ -104,7 +105,7 @@ def _terms(q, k, v, a, cu_seqlens):
     batch, length, size = q.shape
     chunk = _chunk(v)
     table = chunk_table(cu_seqlens, batch, length, chunk, q.device)
-    n, padded, low = len(table.row), _padded(size), _product_dtype(v)
+    n, padded, low = len(table.row), tile_side(size), _product_dtype(v)
     scores = torch.empty(n, chunk, chunk, dtype=low, device=q.device)
     parts = 2 if _splits(v) else 1
     into, out_of = (torch.empty(parts, n, chunk, padded, dtype=low, device=q.device) for _ in range(2))
@@ -156,7 +157,7 @@ def _sums_over_channels(terms, v, dy, before, after):
     """The channels are cut into parts where the chunks alone are too few for a GPU; torch adds the parts up."""
     n, padded = terms.total.shape
     width = v.shape[-1]
-    tile = min(64 if dot_dtype(v) != tl.float32 else 32, max(16, triton.next_power_of_2(width)))
+    tile = min(64 if dot_dtype(v) != tl.float32 else 32, tile_side(width))
     tiles = triton.cdiv(width, tile)
     parts = max(1, min(triton.cdiv(2 * PROGRAMS, n), tiles // 4))
     chunk = _chunk(v)
@@ -185,10 +186,6 @@ def _key_gradients(terms, q, k, v, a, sums):
     return dq, dk, da
 
 
-def _padded(size):
-    return max(16, triton.next_power_of_2(size))
-
-
 def _product_dtype(v):
     """The torch dtype of `dot_dtype`: what products are formed of is also kept in it."""
     return torch.float32 if interpreted() else v.dtype
@@ -212,7 +209,7 @@ def _chunk(v):
 def _key_sizes(q, v):
     """Constants of the kernels that form decays. TF32 is finer than what their products meet in 16 bits."""
     size, exact = q.shape[-1], precision()
-    sizes = {"N": size, "NP": _padded(size), "NB": CHANNELS, "C": _chunk(v), "SUB": BLOCK, "LOG2_E": LOG2_E}
+    sizes = {"N": size, "NP": tile_side(size), "NB": CHANNELS, "C": _chunk(v), "SUB": BLOCK, "LOG2_E": LOG2_E}
     return sizes | {"PRECISION": "tf32" if exact == "tf32x3" and v.dtype != torch.float32 else exact}
 
 
@@ -222,9 +219,9 @@ def _tiles(state, v):
     tile = 32 if v.dtype == torch.float32 or size > 64 else 128
     while tile > 32 and rows * triton.cdiv(width, tile) < PROGRAMS:
         tile //= 2
-    tile = min(tile, max(16, triton.next_power_of_2(width)))
+    tile = min(tile, tile_side(width))
     warps = 8 if tile > 32 or size > 64 or v.dtype == torch.float32 else 4
-    meta = {"NP": _padded(size), "C": _chunk(v), "BM": tile, "SPLIT": _splits(v)}
+    meta = {"NP": tile_side(size), "C": _chunk(v), "BM": tile, "SPLIT": _splits(v)}
     meta |= {"DOT": dot_dtype(v), "PRECISION": precision()}
     return (triton.cdiv(width, tile), rows), meta | {"num_warps": warps, "num_stages": 2}
 
@@ -469,7 +466,7 @@ def ddts_step_triton(q, k, v, a, state, overwrite=False):
     rows, size, width = state.shape
     tile = 64 if rows * width >= 64 * 4 * PROGRAMS else 32
     grid = (triton.cdiv(width, tile), rows)
-    launch(_step, grid, q, k, v, a, state, new, y, width, N=size, NP=_padded(size), BM=tile, num_warps=4)
+    launch(_step, grid, q, k, v, a, state, new, y, width, N=size, NP=tile_side(size), BM=tile, num_warps=4)
     return y, new
 
 

@@ -13,7 +13,7 @@ Its sums over the rows that it saw are one row of a table, which torch adds up: 
 import torch
 from torch.autograd.function import once_differentiable
 
-from scrubjay.kernels.triton_tools import jit, launch, tl, triton
+from scrubjay.kernels.triton_tools import append, jit, launch, tl, triton
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 8192  # channels of a group: a program holds one whole
@@ -119,12 +119,6 @@ def _forward(
 
 
 @jit
-def _and(xs, x):
-    """A tuple with one more."""
-    return xs + (x,)  # noqa: RUF005 - Triton does not know (*xs, x)
-
-
-@jit
 def _inputs(y, z, x, dout, skip, y_row, z_row, x_row, dout_row, row, c, mask):
     """Of one tile: dout, s, z, sigmoid(z), x; dout in place of what is not there."""
     d = tl.load(dout + row * dout_row + c, mask=mask, other=0.0).to(tl.float32)
@@ -150,12 +144,12 @@ def _backward(
     weights, skips, dweights, dskips = (), (), (), ()
     for p in tl.static_range(PIECES):
         w = tl.load(weight + group + p * BLOCK + at, mask=p * BLOCK + at < size, other=0.0).to(tl.float32)
-        weights, skips = _and(weights, w), _and(skips, w)
+        weights, skips = append(weights, w), append(skips, w)
         if x is not None:
             scale = tl.load(skip + group + p * BLOCK + at, mask=p * BLOCK + at < size, other=0.0)
-            skips = _and(skips[:p], scale.to(tl.float32))
-        dweights = _and(dweights, tl.zeros((ROWS, BLOCK), tl.float32))
-        dskips = _and(dskips, tl.zeros((ROWS, BLOCK), tl.float32))
+            skips = append(skips[:p], scale.to(tl.float32))
+        dweights = append(dweights, tl.zeros((ROWS, BLOCK), tl.float32))
+        dskips = append(dskips, tl.zeros((ROWS, BLOCK), tl.float32))
     for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         squares, products = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
@@ -175,7 +169,7 @@ def _backward(
             u = s
             if z is not None:
                 u *= gate * sigma
-            dweights = _and(dweights, old_dweights[p] + d * u * r)
+            dweights = append(dweights, old_dweights[p] + d * u * r)
             d = (d * weights[p] - u * mean) * r
             if z is not None:
                 dgate = d * s * sigma * (1 + gate * (1 - sigma))
@@ -184,7 +178,7 @@ def _backward(
             tl.store(dy + row * channels + c, d.to(dy.dtype.element_ty), mask=mask)
             if x is not None:
                 tl.store(dx + row * channels + c, (d * skips[p]).to(dx.dtype.element_ty), mask=mask)
-            dskips = _and(dskips, old_dskips[p] + d * fed)
+            dskips = append(dskips, old_dskips[p] + d * fed)
     part = parts + tl.program_id(0).to(tl.int64) * channels + group
     for p in tl.static_range(PIECES):
         within = p * BLOCK + tl.arange(0, BLOCK)

@@ -14,7 +14,7 @@ are the rows of one product. None of these has a gradient.
 import torch
 
 from scrubjay.kernels.recurrence import wants_gradient
-from scrubjay.kernels.triton_tools import dot_dtype, jit, launch, precision, tl, triton
+from scrubjay.kernels.triton_tools import dot_dtype, jit, launch, precision, tile_side, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PROGRAMS = 1024  # that keep a large GPU busy to the end: about four for each place on it
@@ -66,7 +66,7 @@ def _attended(q, k, v, scale, real, scored):
     part = out if whole or v is None else torch.empty(B * H, parts, P, dtype=torch.float32, device=q.device)
     total = None if whole else torch.empty(B * H, parts, dtype=torch.float32, device=q.device)
     scores = torch.empty(B, H, n, dtype=torch.float32, device=q.device) if scored else None
-    padded = max(16, triton.next_power_of_2(P))
+    padded = tile_side(P)
     strides = (*q.stride()[:2], *k.stride()[:3], *((0, 0, 0) if v is None else v.stride()[:3]), *_strides(real))
     operands = (q, k, v, real, part, total, scores, scale, n, size, parts, G, *strides)
     launch(
@@ -75,7 +75,7 @@ def _attended(q, k, v, scale, real, scored):
         *operands,
         R=H // G,
         P=P,
-        ROWS=max(16, triton.next_power_of_2(H // G)),
+        ROWS=tile_side(H // G),
         PADDED=padded,
         BLOCK=block,
         DOT=dot_dtype(q),

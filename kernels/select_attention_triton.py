@@ -22,7 +22,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.recurrence import LOG2_E
-from scrubjay.kernels.triton_tools import Chunks, chunk_table, dot_dtype, jit, launch, precision, tl
+from scrubjay.kernels.triton_tools import Chunks, chunk_table, dot_dtype, jit, launch, precision, tile_side, tl
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PART = 256  # slots of a ring that one program of the step reads: a number, so that no row's bits depend on the batch
@@ -173,12 +173,12 @@ def select_attention_step_triton(q, keys, values, seen, rows, scale):
         (n, K, parts),
         *(q, keys, values, seen, rows, found, peak, mass, scale * LOG2_E, W, parts),
         *(*keys.stride()[:3], *values.stride()[:3]),
-        **constants | {"GROUP": H // K, "BG": max(16, _power(H // K)), "BN": 64 if P <= 128 else 32, "PART": PART},
+        **constants | {"GROUP": H // K, "BG": tile_side(H // K), "BN": 64 if P <= 128 else 32, "PART": PART},
         num_warps=4,
         num_stages=3 if q.dtype != torch.float32 else 2,
     )
     if parts > 1:
-        size = {"P": P, "BP": _power(P), "PARTS": _power(parts)}
+        size = {"P": P, "BP": tile_side(P, 1), "PARTS": tile_side(parts, 1)}
         launch(_join, (n, H), found, peak, mass, rows, o, parts, **size, num_warps=1, num_stages=1)
     return o
 
@@ -193,15 +193,10 @@ def _by_rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _power(x):
-    """The power of two from x on."""
-    return 1 << (x - 1).bit_length()
-
-
 def _constants(q, k):
     P = q.shape[-1]
     heads = {"GROUP": q.shape[1] // k.shape[2]} if k.ndim == 4 else {}
-    return heads | {"P": P, "BP": max(16, _power(P)), "DOT": dot_dtype(q), "PRECISION": precision()}
+    return heads | {"P": P, "BP": tile_side(P), "DOT": dot_dtype(q), "PRECISION": precision()}
 
 
 # (queries BM, columns BN, warps, stages) for heads of at most 64, 128 and 256 channels. On sm_80 and sm_90 those of low

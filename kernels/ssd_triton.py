@@ -31,7 +31,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.recurrence import LOG2_E
-from scrubjay.kernels.triton_tools import chunk_table, dot_dtype, jit, launch, precision, tl
+from scrubjay.kernels.triton_tools import chunk_table, dot_dtype, jit, launch, precision, tile_side, tl
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROGRAMS = 264  # wanted of a kernel at least: two a multiprocessor of an H200
@@ -68,7 +68,7 @@ def ssd_step_triton(q, k, v, a, g, state=None, out=None):
         (-(-P // BP) * H * B,),
         *(q, k, v, a, g, state, out, y, H, H // G, q.stride(0), q.stride(1), k.stride(0), k.stride(1)),
         *(v.stride(0), v.stride(1), *a.stride(), *g.stride(), *old.stride(), *out.stride()),
-        **{"N": N, "P": P, "BN": _padded(N), "BP": BP, "num_warps": 4},
+        **{"N": N, "P": P, "BN": tile_side(N), "BP": BP, "num_warps": 4},
     )
     return y, out
 
@@ -106,7 +106,7 @@ class _Call:
         self.shape, self.M, self.T, self.R, self.tiles = (B, T), B * T, T, self.H // self.G, tiles
         self.places = _places(cu_seqlens, B, T, tiles["Q"], v.device)
         self.sums = self._new(3, self.H, self.places.number, tiles["Q"])
-        BH = min(16, _padded(self.H, 1))
+        BH = min(16, tile_side(self.H, 1))
         launch(
             _sums,
             (self.places.number * -(-self.H // BH),),
@@ -247,16 +247,12 @@ def backward_tiles(N, P, dtype):
 
 def step_tile(heads, N, P):
     """Head channels of a program of `_step`, whose tile has at most 8192 numbers: fewer where there are few heads."""
-    most = max(1, 8192 // _padded(N))
-    return min(most, _padded(P), 64 if heads >= PROGRAMS else 16)
+    most = max(1, 8192 // tile_side(N))
+    return min(most, tile_side(P), 64 if heads >= PROGRAMS else 16)
 
 
 def _tiles(N, P, BN, BP, warps, stages):
-    return {"BN": min(_padded(N), BN), "BP": min(_padded(P), BP), "num_warps": warps, "num_stages": stages}
-
-
-def _padded(size, least=16):
-    return max(least, 1 << (size - 1).bit_length())
+    return {"BN": min(tile_side(N), BN), "BP": min(tile_side(P), BP), "num_warps": warps, "num_stages": stages}
 
 
 # fmt: off

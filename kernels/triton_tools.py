@@ -21,6 +21,17 @@ def jit(function):
     return function if triton is None else triton.jit(function)
 
 
+def tile_side(size, least=16):
+    """The power of two from `size` on: the side of a tile. `tl.dot` takes none below 16."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+@jit
+def append(xs, x):
+    """In a kernel: a tuple with one more."""
+    return xs + (x,)  # noqa: RUF005 - Triton does not know (*xs, x)
+
+
 def interpreted():
     """Whether Triton runs kernels in its interpreter, on the CPU (it was imported with TRITON_INTERPRET=1)."""
     return triton is not None and triton.knobs.runtime.interpret

@@ -25,7 +25,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.recurrence import LOG2_E
-from scrubjay.kernels.triton_tools import dot_dtype, jit, launch, precision, tl
+from scrubjay.kernels.triton_tools import dot_dtype, jit, launch, precision, tile_side, tl
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROGRAMS = 264  # for dk and dv at least, where the heads that share a key allow it: two a multiprocessor of an H200
@@ -152,7 +152,7 @@ def _by_rows(x):
 
 def _constants(q):
     P = q.shape[-1]
-    return {"P": P, "BP": max(16, 1 << (P - 1).bit_length()), "DOT": dot_dtype(q), "PRECISION": precision()}
+    return {"P": P, "BP": tile_side(P), "DOT": dot_dtype(q), "PRECISION": precision()}
 
 
 # Tiles of BT queries and BN keys, warps and stages, by head size and dtype. Chosen by what the compiler says of them,
