@@ -1,0 +1,165 @@
+"""lm-eval on exported folders, by their own code alone: its numbers are the models', and its tasks are sound."""
+
+import importlib.util
+import inspect
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from zoo import ZOO
+
+from scrubjay.examples.corpus import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TASKS = ROOT / "examples" / "lm_eval_tasks"
+SAME = 1e-4  # float32 in a batch of another width: log-probabilities of some -50 differed by 1e-5 at most
+
+
+@pytest.fixture(scope="module")
+def recall_tasks():
+    """The module as lm-eval loads it: from its file."""
+    spec = importlib.util.spec_from_file_location("recall_tasks", TASKS / "recall_tasks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """Models, their tokenizer, and what lm-eval found of each exported folder in one process without scrubjay."""
+    folder = tmp_path_factory.mktemp("exported")
+    tokenizer = train_tokenizer([inspect.getsource(random)], 400)
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    models = {entry.name: entry.build(**ids) for entry in ZOO}
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    script, out = Path(__file__).with_name("lm_eval_child.py"), folder / "found"
+    command = [sys.executable, script, TASKS, out, *(folder / name for name in models)]
+    paths = {"PYTHONPATH": str(ROOT / "examples"), "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return models, tokenizer, {name: written(out / name) for name in models}
+
+
+def written(folder):
+    """What lm-eval's --output_path and --log_samples left in a folder."""
+    (results,) = folder.rglob("results_*.json")
+    samples = {
+        task: [
+            json.loads(line)
+            for file in folder.rglob(f"samples_{task}_*.jsonl")
+            for line in file.read_text().splitlines()
+        ]
+        for task in ("scrubjay_mqar", "scrubjay_needle")
+    }
+    return {"results": json.loads(results.read_text())["results"], "samples": samples}
+
+
+def log_likelihood(model, tokenizer, context, continuation):
+    """Of the continuation's tokens, by one plain forward pass."""
+    start = len(tokenizer(context).input_ids)
+    ids = torch.tensor([tokenizer(context + continuation).input_ids])
+    with torch.no_grad():
+        scores = model(ids).logits[0].log_softmax(-1)
+    return float(scores[start - 1 : -1].gather(1, ids[0, start:, None]).sum())
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in ZOO])
+def test_lm_eval_scores_choices_as_the_model_does(evaluated, name):
+    models, tokenizer, found = evaluated
+    samples = found[name]["samples"]["scrubjay_mqar"]
+    assert len(samples) == 6
+    right = []
+    for sample in samples:
+        doc = sample["doc"]
+        want = [log_likelihood(models[name], tokenizer, doc["context"], f" {choice}") for choice in doc["choices"]]
+        got = [float(score[0]) for score in sample["filtered_resps"]]
+        assert got == pytest.approx(want, abs=SAME)
+        right.append(max(range(len(want)), key=want.__getitem__) == doc["answer"])
+    assert found[name]["results"]["scrubjay_mqar"]["acc,none"] == pytest.approx(sum(right) / 6)
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in ZOO])
+def test_lm_eval_generates_what_the_model_does(evaluated, name):
+    models, tokenizer, found = evaluated
+    samples = found[name]["samples"]["scrubjay_needle"]
+    assert len(samples) == 6
+    hits = []
+    for sample in samples:
+        ids = tokenizer(sample["doc"]["context"], return_tensors="pt", return_token_type_ids=False)
+        answer = models[name].generate(**ids, do_sample=False, max_new_tokens=16)
+        text = tokenizer.decode(answer[0, ids.input_ids.shape[1] :], skip_special_tokens=True).split("\n")[0]
+        assert sample["resps"][0][0] == text
+        number = re.search(r"\d+", text)
+        hits.append(number is not None and number[0] == sample["doc"]["answer"])
+    assert found[name]["results"]["scrubjay_needle"]["exact_match,first_number"] == pytest.approx(sum(hits) / 6)
+
+
+def test_the_list_answers_every_question(recall_tasks):
+    docs = recall_tasks.mqar(pairs=7, questions=4, num_docs=40)["test"]
+    assert len(docs) == 40
+    for doc in docs:
+        listed, recalled = doc["context"].removeprefix("Remember:\n").split("\n\nRecall:\n")
+        pairs = dict(line.split(": ") for line in listed.splitlines())
+        assert list(pairs.values()) == doc["choices"]
+        assert len(pairs) == len(set(doc["choices"])) == 7
+        *answered, asked = recalled.splitlines()
+        assert [pairs[line.split(": ")[0]] for line in answered] == [line.split(": ")[1] for line in answered]
+        assert len({line.split(":")[0] for line in [*answered, asked]}) == 4
+        assert pairs[asked.removesuffix(":")] == doc["choices"][doc["answer"]]
+
+
+def test_no_place_in_the_list_is_asked_more_often(recall_tasks):
+    asked = Counter(recall_tasks.mqar(pairs=4, questions=2, num_docs=2000)["test"]["answer"])
+    assert all(abs(asked[place] - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5 for place in range(4))  # five deviations
+
+
+def test_the_needle_stands_once_at_its_depth(recall_tasks):
+    docs = recall_tasks.needle(sentences=10, num_docs=50)["test"]
+    for doc in docs:
+        text, question = doc["context"].split("\n\n")
+        before, after = text.split(f"The code of {re.search(r'code of (.+)[?]', question)[1]} is {doc['answer']}.")
+        assert before.count(".") == round(doc["depth"] * 10)
+        assert before.count(".") + after.count(".") == 10
+        assert doc["answer"] not in before + after + question
+    depths = sorted(docs["depth"][:10])
+    assert depths[0] < 0.1
+    assert depths[-1] > 0.8
+    assert max(b - a for a, b in itertools.pairwise(depths)) < 0.2  # the first few are spread as well
+
+
+def test_tasks_are_decided_by_their_seed(recall_tasks):
+    for make in (recall_tasks.mqar, recall_tasks.needle):
+        assert make(num_docs=3)["test"].to_list() == make(num_docs=3, pretrained="x")["test"].to_list()
+        assert make(num_docs=3)["test"].to_list() != make(num_docs=3, seed=1)["test"].to_list()
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"pairs": 1}, {"pairs": 3, "questions": 4}, {"questions": 0}, {"pairs": 901}], ids=str
+)
+def test_sizes_that_do_not_fit_are_refused(recall_tasks, sizes):
+    with pytest.raises(ValueError, match="mqar needs 2 <= pairs <= 900 and 1 <= questions <= pairs; got"):
+        recall_tasks.mqar(**sizes)
+    with pytest.raises(ValueError, match="at least one sentence"):
+        recall_tasks.needle(sentences=0)
+
+
+def test_each_task_file_names_a_function_that_exists(recall_tasks):
+    files = sorted(TASKS.glob("*.yaml"))
+    assert [file.stem for file in files] == ["mqar", "needle"]
+    for file in files:
+        named = re.search(r"!function recall_tasks\.(\w+)", file.read_text())[1]
+        assert named == file.stem
+        assert callable(getattr(recall_tasks, named))
+        settings = yaml.safe_load(file.read_text().replace("!function ", ""))
+        assert settings["task"] == f"scrubjay_{named}"
