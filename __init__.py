@@ -10,15 +10,18 @@ from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.configuration.configuration_rodimus import RodimusConfig
 from scrubjay.configuration.configuration_ssd import SSDConfig
 from scrubjay.configuration.configuration_taipan import TaipanConfig
+from scrubjay.modeling.adapter_report import adapter_report
 from scrubjay.modeling.cache import RodimusCache, SSDCache
 from scrubjay.modeling.cache_adore import AdoreCache
 from scrubjay.modeling.cache_recycled import RecycledCache
 from scrubjay.modeling.cache_taipan import TaipanCache
+from scrubjay.modeling.context_parallel import average_gradients, shard_sequence
 from scrubjay.modeling.modeling_adore import AdoreForCausalLM, AdoreModel
 from scrubjay.modeling.modeling_recycled import RecycledForCausalLM, RecycledModel
 from scrubjay.modeling.modeling_rodimus import RodimusForCausalLM, RodimusModel
 from scrubjay.modeling.modeling_ssd import SSDForCausalLM, SSDModel
 from scrubjay.modeling.modeling_taipan import TaipanForCausalLM, TaipanModel
+from scrubjay.modeling.sharding import shard_model
 
 __version__ = "0.1.0"
 
@@ -54,4 +57,8 @@ __all__ = [
     "TaipanConfig",
     "TaipanForCausalLM",
     "TaipanModel",
+    "adapter_report",
+    "average_gradients",
+    "shard_model",
+    "shard_sequence",
 ]

@@ -120,6 +120,32 @@ class AdoreConfig(WrappedConfig):
     """
 
     model_type = "scrubjay_adore"
+    paper = {
+        "name": "ADORE (adaptive token release)",
+        "title": "Efficient Sparse Attention needs Adaptive Token Release",
+        "arxiv": "2407.02328",
+        "open": {
+            "cache_size": "tokens held; 192 is a worked example's",
+            "rebuild": "tokens rebuilt a step; 8 is the same example's",
+            "score_mode": "what a score follows; with the published formula its order is fixed and rebuilding gains "
+            "nothing",
+            "controller_hidden": "width of the controller",
+            "controller_pos": "the position that a score sees",
+            "controller_mlp_layers": "layers from features to a score",
+            "recent": "newest tokens that are never released",
+            "sinks": "first tokens that are never released",
+            "rebuild_commit": "what becomes of rebuilt tokens after the step",
+            "rebuild_mask": "what a rebuilt token sees",
+            "rebuild_every": "how often tokens are rebuilt",
+            "release_before": "whether a step attends the tokens that it releases",
+            "position_mode": "positions of tokens held",
+            "prefill": "how a prompt beyond the cache is read",
+            "label_k": "tokens labelled important",
+            "label_agg": "how heads and layers agree on one ranking",
+            "label_horizon": "queries for which a token is important",
+            "mask_scope": "whether the tuning mask is that of each head",
+        },
+    }
 
     cache_size: int = AdoreSettings.cache_size
     rebuild: int = AdoreSettings.rebuild

@@ -50,6 +50,17 @@ class RecycledConfig(WrappedConfig):
     """
 
     model_type = "scrubjay_recycled"
+    paper = {
+        "name": "Recycled Attention (RefreshKV)",
+        "title": "RefreshKV: Updating Small KV Cache During Long-form Generation",
+        "arxiv": "2411.05787",
+        "open": {
+            "evict_first": "whether the new token takes a place in the budget before or after the step",
+            "keep_recent": "newest tokens that are kept whatever they score",
+            "qsim_space": "whether queries are compared before or after the rotary encoding",
+            "qsim_batch": "what a batch does when its rows disagree",
+        },
+    }
 
     budget: int = 2048
     stride: int = 10

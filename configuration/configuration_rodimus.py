@@ -5,6 +5,8 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from scrubjay.configuration.rodimus_configs import eights, fields_from, layout_of
+
 BLOCK_TYPES = ("rodimus", "rodimus_plus")
 
 
@@ -47,15 +49,6 @@ class RodimusConfig(PreTrainedConfig):
     model_type = "scrubjay_rodimus"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    base_model_tp_plan = {
-        "layers.*.mixer.fc": "colwise_gather_output",
-        "layers.*.mixer.out_proj": "rowwise_split_input",
-        "layers.*.attn.q_proj": "colwise_gather_output",
-        "layers.*.attn.v_proj": "colwise_gather_output",
-        "layers.*.attn.o_proj": "rowwise_split_input",
-        "layers.*.ffn.fc": "colwise_gather_output",
-        "layers.*.ffn.out_proj": "rowwise_split_input",
-    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states"], ["hidden_states"]),
@@ -95,11 +88,22 @@ class RodimusConfig(PreTrainedConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers; the file may be the authors' or fla's."""
+        found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return _translated(found, kwargs), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; the dictionary may be the authors' or fla's."""
+        return super().from_dict(_translated(config_dict, kwargs), **kwargs)
+
     def __post_init__(self, **kwargs):
         if self.input_gate_rank is None:
             self.input_gate_rank = max(self.hidden_size // 64, 16)
         if self.intermediate_size is None:
-            self.intermediate_size = _round_up(int(self.hidden_size * 4 / 3), 8)
+            self.intermediate_size = eights(int(self.hidden_size * 4 / 3))
         if self.num_attention_heads is None:
             wanted = max(self.hidden_size // 128, 1)
             fits = [h for h in range(wanted, 0, -1) if self.hidden_size % (2 * h) == 0]
@@ -108,12 +112,25 @@ class RodimusConfig(PreTrainedConfig):
             self.num_value_heads = self.num_attention_heads
         if self.rotary_dim is None:
             self.rotary_dim = self.hidden_size // max(self.num_attention_heads, 1) // 2 * 2
+        self.base_model_tp_plan = self._tp_plan()
         super().__post_init__(**kwargs)
+
+    @property
+    def paper(self) -> dict:
+        """Name, title, arXiv number, and what the sources leave open, by field."""
+        window = "keys that a query sees; the published code sees W // 2 + 1 for its `window_size` W"
+        return {
+            "name": "Rodimus+" if self.has_attention else "Rodimus",
+            "title": "Rodimus*: Breaking the Accuracy-Efficiency Trade-Off with Efficient Attentions",
+            "arxiv": "2410.06577",
+            "open": {"k_norm_eps": "smallest norm by which a key is divided; the published models differ"}
+            | ({"sliding_window": window} if self.has_attention else {}),
+        }
 
     @property
     def inner_size(self) -> int:
         """m, width of the mixer's values."""
-        return _round_up(int(self.expand * self.hidden_size), 8) if 0 < self.expand < math.inf else 0
+        return eights(int(self.expand * self.hidden_size)) if 0 < self.expand < math.inf else 0
 
     @property
     def head_dim(self) -> int:
@@ -124,6 +141,15 @@ class RodimusConfig(PreTrainedConfig):
     def has_attention(self) -> bool:
         """Whether blocks hold window attention and a feed-forward network."""
         return self.block_type == "rodimus_plus"
+
+    def _tp_plan(self) -> dict[str, str]:
+        """How transformers splits those parts of a block that this `block_type` has over several devices."""
+        plan = {"layers.*.mixer.fc": "colwise_gather_output", "layers.*.mixer.out_proj": "rowwise_split_input"}
+        if self.has_attention:
+            plan |= {f"layers.*.attn.{name}_proj": "colwise_gather_output" for name in "qv"}
+            plan |= {"layers.*.attn.o_proj": "rowwise_split_input"}
+            plan |= {"layers.*.ffn.fc": "packed_colwise", "layers.*.ffn.out_proj": "rowwise"}
+        return plan
 
     def _at_least_1(self, *names):
         for name in names:
@@ -159,8 +185,9 @@ class RodimusConfig(PreTrainedConfig):
             raise ValueError(f"rotary_dim must be even and at most head_dim = {self.head_dim}; got {self.rotary_dim}.")
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _translated(config, given):
+    """A configuration in our fields, some of which are given beside it."""
+    return config if layout_of(config) is None else fields_from(config, given)
 
 
 __all__ = ["RodimusConfig"]

@@ -5,6 +5,8 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from scrubjay.configuration.mamba2_configs import fields_from, layout_of
+
 
 @strict
 class SSDConfig(PreTrainedConfig):
@@ -36,6 +38,13 @@ class SSDConfig(PreTrainedConfig):
     """
 
     model_type = "scrubjay_ssd"
+    paper = {
+        "name": "SSD (Mamba-2)",
+        "title": "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space "
+        "Duality",
+        "arxiv": "2405.21060",
+        "open": {},
+    }
     keys_to_ignore_at_inference = ["past_key_values"]
 
     base_model_tp_plan = {
@@ -76,10 +85,32 @@ class SSDConfig(PreTrainedConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: Mistral's own layout, which transformers cannot load.
+        """
+        found, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not found and "_configuration_file" not in kwargs:
+            kwargs |= {"_configuration_file": "params.json"}
+            if layout_of(super().get_config_dict(pretrained_model_name_or_path, **kwargs)[0]) == "codestral":
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} has Mistral's params.json and no config.json, which transformers "
+                    f"needs to load it. Make a folder that loads: scrubjay convert {pretrained_model_name_or_path} NEW"
+                )
+        return found, rest
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; the dictionary may be another library's configuration of a Mamba-2 model."""
+        if layout_of(config_dict) is not None:
+            config_dict = fields_from(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs):
-        if kwargs.pop("model_type", self.model_type) != type(self).model_type:
-            # another library's Mamba-2 file: its sizes hold here, the chunk that suits its kernels would only cost time
-            self.chunk_size = type(self).chunk_size
+        kwargs.pop("model_type", None)
         inner = self.inner_size
         if self.head_dim is None and self.num_heads is not None and self.num_heads > 0:
             self.head_dim = inner // self.num_heads

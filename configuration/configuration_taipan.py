@@ -93,6 +93,32 @@ class TaipanConfig(SSDConfig):
     """
 
     model_type = "scrubjay_taipan"
+    paper = {
+        "name": "Taipan",
+        "title": "Taipan: Efficient and Expressive State Space Language Models with Selective Attention",
+        "arxiv": "2410.18572",
+        "open": {
+            "kv_scope": "which tokens of the window give keys and values",
+            "window_axis": "whether the window counts positions or tokens that wrote keys",
+            "gate_hidden": "shape of the gate; 0 is linear",
+            "gate_norm": "whether the gate reads normalised hidden states",
+            "gate_bias_init": "initial bias of the gate",
+            "st_surrogate": "what the backward pass sees of a hard choice; equation 3 as printed pushes tokens that "
+            "were not selected the wrong way",
+            "train_attention": "whether attention is computed for unselected tokens in training",
+            "gumbel_tau": "temperature",
+            "budget_lambda": "weight of the budget loss",
+            "budget_reduction": "over what the share of selected tokens is taken",
+            "refine_first": "whether queries read the hidden state before or after its refinement",
+            "sal_post_norm": "norms of a selective layer",
+            "attention_head_dim": "size of an attention head",
+            "num_key_value_heads": "heads of keys and values",
+            "intermediate_size": "width of the feed-forward network",
+            "mamba_mlp": "whether a Mamba-2 block has a feed-forward network",
+            "eval_gate": "the choice at inference",
+            "eval_threshold": "its threshold",
+        },
+    }
     keys_to_ignore_at_inference = ["past_key_values", "budget_loss", "selection"]
 
     base_model_tp_plan = {
@@ -102,8 +128,8 @@ class TaipanConfig(SSDConfig):
         "layers.*.attn.k_proj": "colwise_gather_output",
         "layers.*.attn.v_proj": "colwise_gather_output",
         "layers.*.attn.o_proj": "rowwise_split_input",
-        "layers.*.ffn.fc": "colwise_gather_output",
-        "layers.*.ffn.out_proj": "rowwise_split_input",
+        "layers.*.ffn.fc": "packed_colwise",
+        "layers.*.ffn.out_proj": "rowwise",
     }
 
     num_hidden_layers: int = 21

@@ -41,6 +41,8 @@ class WrappedConfig(PreTrainedConfig):
             self.base_config = copy.deepcopy(given)  # a model may hold it
             kwargs.setdefault("attn_implementation", given._attn_implementation)
         kwargs.pop("model_type", None)
+        # no property: transformers 5.17 assigns to it where embeddings are tied
+        self.base_model_tp_plan = self.base_config.base_model_tp_plan
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -65,11 +67,6 @@ class WrappedConfig(PreTrainedConfig):
         if name.startswith(("_", "rope_")) or not isinstance(base, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(base, name)
-
-    @property
-    def base_model_tp_plan(self):
-        """The decoder's."""
-        return self.base_config.base_model_tp_plan
 
     @property
     def base_model_pp_plan(self):

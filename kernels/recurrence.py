@@ -8,12 +8,14 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from scrubjay.kernels.dispatch import without_autocast
 
 LOG2_E = 1 / math.log(2)  # exp(x) = exp2(x LOG2_E)
+OUTER_BLOCK = 2048  # steps that `OuterSum` takes at a time, which bounds its temporaries
 _read = WeakIdKeyDictionary()  # offsets that were read, by the tensor that holds them: (its version, the numbers)
 
 
@@ -164,3 +166,59 @@ class ChunkedRecurrence(torch.autograd.Function):
                 for whole, new in zip(grads, part.gradients_(dy[:, c], entered.pop(), dstate[rows]), strict=True):
                     whole[:, c] = new
         return None, None, dstate, None, *grads
+
+
+def decay_to_end(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-decays (B, T, C) -> their sum over all steps, (B, C), and at each step over the later ones, (B, T, C).
+
+    Summed from the end in float64, not as differences: a decay of minus infinity stays one. Results are float32, or
+    float64 where `a` is.
+    """
+    wide = torch.promote_types(a.dtype, torch.float32)
+    sums = a.double().flip(1).cumsum(1).flip(1)
+    return sums[:, 0].to(wide), F.pad(sums[:, 1:], (0, 0, 0, 1)).to(wide)
+
+
+class OuterSum(torch.autograd.Function):
+    """sum_j w_jh k_jg v_jh^T, head h of group g: k (B, T, G, N), v (B, T, H, P), w (B, T, H) or None -> (B, H, N, P).
+
+    In float32, or float64 where v is. Keeps its inputs alone; nothing wide of size T outlives a block.
+    """
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx, k, v, w=None):
+        ctx.save_for_backward(k, v, w)
+        wide = torch.promote_types(v.dtype, torch.float32)
+        (B, T, H, P), (G, N) = v.shape, k.shape[2:]
+        total = torch.zeros(B, G, N, H // G * P, dtype=wide, device=v.device)
+        for c in chunks(0, T, OUTER_BLOCK):
+            total += torch.matmul(k[:, c].permute(0, 2, 3, 1).to(wide), _by_group(_weighted(v, w, c, wide), G))
+        return total.view(B, G, N, H // G, P).transpose(2, 3).reshape(B, H, N, P)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx, dtotal):
+        k, v, w = ctx.saved_tensors
+        (B, T, H, P), (G, N), wide = v.shape, k.shape[2:], dtotal.dtype
+        dtotal = dtotal.view(B, G, H // G, N, P).transpose(2, 3).reshape(B, G, N, -1)
+        dk, dv, dw = torch.empty_like(k), torch.empty_like(v), None if w is None else torch.empty_like(w)
+        for c in chunks(0, T, OUTER_BLOCK):
+            returned = torch.matmul(k[:, c].transpose(1, 2).to(wide), dtotal)  # (B, G, Q, R * P): of w v
+            returned = returned.transpose(1, 2).reshape(B, -1, H, P)
+            dk[:, c] = torch.matmul(_by_group(_weighted(v, w, c, wide), G), dtotal.mT).transpose(1, 2)
+            if dw is not None:
+                dw[:, c] = (v[:, c] * returned).sum(-1)
+                returned *= w[:, c, :, None]
+            dv[:, c] = returned
+        return dk, dv, dw
+
+
+def _weighted(v, w, c, wide):
+    return v[:, c].to(wide) if w is None else v[:, c] * w[:, c, :, None].to(wide)
+
+
+def _by_group(v, groups):
+    """(B, Q, H, P) -> (B, G, Q, R * P)."""
+    return v.reshape(*v.shape[:2], groups, -1).transpose(1, 2)

@@ -21,8 +21,10 @@ from scrubjay.kernels.linear import matmul
 from scrubjay.kernels.recurrence import (
     LOG2_E,
     ChunkedRecurrence,
+    OuterSum,
     by_steps,
     crossing,
+    decay_to_end,
     decayed,
     initial_or_zeros,
     locked,
@@ -90,6 +92,27 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
     state = _grouped(_initial(q, v, initial_state, cu_seqlens), q.shape[2])
     y, state = ChunkedRecurrence.apply(_Chunk, chunk, state, cu_seqlens, *sequences)
     return y, _per_head(state, v.shape[3])
+
+
+def ssd_change_reference(k, v, a, g):
+    """`ssd_change`, one step at a time. Slow; the law."""
+    return a.to(torch.promote_types(v.dtype, torch.float32)).sum(1), ssd_reference(k, k, v, a, g)[1]
+
+
+@without_autocast
+def ssd_change(k, v, a, g):
+    """What whole sequences do to the state before them, S' = exp(A) S + Z, at a fraction of what their outputs cost.
+
+    Returns:
+        A (B, H) and Z (B, H, N, P), in float32 (float64 for float64). Error against `ssd_change_reference`, gradients
+        included: 1e-6 of the largest value, 2e-2 in gradients that are bfloat16.
+
+    Raises:
+        ValueError: as `ssd`.
+    """
+    _check(k, k, v, a, g, 1)
+    total, later = decay_to_end(a)
+    return total, OuterSum.apply(k, v, later.exp() * g.to(later.dtype))
 
 
 class _Chunk:

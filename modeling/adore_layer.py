@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.kernels.release import turned, unturned
 from scrubjay.modeling.cache import writable
+from scrubjay.modeling.decoder_call import sizes_of
 
 
 @dataclass
@@ -120,3 +121,19 @@ class AdoreLayer(CacheLayerMixin):
                 "So assisted decoding and prompt look-up are not possible; to return to a point, keep a copy of the "
                 "cache (copy.deepcopy(cache) or cache.save(path))."
             )
+
+
+def row_bytes(config, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes of one row of a batch, bytes that each token adds) in an `AdoreCache` of an Adore model, without the table
+    of distances that all rows share and the room ahead of the tokens.
+
+    A row: keys and values, slots, the count and the state of the controller. A token: its position, whether it is one,
+    the features of the controller, of which static scores keep the score alone, and where tokens are rebuilt its id or
+    embedding.
+    """
+    layers, heads, size = sizes_of(config)
+    held = layers * heads * (config.cache_size + 1) * 2 * size * dtype.itemsize
+    token = 4 + 1 + (4 if config.score_mode == "static" else config.controller_hidden * dtype.itemsize)
+    if config.rebuild:
+        token += 4 if config.store == "ids" else config.hidden_size * dtype.itemsize
+    return held + 8 * config.cache_size + 8 + 4 * config.controller_hidden, token

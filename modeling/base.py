@@ -3,21 +3,23 @@
 B batch, T time, D hidden size, V vocabulary.
 """
 
-import os
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from scrubjay.kernels.loss import cross_entropy
+from scrubjay.modeling.adapters import adapts, give_own_weight, keep_unpacked, make_replaceable
+from scrubjay.modeling.context_parallel import SequenceShard
 from scrubjay.modeling.layers import Linear, RMSNorm
 from scrubjay.modeling.layout import arrange
-from scrubjay.modeling.remote_code import auto_map, check_folder, write_code
+from scrubjay.modeling.publishing import Published
 
 # Columns that a block takes at a time on a CPU when no gradient is wanted, which bounds the memory of its temporaries.
 # Fewer read the weights more often: 2048 tokens took 7 % longer in four segments of 512 than in one.
@@ -43,7 +45,7 @@ def given(input_ids, inputs_embeds, hidden_size):
     return input_ids if inputs_embeds is None else inputs_embeds
 
 
-class ZooPreTrainedModel(PreTrainedModel):
+class ZooPreTrainedModel(Published):
     """Saving with code, caches of the zoo, weight decay groups. Subclasses set `config_class`, `cache_class`."""
 
     base_model_prefix = "model"
@@ -55,24 +57,24 @@ class ZooPreTrainedModel(PreTrainedModel):
     no_weight_decay: tuple[str, ...] = ()
     no_weight_decay_on_embedding = False  # where the head has weights of its own
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Write weights, configuration and the code that runs them.
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers. A `quantization_config` is for every projection; embedding and head stay as they are."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        keep_unpacked(loaded[0] if isinstance(loaded, tuple) else loaded)  # a tuple: with output_loading_info
+        return loaded
 
-        The folder loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` where torch and
-        transformers are installed and this library is not. Arguments are those of transformers.
-        """
-        check_folder(save_directory)
-        kwargs.setdefault("save_original_format", False)
-        self.config.auto_map = auto_map(type(self))
-        hub = {
-            name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in kwargs
-        }
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
-            write_code(type(self), save_directory)
-        if push_to_hub:
-            repo_id = hub.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
+    def post_init(self):
+        """As in transformers, which has put the quantizer's settings into the configuration by now."""
+        if getattr(self.config, "quantization_config", None) is not None:
+            make_replaceable(self, self.config.quantization_config)
+        super().post_init()
+
+    def __setattr__(self, name, value):
+        """As in torch; an adapter on the embedding or the head gets a weight that the other one does not share."""
+        if name in ("embed_tokens", "lm_head") and adapts(value):
+            give_own_weight(self, value)
+        super().__setattr__(name, value)
 
     def checkpoints(self, cache) -> bool:
         """Whether the model's `layers` run under gradient checkpointing, which a cache that was given forbids."""
@@ -134,6 +136,7 @@ class ZooModel(ZooPreTrainedModel):
         output_hidden_states: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
+        shard: SequenceShard | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """(B, T) tokens to (B, T, D) hidden states.
@@ -144,6 +147,7 @@ class ZooModel(ZooPreTrainedModel):
                 that restart, offsets (D + 1,), or document numbers (B, T). Positions are counted by the model itself.
             past_key_values: the model's own cache, advanced in place.
             inputs_embeds: (B, T, D) instead of input_ids.
+            shard: the T columns are one rank's slice of longer rows, as `shard_sequence` says.
 
         Raises:
             ValueError: inputs that do not fit each other or the cache; each says what came and what was needed.
@@ -155,7 +159,13 @@ class ZooModel(ZooPreTrainedModel):
         plan = arrange(x.shape[:2], x.device, counts, attention_mask, position_ids, cu_seq_lens_q, seq_idx, seen)
         if past_key_values is None and plan.layout.cu_seqlens is not None:
             cache = None  # documents that end in a row have no state to hand on
-        layout = self.locate(plan.layout, x.dtype)
+        layout = plan.layout
+        if shard is not None:
+            shard.check(x.shape, layout, seen)
+            layout = replace(layout, positions=layout.positions + shard.start, shard=shard)
+            for layer in () if cache is None else cache.layers:
+                layer.skip(shard.start)
+        layout = self.locate(layout, x.dtype)
         x = plan.enter(self.embed(x))
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -168,6 +178,8 @@ class ZooModel(ZooPreTrainedModel):
             if output_hidden_states:
                 states.append(plan.leave(x))
             x = self._run(block, x, layout, cache, notes)
+        if shard is not None:
+            notes = [shard.sum(note) for note in notes]
         x = plan.leave(self.norm(x))
         hidden_states = (*states, x) if output_hidden_states else None
         return self.output(
@@ -208,7 +220,8 @@ class ZooModel(ZooPreTrainedModel):
         A block gives its output, or a pair: the output, and sums over tokens that are kept in `notes`.
         """
         T = x.shape[1]
-        if T <= SEGMENT or torch.is_grad_enabled() or x.device.type != "cpu" or layout.cu_seqlens is not None:
+        whole = layout.cu_seqlens is not None or layout.shard is not None
+        if T <= SEGMENT or torch.is_grad_enabled() or x.device.type != "cpu" or whole:
             outs = [block(x, layout, past_key_values=cache)]
         else:
             carrier = cache if cache is not None else self.cache_class(self.config)
@@ -267,8 +280,10 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
             labels: (B, T), -100 where nothing is asked; shifted inside. `shift_labels` (B, T) are not.
             logits_to_keep: last columns whose logits are wanted, 0 for all; or their indices (int) or mask (bool), 1-D.
             num_items_in_batch: number by which the summed loss is divided; None takes the mean.
+            shard: see `shard_sequence`. The loss is that of all ranks' columns, and asks for `shift_labels`.
             Others: see `forward` of the model without head.
         """
+        shard = kwargs.get("shard")
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
@@ -287,11 +302,12 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = None
         if labels is not None or loss_kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+            compute = self.loss_function if shard is None else partial(shard.loss, self.loss_function)
+            loss = compute(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
         out = CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
-        return self.output(out, outputs, labels, **loss_kwargs)
+        return self.output(out, outputs, labels, shard=shard, **loss_kwargs)
 
-    def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None):
+    def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None, shard=None):
         """What forward returns: `out`, to which a model may add what its blocks gave beside the hidden states."""
         return out
 

@@ -54,7 +54,7 @@ class StateLayer(CacheLayerMixin):
         wide = torch.promote_types(key_states.dtype, torch.float32)
         self.conv = key_states.new_zeros(batch, *self.shapes["conv"])
         self.state = torch.zeros(batch, *self.shapes["state"], dtype=wide, device=device)
-        self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.counts = torch.full((batch,), self.seen, dtype=torch.int64, device=device)
         self.is_initialized = True
 
     def read(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,6 +68,12 @@ class StateLayer(CacheLayerMixin):
     def write(self, conv: torch.Tensor, state: torch.Tensor) -> None:
         """Replace the block's state. `count` follows when the whole block is done."""
         self.conv, self.state = conv, state
+
+    def skip(self, columns: int) -> None:
+        """Start, empty, after `columns` columns that other ranks of a sharded sequence have."""
+        self.seen = columns
+        if self.is_initialized:
+            self.counts = torch.full_like(self.counts, columns)
 
     def count(self, columns: int, lengths: torch.Tensor | None) -> None:
         """Count `columns` new columns, of which `lengths` (B,) are real in each row; None: all."""
@@ -154,6 +160,12 @@ class WindowStateLayer(StateLayer):
         slots = at % self.window
         return take_slots(self.keys, slots).transpose(1, 2), take_slots(self.values, slots).transpose(1, 2), at >= 0
 
+    def hold(self, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor) -> None:
+        """Write what `past` gives, of steps that `skip` counted."""
+        slots = (self.counts[:, None] + torch.arange(-k.shape[1], 0, device=k.device)) % self.window
+        self.keys = put_slots(self.keys, slots, k.transpose(1, 2), real)
+        self.values = put_slots(self.values, slots, v.transpose(1, 2), real)
+
     def append(self, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Write the last W real steps of k (B, T, K, P) and v (B, T, V, P); `lengths` (B,) are real, None: all T."""
         columns = k.shape[1]
@@ -224,6 +236,14 @@ class StateCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors().values())
+
+    @classmethod
+    def row_bytes(cls, config, dtype: torch.dtype) -> tuple[int, int]:
+        """(bytes of one row of a batch, bytes that each token adds: none)."""
+        cache = cls(config)
+        for layer in cache.layers:
+            layer.lazy_initialization(torch.empty(1, dtype=dtype, device="meta"))
+        return cache.nbytes, 0
 
     def count(self, layer_idx: int, columns: int, lengths: torch.Tensor | None) -> None:
         """A block is done with `columns` columns, `lengths` (B,) of them real (None: all): count them."""

@@ -24,7 +24,8 @@ from transformers.utils import logging
 
 from scrubjay.configuration.configuration_adore import AdoreSettings, warn_of_fixed_order
 from scrubjay.kernels.release import compacted, highest, ranking, release_step, visibility
-from scrubjay.modeling.adore_layer import AdoreLayer, Step
+from scrubjay.modeling.adapters import in_use
+from scrubjay.modeling.adore_layer import AdoreLayer, Step, row_bytes
 from scrubjay.modeling.cache import read_tensors, write_tensors
 from scrubjay.modeling.controller import POLICIES, Controller, Scorer
 from scrubjay.modeling.decoder_call import as_attention_takes_it, check_decoder, cut, each, given, joined, sizes_of
@@ -57,6 +58,8 @@ class AdoreCache(AttachedCache):
         ValueError: a model, settings or a controller that do not fit, with the reason.
     """
 
+    row_bytes = staticmethod(row_bytes)
+
     def __init__(
         self,
         model: nn.Module,
@@ -73,7 +76,7 @@ class AdoreCache(AttachedCache):
             raise ValueError(f"AdoreCache has no setting {sorted(unknown)}. See AdoreSettings for those it has.")
         settings = dataclasses.replace(settings, **changes)
         if controller is None:
-            controller = getattr(model, "controller", None) or "streaming"
+            controller = in_use(getattr(model, "controller", None)) or "streaming"
         if controller == "streaming" and settings.sinks == 0:
             settings = dataclasses.replace(settings, sinks=min(SINKS, settings.cache_size - settings.recent))
         decoder: Any = decoder_of(model)

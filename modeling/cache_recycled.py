@@ -16,8 +16,9 @@ from scrubjay.configuration.configuration_wrapped import WrappedConfig
 from scrubjay.kernels.recycle import decode, decode_with_scores, top
 from scrubjay.modeling.attention_recycled import NAMES, PREFIX
 from scrubjay.modeling.cache import read_tensors, writable, write_tensors
+from scrubjay.modeling.decoder_call import mean_over_devices, mesh_of
 from scrubjay.modeling.evicting import EvictingLayer
-from scrubjay.modeling.kept_keys import TAIL, Call, KeepingLayer, Kept
+from scrubjay.modeling.kept_keys import TAIL, Call, KeepingLayer, Kept, row_bytes
 from scrubjay.modeling.wrapped import AttachedCache, decoder_of
 
 GROWTH = 1.25  # of the full buffer when it is full
@@ -108,6 +109,8 @@ class RecycledLayer(KeepingLayer):
         """(B, H, m, P) -> (B, m, P); where `qsim_space` is "pre", turned back to position 0, alike for all heads."""
         wide = torch.promote_types(queries.dtype, torch.float32)
         mean = queries.to(wide).mean(1)
+        if queries.shape[1] < self.settings.num_attention_heads:  # tensor parallel: other devices have the others
+            mean = mean_over_devices(mean, self.call.mesh)
         if self.settings.qsim_space == "post":
             return mean
         cos, sin = (x.to(wide) for x in self.call.rotary)
@@ -228,6 +231,8 @@ class RecycledCache(AttachedCache):
         ValueError: a model, or a setting, that it was not built for.
     """
 
+    row_bytes = staticmethod(row_bytes)
+
     def __init__(self, model: nn.Module, **settings):
         decoder, config = decoder_of(model), getattr(model, "config", None)
         if unknown := sorted(set(settings) - set(SETTINGS)):
@@ -271,9 +276,10 @@ class RecycledCache(AttachedCache):
             self.call.rotary = decoder.rotary_emb(torch.empty(0, device=given.device), positions[:, -TAIL:])
         config, call = decoder.config, self.call
         config._attn_implementation_internal, call.active, call.table = NAMES[stock], True, decoder.rotary_emb
+        call.mesh = mesh_of(decoder)
 
         def undo():
-            config._attn_implementation_internal, call.active, call.table = stock, False, None
+            config._attn_implementation_internal, call.active, call.table, call.mesh = stock, False, None, None
 
         self._undo.append(undo)
         if seen and isinstance(self.layers[0], EvictingLayer):

@@ -41,7 +41,7 @@ class RingLayer(StateLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Allocate zeros for the batch, dtype and device of (B, ...) inputs."""
         batch, device = len(key_states), key_states.device
-        self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.counts = torch.full((batch,), self.seen, dtype=torch.int64, device=device)
         self.keys = key_states.new_zeros(batch, *self.shapes["keys"])
         self.values = key_states.new_zeros(batch, *self.shapes["keys"])
         if self.selected:
@@ -73,6 +73,23 @@ class RingLayer(StateLayer):
             places,
             at >= 0,
         )
+
+    def hold(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        real: torch.Tensor,
+        places: torch.Tensor | None = None,
+        written: torch.Tensor | None = None,
+    ) -> None:
+        """Write what `past` gives, of columns that `skip` counted; `written` (B,) of them were selected."""
+        if written is not None:
+            self.written = written.to(k.device)
+        slots = (self.writes[:, None] + torch.arange(-k.shape[1], 0, device=k.device)) % self.window
+        self.keys = put_slots(self.keys, slots, k.transpose(1, 2), real)
+        self.values = put_slots(self.values, slots, v.transpose(1, 2), real)
+        if places is not None:
+            self.places = self.places.scatter(1, slots, torch.where(real, places, self.places.gather(1, slots)))
 
     def append(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Write the last W real columns of k, v (B, T, K, P), which have positions (B, T).

@@ -85,12 +85,25 @@ class RandomPolicy(Scorer):
 POLICIES = {"recency": RecencyPolicy, "streaming": RecencyPolicy, "random": RandomPolicy}
 
 
-class ControllerLinear(nn.Linear):
-    """A linear layer of a controller, which starts as torch starts it whatever the decoder's own rule is."""
+class ControllerLinear(nn.Module):
+    """A linear layer of a controller, which starts as torch starts it whatever the decoder's own rule is.
+
+    Named and shaped as `nn.Linear`, but none: adapters and quantizers, which take all linear layers, leave it alone.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.reset_parameters()
 
     def reset_parameters(self):
         """Uniform up to in_features ** -0.5."""
         start(self)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
 class ControllerGRU(nn.GRU):
@@ -109,7 +122,7 @@ class ControllerEmbedding(nn.Embedding):
         start(self)
 
 
-def start(module: nn.GRU | nn.Linear | nn.Embedding) -> None:
+def start(module: nn.GRU | ControllerLinear | nn.Embedding) -> None:
     """Fill a controller's part; what came from a checkpoint stays."""
     if isinstance(module, nn.Embedding):
         init.normal_(module.weight, std=0.1)

@@ -39,6 +39,19 @@ def sizes_of(config):
     ]
 
 
+def mesh_of(decoder):
+    """The devices that hold parts of the decoder's weights; None where each of them is whole."""
+    return getattr(decoder.layers[0].self_attn.q_proj.weight, "device_mesh", None)
+
+
+def mean_over_devices(x, mesh):
+    """The mean of x over a tensor-parallel group, whose devices have as many heads each: the same bits on all."""
+    group = mesh.get_group("tp") if "tp" in (mesh.mesh_dim_names or ()) else mesh.get_group()
+    x = x.contiguous()
+    torch.distributed.all_reduce(x, group=group)
+    return x / group.size()
+
+
 def given(kwargs):
     """The tokens of a call, as ids or embeddings."""
     x = kwargs.get("inputs_embeds")

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.kernels.recycle import gather_pair, pooled, put_row, scores_of
 from scrubjay.modeling.cache import writable
+from scrubjay.modeling.decoder_call import sizes_of
 
 TAIL = 64  # queries remembered, and so columns that `crop` may take back
 
@@ -24,13 +26,15 @@ class Call:
 
     real: (B, n + T) bool, None without padding. source: (B, m) for the last m = min(T, 64) of its columns, which of the
     T is the last token up to there, -1: none; None if all T are. rotary: cos and sin (B or 1, m, P) at those. table:
-    the decoder's own function from a tensor of the device and positions (B, T) to (cos, sin), during the call.
+    the decoder's own function from a tensor of the device and positions (B, T) to (cos, sin), during the call. mesh:
+    the devices that hold parts of the decoder's weights, during the call, None: one device.
     """
 
     real: torch.Tensor | None = None
     source: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     table: Callable | None = None
+    mesh: DeviceMesh | None = None
     active: bool = False
 
     def last(self, query, count):
@@ -219,3 +223,19 @@ class KeepingLayer(CacheLayerMixin):
     def pool(self, logp, groups, real):
         """The paper's score of each key, from log-probabilities."""
         return pooled(logp, groups, self.settings.group_reduce, self.settings.pool_kernel, real)
+
+
+def row_bytes(config: RecycledConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes of one row of a batch, bytes that each token adds) in a `RecycledCache` of a Recycled model between full
+    steps, room ahead of the tokens left out.
+
+    A row: keys, values, columns and ranks of the budget, and what the policy remembers beside them (queries, or mass).
+    A token: its keys and values, under the policies that forget none.
+    """
+    layers, heads, size = sizes_of(config)
+    pair = heads * 2 * size * dtype.itemsize
+    slots = config.budget + (not config.evict_first)
+    kept = 0 if config.policy == "full" else slots * (pair + heads * 16)
+    tail = config.num_attention_heads * TAIL * size * dtype.itemsize
+    beside = {"recycled": tail, "full": tail, "h2o": slots * heads * 4}.get(config.policy, 0)
+    return layers * (kept + beside), layers * pair if config.policy in ("recycled", "full") else 0

@@ -54,6 +54,11 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, 1, taps))
         self.bias = nn.Parameter(torch.empty(size)) if bias else None
 
+    @property
+    def taps(self) -> int:
+        """K."""
+        return self.weight.shape[-1]
+
     def reset_parameters(self):
         """torch's own start of a convolution: uniform up to K ** -0.5."""
         bound = self.weight.shape[-1] ** -0.5

@@ -14,18 +14,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from scrubjay.modeling.context_parallel import SequenceShard
+
 
 @dataclass(frozen=True)
 class Layout:
     """Arrangement of the (B, T) columns that the blocks see.
 
     positions: (B, T) int64, of real tokens in their row or document. rotary: cos, sin of shape (B, T, R / 2), or None.
+    shard: which slice of a plain layout over several ranks the T columns are, or None.
     """
 
     positions: torch.Tensor
     lengths: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    shard: SequenceShard | None = None
 
     @property
     def real(self) -> torch.Tensor | None:
@@ -43,7 +47,7 @@ class Layout:
         """The same on another device, as accelerate asks of a block's arguments when blocks lie on several."""
         lengths, offsets = (None if x is None else x.to(device) for x in (self.lengths, self.cu_seqlens))
         rotary = None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device))
-        return Layout(self.positions.to(device), lengths, offsets, rotary)
+        return Layout(self.positions.to(device), lengths, offsets, rotary, self.shard)
 
     def segment(self, start: int, stop: int) -> "Layout":
         """The columns [start, stop) of a plain or ragged layout."""

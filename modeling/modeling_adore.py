@@ -8,6 +8,7 @@ examples/train_adore_controller.py.
 """
 
 from scrubjay.configuration.configuration_adore import AdoreConfig
+from scrubjay.modeling.adapters import in_use
 from scrubjay.modeling.cache_adore import AdoreCache
 from scrubjay.modeling.controller import Controller, ControllerEmbedding, ControllerGRU, ControllerLinear, start
 from scrubjay.modeling.wrapped import ZooWrapperForCausalLM, ZooWrapperModel
@@ -58,11 +59,12 @@ class AdoreModel(FrozenController, ZooWrapperModel):
             ValueError: a controller of other sizes or another score mode than the configuration's.
         """
         made = ("embedding_size", "hidden", "score_mode", "pos", "mlp_layers")
-        got, needed = ({name: c.sizes[name] for name in made} for c in (controller, self.controller))
+        held = in_use(self.controller)
+        got, needed = ({name: c.sizes[name] for name in made} for c in (controller, held))
         if got != needed:
             raise ValueError(f"The configuration asks for a controller of {needed}; got one of {got}.")
-        self.controller.load_state_dict(controller.state_dict())
-        self.controller.sizes = dict(controller.sizes)
+        held.load_state_dict(controller.state_dict())
+        held.sizes = dict(controller.sizes)
 
 
 class AdoreForCausalLM(FrozenController, ZooWrapperForCausalLM):
@@ -75,8 +77,8 @@ class AdoreForCausalLM(FrozenController, ZooWrapperForCausalLM):
 
     @property
     def controller(self) -> Controller:
-        """That of the model without head."""
-        return self.model.controller
+        """That of the model without head; with an adapter that has a copy of it (modules_to_save), the copy."""
+        return in_use(self.model.controller)
 
     def set_controller(self, controller: Controller) -> None:
         """See `AdoreModel.set_controller`."""

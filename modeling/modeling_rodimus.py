@@ -16,14 +16,16 @@ B batch, T time, D hidden size, M inner width, N state size, R rank of the input
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_rodimus import RodimusConfig
-from scrubjay.kernels.ddts import ddts
+from scrubjay.kernels.ddts import ddts, ddts_change
 from scrubjay.kernels.rodimus_gates import rodimus_gates
 from scrubjay.kernels.window import window_attention, window_attention_step
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.cache import RodimusCache
+from scrubjay.modeling.key_names import Copy, Ignore, Merge, Rename, as_mapping, ignored, same
 from scrubjay.modeling.layers import (
     CausalConv,
     GatedMLP,
@@ -36,6 +38,93 @@ from scrubjay.modeling.layers import (
     rotary_table,
     rotate,
 )
+
+BUFFERS = (
+    "mixer.inner_mixer.conv_state_*",
+    "mixer.inner_mixer.ssm_state_*",
+    "attn.key_cache_*",
+    "attn.value_cache_*",
+)
+
+
+def _in_layers(rows):
+    """Rows of one layer, as rows of any: theirs (one name, or those that are packed into ours, in order) to ours."""
+    for theirs, ours in rows.items():
+        target = f"model.layers.*.{ours}"
+        if isinstance(theirs, str):
+            yield Rename(f"model.layers.*.{theirs}", target)
+        else:
+            yield Merge(tuple(f"model.layers.*.{name}" for name in theirs), target)
+
+
+def key_names(norm: str, head_written: bool, layers: dict):
+    """Rows of a layout whose last norm is called `norm` and whose files may repeat the embedding as the head."""
+    return (
+        Rename("model.embeddings.weight", "model.embed_tokens.weight"),
+        *same("model.embed_norm.weight", "lm_head.weight", "model.layers.*.mixer_norm.weight"),
+        Rename(f"model.{norm}.weight", "model.norm.weight"),
+        Copy("lm_head.weight", "model.embeddings.weight", written=head_written),
+        *_in_layers(layers),
+    )
+
+
+# The authors' files and fla's load as they are.
+KEY_NAMES = {
+    "codefuse": key_names(
+        "norm_f",
+        True,
+        {
+            "mixer.fc.weight": "mixer.fc.weight",
+            "mixer.inner_mixer.short_conv.conv1d.weight": "mixer.conv1d.weight",
+            "mixer.inner_mixer.short_conv.conv1d.bias": "mixer.conv1d.bias",
+            "mixer.inner_mixer.in_proj.weight": "mixer.in_proj.weight",
+            "mixer.inner_mixer.mem_gate_proj.weight": "mixer.mem_gate_proj.weight",
+            "mixer.inner_mixer.mem_gate_proj.bias": "mixer.mem_gate_bias",
+            "mixer.inner_mixer.ch_gate_proj.0.weight": "mixer.ch_gate_down.weight",
+            "mixer.inner_mixer.ch_gate_proj.1.weight": "mixer.ch_gate_up.weight",
+            "mixer.inner_mixer.ch_gate_proj.1.bias": "mixer.ch_gate_up.bias",
+            "mixer.inner_mixer.residual_weight": "mixer.residual_weight",
+            "mixer.act_norm.weight": "mixer.act_norm.weight",
+            "mixer.out_proj.weight": "mixer.out_proj.weight",
+            "attn_norm.weight": "attn_norm.weight",
+            "attn.q_proj.weight": "attn.q_proj.weight",
+            "attn.k_proj.weight": "attn.k_proj.weight",
+            "attn.v_proj.weight": "attn.v_proj.weight",
+            "attn.out_proj.weight": "attn.o_proj.weight",
+            "ffn_norm.weight": "ffn_norm.weight",
+            "ffn.fc.weight": "ffn.fc.weight",
+            "ffn.out_proj.weight": "ffn.out_proj.weight",
+        },
+    )
+    + tuple(Ignore(f"model.layers.*.{name}", "a buffer that generation left behind") for name in BUFFERS),
+    "fla": key_names(
+        "norm",
+        False,
+        {
+            ("mixer.up_proj.weight", "mixer.gate_proj.weight"): "mixer.fc.weight",
+            "mixer.short_conv.weight": "mixer.conv1d.weight",
+            "mixer.short_conv.bias": "mixer.conv1d.bias",
+            ("mixer.q_proj.weight", "mixer.k_proj.weight"): "mixer.in_proj.weight",
+            ("mixer.g_gate_proj.weight", "mixer.tau_gate_proj.weight"): "mixer.mem_gate_proj.weight",
+            ("mixer.g_gate_proj.bias", "mixer.tau_gate_proj.bias"): "mixer.mem_gate_bias",
+            "mixer.i_gate_proj.0.weight": "mixer.ch_gate_down.weight",
+            "mixer.i_gate_proj.1.weight": "mixer.ch_gate_up.weight",
+            "mixer.i_gate_proj.1.bias": "mixer.ch_gate_up.bias",
+            "mixer.residual_weight": "mixer.residual_weight",
+            "mixer.activation_norm.weight": "mixer.act_norm.weight",
+            "mixer.down_proj.weight": "mixer.out_proj.weight",
+            "ska_attn_norm.weight": "attn_norm.weight",
+            "ska_attn.q_proj.weight": "attn.q_proj.weight",
+            "ska_attn.k_proj.weight": "attn.k_proj.weight",
+            "ska_attn.v_proj.weight": "attn.v_proj.weight",
+            "ska_attn.o_proj.weight": "attn.o_proj.weight",
+            "mlp_norm.weight": "ffn_norm.weight",
+            ("mlp.up_proj.weight", "mlp.gate_proj.weight"): "ffn.fc.weight",
+            "mlp.down_proj.weight": "ffn.out_proj.weight",
+        },
+    ),
+}
+register_checkpoint_conversion_mapping(RodimusConfig.model_type, as_mapping(*KEY_NAMES.values()), overwrite=True)
 
 
 class RodimusMixer(nn.Module):
@@ -63,12 +152,16 @@ class RodimusMixer(nn.Module):
         """`state`: the block's `StateLayer`, advanced in place, or None."""
         x, z = self.fc(h).chunk(2, -1)  # (B, T, M) twice
         conv, s = (None, None) if state is None else state.read(x)
+        if layout.shard is not None:
+            conv = layout.shard.halo(x, self.conv1d.taps - 1)
         seen, conv = self.conv1d(x, conv, layout)
         gates = (self.in_proj(seen), self.mem_gate_proj(seen), self.mem_gate_bias)
         q, k, a = rodimus_gates(*gates, self.k_norm_eps)  # (B, T, N) each
         v = torch.sigmoid(self.ch_gate_up(self.ch_gate_down(x))) * x  # gated by x before the convolution
         if layout.lengths is not None:
             v, a = v * layout.real, a * layout.real  # such a step adds nothing and forgets nothing
+        if layout.shard is not None:
+            s = layout.shard.entering(*ddts_change(k, v, a))
         y, s = ddts(q, k, v, a, s, layout.cu_seqlens, chunk=self.chunk, overwrite=True)
         if state is not None:
             state.write(conv, s)
@@ -93,16 +186,25 @@ class SharedKeyWindow(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if layout.rotary is not None:
             q, k = (rotate(t, layout.rotary, self.interleaved) for t in (q, k))
-        if state is not None and x.shape[1] == 1 and layout.lengths is None:
+        if state is not None and x.shape[1] == 1 and layout.lengths is None and layout.shard is None:
             state.append(k, v, None)
             o = window_attention_step(q[:, 0], state.keys, state.values, state.held(1))[:, None]
         else:
-            past = None if state is None else state.past()
+            past = self.past(k, v, layout, state)
             dropout = self.dropout if self.training else 0.0
             o = window_attention(q, k, v, self.window, past, layout.cu_seqlens, dropout=dropout)
             if state is not None:
                 state.append(k, v, layout.lengths)
         return self.o_proj(o.flatten(2))
+
+    def past(self, k, v, layout, state):
+        """(k, v, real) of the steps before the call, or None."""
+        if layout.shard is None:
+            return None if state is None else state.past()
+        (k, v), real = layout.shard.past(self.window - 1, [k, v])
+        if state is not None:
+            state.hold(k, v, real)
+        return k, v, real
 
 
 class RodimusBlock(GradientCheckpointingLayer):
@@ -139,6 +241,7 @@ class RodimusPreTrainedModel(ZooPreTrainedModel):
     cache_class = RodimusCache
     _no_split_modules = ["RodimusBlock"]
     _keep_in_fp32_modules_strict = ["mem_gate_bias"]
+    _keys_to_ignore_on_load_unexpected = ignored(*KEY_NAMES.values())
     no_weight_decay = ("mem_gate_bias", "residual_weight")
     no_weight_decay_on_embedding = True
 

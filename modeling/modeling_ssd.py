@@ -14,25 +14,49 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_ssd import SSDConfig
-from scrubjay.kernels.ssd import ssd
+from scrubjay.kernels.ssd import ssd, ssd_change
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.cache import SSDCache
+from scrubjay.modeling.key_names import Copy, Rename, as_mapping
 from scrubjay.modeling.layers import CausalConv, GatedRMSNorm, Linear, RMSNorm, inverse_softplus, log_uniform
 
-# Official and transformers' own Mamba-2 checkpoints load as they are.
-register_checkpoint_conversion_mapping(
-    SSDConfig.model_type,
-    [
-        WeightRenaming(r"^backbone\.embeddings?\.", "model.embed_tokens."),
-        WeightRenaming(r"^backbone\.norm_f\.", "model.norm."),
-        WeightRenaming(r"^backbone\.layers\.", "model.layers."),
-    ],
-    overwrite=True,
+LEAVES = (
+    "norm.weight",
+    "mixer.in_proj.weight",
+    "mixer.in_proj.bias",
+    "mixer.conv1d.weight",
+    "mixer.conv1d.bias",
+    "mixer.dt_bias",
+    "mixer.A_log",
+    "mixer.D",
+    "mixer.norm.weight",
+    "mixer.out_proj.weight",
+    "mixer.out_proj.bias",
 )
+
+
+def key_names(embedding: str, prefix: str = "", head_written: bool = False):
+    """Rows of a layout in which the embedding is called `embedding`, and whose files may repeat it as the head."""
+    head = f"{prefix}lm_head.weight"
+    return (
+        Rename(f"{prefix}backbone.{embedding}.weight", "model.embed_tokens.weight"),
+        *(Rename(f"{prefix}backbone.layers.*.{leaf}", f"model.layers.*.{leaf}") for leaf in LEAVES),
+        Rename(f"{prefix}backbone.norm_f.weight", "model.norm.weight"),
+        Rename(head, "lm_head.weight"),
+        Copy(head, f"{prefix}backbone.{embedding}.weight", written=head_written),
+    )
+
+
+# The authors' files, transformers' own (fla's are called alike), and Mistral's, load as they are.
+KEY_NAMES = {
+    "mamba_ssm": key_names("embedding", head_written=True),
+    "transformers": key_names("embeddings"),
+    "codestral": key_names("embedding", prefix="model.", head_written=True),
+}
+register_checkpoint_conversion_mapping(SSDConfig.model_type, as_mapping(*KEY_NAMES.values()), overwrite=True)
 
 
 class SSDMixer(nn.Module):
@@ -56,6 +80,8 @@ class SSDMixer(nn.Module):
         B, T, _ = x.shape
         z, vkq, dt = self.in_proj(x).split([self.inner, self.inner + 2 * self.keys, self.heads], -1)
         conv, s = (None, None) if state is None else state.read(vkq)
+        if layout.shard is not None:
+            conv = layout.shard.halo(vkq, self.conv1d.taps - 1)
         vkq, conv = self.conv1d(vkq, conv, layout)
         v, k, q = vkq.split([self.inner, self.keys, self.keys], -1)
 
@@ -63,17 +89,17 @@ class SSDMixer(nn.Module):
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.limit)  # (B, T, H), step size > 0
         if layout.lengths is not None:
             dt = dt * layout.real  # a step of size 0 leaves the state as it is
-        y, s = ssd(
-            q.view(B, T, self.groups, -1),
+        steps = (
             k.view(B, T, self.groups, -1),
             v.view(B, T, self.heads, -1),
             -dt * self.A_log.to(wide).exp(),
             dt,
-            s,
-            layout.cu_seqlens,
-            chunk=self.chunk,
-            overwrite=True,  # the cache's own, replaced below
         )
+        if layout.shard is not None:
+            s = layout.shard.entering(*ssd_change(*steps))
+        q = q.view(B, T, self.groups, -1)
+        # `overwrite`: the cache's own, replaced below
+        y, s = ssd(q, *steps, s, layout.cu_seqlens, chunk=self.chunk, overwrite=True)
         if state is not None:
             state.write(conv, s)
         skip = self.D[:, None].expand(-1, self.inner // self.heads).reshape(-1)

@@ -202,13 +202,14 @@ class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM):
         _, self.config.eval_threshold, share = min(tried)
         return share
 
-    def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None):
+    def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None, shard=None):
         loss = out.loss
         if loss is not None and self.training:
             share = 1.0
             if num_items_in_batch is not None:
                 targets = labels[..., 1:] if shift_labels is None else shift_labels
-                share = (targets != -100).sum().to(loss.device) / num_items_in_batch
+                asked = (targets != -100).sum().to(loss.device)
+                share = (asked if shard is None else shard.sum(asked)) / num_items_in_batch
             loss = loss + self.config.budget_lambda * share * outputs.budget_loss
         return TaipanCausalLMOutput(
             loss=loss,

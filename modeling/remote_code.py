@@ -5,6 +5,7 @@ written side by side and each `from scrubjay.<folder>.<module> import ...` becom
 that was itself loaded from such a folder is copied as it is.
 """
 
+import hashlib
 import inspect
 import os
 import re
@@ -22,8 +23,15 @@ def check_folder(folder: str | os.PathLike) -> None:
         raise ValueError(f"save_pretrained needs a folder; got the file {os.fspath(folder)}.")
 
 
+def written_class(cls: Any) -> Any:
+    """The class that stands in a source file: `cls`, or where a library made it at run time, the one it was made of."""
+    models = (c for c in cls.__mro__ if hasattr(c, "config_class"))  # FSDP2 mixes in a class that is no model
+    return next(c for c in models if getattr(sys.modules.get(c.__module__), c.__name__, None) is c)
+
+
 def auto_map(model_class: Any) -> dict[str, str]:
     """What config.json says of where the classes are, as module.Class of the flat folder."""
+    model_class = written_class(model_class)
     head = _related(model_class, "ForCausalLM")
     return {
         "AutoConfig": _flat_name(head.config_class),
@@ -35,6 +43,7 @@ def auto_map(model_class: Any) -> dict[str, str]:
 def code_files(model_class: Any) -> dict[str, str]:
     """{file name: source} of everything that the model needs to run."""
     files: dict[str, str] = {}
+    model_class = written_class(model_class)
     waiting = [Path(inspect.getfile(cls)) for cls in (model_class, model_class.config_class)]
     while waiting:
         path = waiting.pop()
@@ -50,7 +59,12 @@ def code_files(model_class: Any) -> dict[str, str]:
 def write_code(model_class: Any, folder: str | os.PathLike) -> None:
     """Write `code_files` into a folder."""
     for name, text in code_files(model_class).items():
-        (Path(folder) / name).write_text(text, encoding="utf-8")
+        (Path(folder) / name).write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
+
+
+def digest(content: bytes) -> str:
+    """sha256 of a code file."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def _related(model_class, suffix):

@@ -103,7 +103,7 @@ class SelectiveAttention(nn.Module):
 
         Index None: all B rows of a step, some of which may not have been selected.
         """
-        if ring is not None and x.shape[1] == 1 and layout.lengths is None and not dense:
+        if ring is not None and x.shape[1] == 1 and layout.lengths is None and layout.shard is None and not dense:
             index, o = self._step(x, a, m, layout, ring)
         elif self.config.kv_scope == "all":
             index, o = self._among_all(x, a, m, layout, ring, dense)
@@ -136,7 +136,7 @@ class SelectiveAttention(nn.Module):
     def _among_all(self, x, a, m, layout, ring, dense):
         """Every token writes a key: columns are positions."""
         k, v = self._keys(x, layout)
-        past = None if ring is None else ring.past(x.device)
+        past = self._past(k, v, layout, ring)
         packed = pack(m, self.config.ring_size, every=dense)
         q = self._queries(x, a, layout, packed.index)
         keys, values = _after(past, k, v)
@@ -148,7 +148,8 @@ class SelectiveAttention(nn.Module):
     def _among_selected(self, x, a, m, layout, ring):
         """Only selected tokens write a key: columns are those, first ones first."""
         lengths = m.sum(1)
-        live = torch.arange(int(lengths.max()), device=m.device) < lengths[:, None]  # (B, N)
+        columns = max(int(lengths.max()), int(layout.shard is not None))  # other ranks wait for this one's keys
+        live = torch.arange(columns, device=m.device) < lengths[:, None]  # (B, N)
         packed = pack(live, self.config.ring_size) if live.shape[1] else None
         if packed is None:
             return _nothing(x, self)
@@ -157,10 +158,10 @@ class SelectiveAttention(nn.Module):
         x = x.flatten(0, 1)[index]
         k, v = (_spread(t, packed) for t in self._keys(x, layout, index))
         positions = _spread(layout.positions.flatten()[index], packed)
-        past = None if ring is None else ring.past(x.device)
+        past = self._past(k, v, layout, ring, positions, lengths)
         before = torch.arange(live.shape[1], device=m.device).expand(len(m), -1)
         if past is not None:
-            before = before + ring.writes[:, None]
+            before = before + past[3].sum(1, keepdim=True)
         elif layout.cu_seqlens is not None:
             firsts = _first_of_document(m, layout).flatten()[index]
             before = before - _spread(firsts, packed)
@@ -180,7 +181,9 @@ class SelectiveAttention(nn.Module):
         and where the window is one of ranks all of them are read."""
         config, T = self.config, x.shape[1]
         k, v = self._keys(x, layout)
-        past = None if ring is None else ring.past(x.device)
+        writes = ring is not None or layout.shard is not None
+        selected = _selected_first(k, v, m, layout) if writes else ()
+        past = self._past(*selected[:2], layout, ring, *selected[2:]) if writes else None
         ranks = m.cumsum(1) - m.long()
         before, positions, readable, window = layout.positions, layout.positions, m, T
         if past is not None:
@@ -200,14 +203,23 @@ class SelectiveAttention(nn.Module):
         keys, values = _after(past, k, v)
         o = select_attention(q, keys, values, packed, before, window, limits, readable)
         if ring is not None:
-            self._write_selected(k, v, m, layout, ring)
+            ring.append(*selected)
         return packed.index, o
 
-    def _write_selected(self, k, v, m, layout, ring):
-        lengths = m.sum(1)
-        first = m.int().argsort(dim=1, descending=True, stable=True)
-        k, v = (t.gather(1, first[..., None, None].expand_as(t)) for t in (k, v))
-        ring.append(k, v, layout.positions.gather(1, first), lengths)
+    def _past(self, k, v, layout, ring, positions=None, lengths=None):
+        """(k, v, positions, real) of the last writes before the call, or None. Of the call's own k, v (B, N, K, P) the
+        first `lengths` columns are written, None: all."""
+        shard, steps, places, before = layout.shard, self.config.ring_size - 1, None, None
+        if shard is None:
+            return None if ring is None else ring.past(k.device)
+        written = None if lengths is None else shard.gather(lengths)
+        (k, v), real = shard.past(steps, [k, v], written)
+        if written is not None:
+            (places,), _ = shard.past(steps, [positions], written)
+            before = written[: shard.rank].sum(0)
+        if ring is not None:
+            ring.hold(k, v, real, places, before)
+        return k, v, places, real
 
     def _step(self, x, a, m, layout, ring):
         """One token of each row: a row that is not selected makes no query and reads nothing. Where steps go by mask it
@@ -233,6 +245,13 @@ class SelectiveAttention(nn.Module):
         if len(index) < len(m):
             keys, values, seen = keys[index], values[index], seen[index]
         return index, select_attention_step(q, keys, values, seen)
+
+
+def _selected_first(k, v, m, layout):
+    """k, v (B, T, K, P) and positions (B, T) with the selected columns of each row first, and how many those are."""
+    first = m.int().argsort(dim=1, descending=True, stable=True)
+    k, v = (t.gather(1, first[..., None, None].expand_as(t)) for t in (k, v))
+    return k, v, layout.positions.gather(1, first), m.sum(1)
 
 
 def _after(past, k, v):

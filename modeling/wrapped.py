@@ -193,6 +193,11 @@ class ZooWrapperModel(ZooPreTrainedModel):
         Raises:
             ValueError: inputs that do not fit each other or the cache; each says what came and what was needed.
         """
+        if kwargs.get("shard") is not None:
+            raise ValueError(
+                f"{type(self).__name__} attends to every token before its own and hands no state from rank to rank: it "
+                "cannot run on a slice of a sequence. Pass whole rows, without shard_sequence."
+            )
         x = given(input_ids, inputs_embeds, self.config.hidden_size)
         shape, device = x.shape[:2], x.device
         if use_cache is None:

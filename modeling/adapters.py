@@ -1,0 +1,77 @@
+"""What lets adapters (peft) and quantizers (bitsandbytes and others) take hold of a model of the zoo."""
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from scrubjay.modeling.layers import Linear
+
+logger = logging.get_logger(__name__)
+BLOCK = 64  # numbers that share a scale in bitsandbytes' 4 bits
+
+
+class WholeLinear(nn.Linear):
+    """A linear layer that no quantizer replaces."""
+
+
+def make_replaceable(model: nn.Module, quantization_config) -> None:
+    """Leave plain `torch.nn.Linear` layers, which quantizers replace, where they may, and subclasses where not.
+
+    Not in 4 bits are layers whose inputs are no multiple of 64: on a CPU bitsandbytes takes the scale of another block
+    for some of their numbers (0.50.2), and a checkpoint is to be the same on all devices.
+    """
+    settings = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+    in_blocks = settings.get("load_in_4bit", False)
+    whole = []
+    for name, module in model.named_modules():
+        if type(module) not in (Linear, nn.Linear):
+            continue
+        if in_blocks and module.in_features % BLOCK:
+            module.__class__ = WholeLinear
+            whole.append(f"{name} ({module.in_features})")
+        else:
+            module.__class__ = nn.Linear
+    if whole:
+        logger.warning_once(f"Not in 4 bits, because their inputs are no multiple of {BLOCK}: {', '.join(whole)}.")
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Have bitsandbytes leave 4-bit layers as they were loaded; to be called after each loading.
+
+    On a CPU with AVX512-BF16 its layers rearrange their weights in the first pass of eval mode. Those whose outputs are
+    no multiple of 32, or whose inputs are none of a block, fail there. All others stay rearranged: from then on their
+    inputs get no gradient, and an adapter merges into numbers in the wrong order (seen in 0.50.2). Models of the zoo
+    call it themselves; a decoder of transformers that is trained after it has generated needs it too.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def adapts(value: object) -> bool:
+    """Whether this is an adapter around a layer."""
+    return isinstance(value, nn.Module) and "base_layer" in value._modules
+
+
+def in_use(module):
+    """A module, or where `modules_to_save` wraps it the one that acts: the copy that is trained, or the original."""
+    if "original_module" not in getattr(module, "_modules", ()):
+        return module
+    names = module.active_adapters
+    if module.disable_adapters or not names or names[0] not in module.modules_to_save:
+        return module.original_module
+    return module.modules_to_save[names[0]]
+
+
+def give_own_weight(model, adapter: nn.Module) -> None:
+    """Untie the embedding or the head that `adapter` wraps: merged, it would change the other one as well."""
+    texts = (model.config, model.config.get_text_config())
+    if not any(config.tie_word_embeddings for config in texts):
+        return
+    layer = adapter.get_submodule("base_layer")
+    while adapts(layer):  # an adapter of another kind around it
+        layer = layer.get_submodule("base_layer")
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    for config in texts:
+        config.tie_word_embeddings = False
