@@ -1,32 +1,50 @@
-"""From a folder or Hub name that a model of the zoo loads from, to a folder that loads where the zoo is absent."""
+"""From a folder or Hub name that a model of the zoo loads from, to a folder or repository that needs no zoo."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def export(source: str, destination: str | Path, *, trust_remote_code: bool = False) -> list[str]:
-    """Write a model, its code and its tokenizer, if it has one, into a new folder.
+def export(
+    source: str,
+    destination: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    push: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+) -> list[str]:
+    """Write a model, its code and its tokenizer, if it has one, into a new folder, and push them where asked.
 
     Args:
         source: folder or Hub name.
         destination: folder to make.
         trust_remote_code: run code that comes with `source`.
+        push: owner/name on the Hub that gets the same in one commit.
+        private, revision: of that repository: whether to make it private; the branch to commit to.
 
     Returns: the names of the files written, sorted.
 
     Raises:
-        ValueError: a destination that already holds something; it is left as it is.
+        ValueError: a destination that already holds something, a push of a model that is not the zoo's, or options of
+            a push without one; nothing is written then.
     """
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} already exists and is not an empty folder. Name a new folder.")
-    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if push is None and (private or revision):
+        raise ValueError("private and revision belong to a push: say to which owner/name.")
+    model: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if push is not None and not hasattr(model, "describe"):  # of the zoo, or loaded from code of the zoo
+        raise ValueError(f"push writes models of scrubjay; {source} is a {type(model).__name__}. Call its push_to_hub.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):  # a model saved without one
         tokenizer = None
-    model.save_pretrained(destination)
     if tokenizer is not None:
-        tokenizer.save_pretrained(destination)
+        tokenizer.save_pretrained(destination)  # first: the card says whether there is one
+    model.save_pretrained(destination)
+    if push is not None:
+        model.push_to_hub(push, tokenizer=tokenizer, private=private, revision=revision)
     return sorted(path.name for path in destination.iterdir())
