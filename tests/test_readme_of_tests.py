@@ -1,7 +1,13 @@
-"""The table in tests/README.md names tests that exist, and every kernel of Triton stands in it."""
+"""The tables in tests/README.md name tests that exist; every kernel of Triton and every model stands in one."""
 
+import fnmatch
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+from zoo import ZOO
 
 ROOT = Path(__file__).parent
 ROWS = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `test_triton_")]
@@ -26,3 +32,23 @@ def test_every_kernel_file_has_tests_and_mutants_in_the_table():
     tested += "".join(path.read_text() for path in ROOT.glob("*.py"))
     for path in (ROOT.parent / "kernels").glob("*_triton.py"):
         assert f"scrubjay.kernels.{path.stem}" in tested or path.stem in tested, path.name
+
+
+def test_every_cell_of_the_table_of_models_is_a_test():
+    head, _, *rows = (ROOT / "README.md").read_text().split("## What works with what")[1].strip().splitlines()[2:]
+    files = re.findall(r"`(test_\w+\.py)`", head)
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *sorted({f"tests/{file}" for file in files})],
+        cwd=ROOT.parent, env=os.environ | {"PYTEST_ADDOPTS": ""}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    collected = done.stdout.splitlines()
+    assert len(rows) == len(ZOO)
+    for entry, row in zip(ZOO, rows, strict=True):
+        cells = re.findall(r"`(\w+)\[([\w*-]+)\]`", row)
+        assert len(cells) == len(files) == 8
+        for file, (name, case) in zip(files, cells, strict=True):
+            assert case.removesuffix("-*") == entry.name
+            wanted = f"tests/{file}::test_{name}[[]{case}]"
+            assert fnmatch.filter(collected, wanted), wanted
