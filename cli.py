@@ -1,9 +1,10 @@
-"""The command line: scrubjay demo | generate | export | eval | bench.
+"""The command line: scrubjay demo | generate | convert | export | verify | eval | bench.
 
 Thin: each command parses its arguments and calls one function, and imports what it needs only then.
 """
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -53,7 +54,9 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     add_demo(commands)
     add_generate(commands)
+    add_convert(commands)
     add_export(commands)
+    add_verify(commands)
     add_eval(commands)
     text = "measure speed and memory; its arguments are those of examples/benchmark.py"
     commands.add_parser("bench", help=text, add_help=False).set_defaults(run=bench)
@@ -130,20 +133,98 @@ def generate(arguments: argparse.Namespace) -> None:
     stream(model, tokenizer, arguments.prompt, **sampling, max_new_tokens=arguments.max_new_tokens)
 
 
+def add_convert(commands) -> None:
+    text = "a checkpoint of another library as a folder of this one, or a folder of this one as another library's"
+    parser = commands.add_parser("convert", help=text, description=f"Write {text}.")
+    parser.set_defaults(run=convert)
+    parser.add_argument("source", help="folder, file of weights, or owner/name on the Hub; its layout is found out")
+    parser.add_argument("destination", type=Path, help="folder to make")
+    parser.add_argument(
+        "--to",
+        metavar="LAYOUT",
+        help="mamba_ssm, transformers, fla, codestral or codefuse; adore or recycled for a decoder such as Llama "
+        "(default: this library's)",
+    )
+    text = "compare logits with another implementation and write a report"
+    parser.add_argument("--check", action="store_true", help=text)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast (default: each tensor's own)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the new configuration; repeatable"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    settings = dict(_setting(text) for text in arguments.set)
+    import torch
+    from transformers.utils import logging
+
+    from scrubjay.conversion.convert import convert as run
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # that a Mamba-2 file is read by another class is the purpose here
+    report = run(
+        arguments.source,
+        arguments.destination,
+        to=arguments.to,
+        check=arguments.check,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        max_shard_size=arguments.max_shard_size,
+        progress=not arguments.quiet,
+        settings=settings,
+    )
+    print(report.text())
+
+
+def _setting(text: str):
+    """NAME=VALUE; the value is JSON, or else a string."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ValueError(f"--set takes NAME=VALUE; got {text!r}.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def add_export(commands) -> None:
     text = "write a model, its tokenizer and its code into a folder that loads where scrubjay is not installed"
     parser = commands.add_parser("export", help=text, description=f"{text.capitalize()}.")
     parser.set_defaults(run=export)
     _add_source(parser, "source")
     parser.add_argument("destination", type=Path, help="folder to make")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="put the same onto the Hub, in one commit")
+    parser.add_argument("--private", action="store_true", default=None, help="make that repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="commit to this branch of it")
 
 
 def export(arguments: argparse.Namespace) -> None:
     check_source(arguments.source)
     from scrubjay.conversion.export_hub import export as run
 
-    files = run(arguments.source, arguments.destination, trust_remote_code=arguments.trust_remote_code)
+    hub = {"push": arguments.push, "private": arguments.private, "revision": arguments.revision}
+    files = run(arguments.source, arguments.destination, trust_remote_code=arguments.trust_remote_code, **hub)
     print(f"{arguments.destination}: {', '.join(files)}")
+    if arguments.push:
+        print(f"pushed to {arguments.push}")
+
+
+def add_verify(commands) -> None:
+    text = "compare the code of a folder or repository with its card and with this library; runs none of it"
+    parser = commands.add_parser("verify", help=text, description=f"{text.capitalize()}. Exit code 1: they differ.")
+    parser.set_defaults(run=verify)
+    parser.add_argument("source", help="folder that save_pretrained wrote, or owner/name on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    check_source(arguments.source)
+    from scrubjay.conversion.verify_hub import verify as run
+
+    found = run(arguments.source, revision=arguments.revision)
+    print("\n".join(found.lines()))
+    return 0 if found.agrees else 1
 
 
 def add_eval(commands) -> None:

@@ -1,5 +1,6 @@
 """Sizes of an SSD language model."""
 
+import contextlib
 import math
 
 from huggingface_hub.dataclasses import strict
@@ -95,7 +96,10 @@ class SSDConfig(PreTrainedConfig):
         found, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not found and "_configuration_file" not in kwargs:
             kwargs |= {"_configuration_file": "params.json"}
-            if layout_of(super().get_config_dict(pretrained_model_name_or_path, **kwargs)[0]) == "codestral":
+            other = {}
+            with contextlib.suppress(OSError):  # there is none: an empty config.json means the defaults
+                other, _ = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            if layout_of(other) == "codestral":
                 raise ValueError(
                     f"{pretrained_model_name_or_path} has Mistral's params.json and no config.json, which transformers "
                     f"needs to load it. Make a folder that loads: scrubjay convert {pretrained_model_name_or_path} NEW"

@@ -20,19 +20,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from scrubjay.configuration.configuration_adore import AdoreSettings, warn_of_fixed_order
 from scrubjay.kernels.release import compacted, highest, ranking, release_step, visibility
 from scrubjay.modeling.adapters import in_use
 from scrubjay.modeling.adore_layer import AdoreLayer, Step, row_bytes
 from scrubjay.modeling.cache import read_tensors, write_tensors
-from scrubjay.modeling.controller import POLICIES, Controller, Scorer
+from scrubjay.modeling.controller import Scorer, scorer_for
 from scrubjay.modeling.decoder_call import as_attention_takes_it, check_decoder, cut, each, given, joined, sizes_of
 from scrubjay.modeling.history import TokenHistory
 from scrubjay.modeling.wrapped import AttachedCache, decoder_of
 
-logger = logging.get_logger(__name__)
 SINKS = 4  # of the policy "streaming", where `sinks` says nothing
 
 
@@ -80,7 +78,7 @@ class AdoreCache(AttachedCache):
         if controller == "streaming" and settings.sinks == 0:
             settings = dataclasses.replace(settings, sinks=min(SINKS, settings.cache_size - settings.recent))
         decoder: Any = decoder_of(model)
-        self._build(settings, _scorer(controller, decoder), decoder.config.num_hidden_layers)
+        self._build(settings, scorer_for(controller, decoder), decoder.config.num_hidden_layers)
         check_decoder(decoder)
         self.attach(decoder)
         if settings.rebuild and not self.scorer.moving:
@@ -383,24 +381,3 @@ class AdoreCache(AttachedCache):
             layer.lazy_initialization(tensors[f"{i}.keys"], tensors[f"{i}.values"])
             layer.keys, layer.values, layer.seen = tensors[f"{i}.keys"], tensors[f"{i}.values"], about["seen"]
         return cache
-
-
-def _scorer(controller, decoder):
-    """The scorer that is meant, checked against the decoder."""
-    if isinstance(controller, str):
-        if controller not in POLICIES:
-            raise ValueError(f"controller must be a Scorer or one of {tuple(POLICIES)}; got {controller!r}.")
-        return POLICIES[controller]()
-    if not isinstance(controller, Scorer):
-        raise ValueError(f"controller must be a Scorer or one of {tuple(POLICIES)}; got {type(controller).__name__}.")
-    width = decoder.config.hidden_size
-    if isinstance(controller, Controller) and controller.sizes["embedding_size"] != width:
-        raise ValueError(
-            f"This controller reads embeddings of width {controller.sizes['embedding_size']} (it was made for "
-            f"{controller.sizes['base_model'] or 'a model without a name'}); the model's have {width}."
-        )
-    if isinstance(controller, Controller):
-        meant, name = controller.sizes["base_model"], decoder.config.name_or_path
-        if meant and name and meant != name:
-            logger.warning_once(f"This controller was trained for {meant}; the model is {name}.")
-    return controller

@@ -14,12 +14,15 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import logging
 
+logger = logging.get_logger(__name__)
 WEIGHTS, SIZES = "controller.safetensors", "controller.json"
 BLOCK = 2**18  # numbers that a step scores at a time on a CPU, whose cache holds them between the operations
 BUCKETS = 32  # of the learned embedding of distances: the last one starts at about 2^15
@@ -288,3 +291,28 @@ class Controller(Scorer):
         controller = cls(**json.loads((folder / SIZES).read_text(encoding="utf-8")))
         controller.load_state_dict(load_file(folder / WEIGHTS))
         return controller.eval()
+
+
+def scorer_for(controller: Scorer | str, decoder: Any) -> Scorer:
+    """The scorer that is meant, by itself or by the name of a policy.
+
+    Raises:
+        ValueError: neither, or a controller that reads embeddings of another width than the decoder's.
+    """
+    if isinstance(controller, str):
+        if controller not in POLICIES:
+            raise ValueError(f"controller must be a Scorer or one of {tuple(POLICIES)}; got {controller!r}.")
+        return POLICIES[controller]()
+    if not isinstance(controller, Scorer):
+        raise ValueError(f"controller must be a Scorer or one of {tuple(POLICIES)}; got {type(controller).__name__}.")
+    width = decoder.config.hidden_size
+    if isinstance(controller, Controller) and controller.sizes["embedding_size"] != width:
+        raise ValueError(
+            f"This controller reads embeddings of width {controller.sizes['embedding_size']} (it was made for "
+            f"{controller.sizes['base_model'] or 'a model without a name'}); the model's have {width}."
+        )
+    if isinstance(controller, Controller):
+        meant, name = controller.sizes["base_model"], decoder.config.name_or_path
+        if meant and name and meant != name:
+            logger.warning_once(f"This controller was trained for {meant}; the model is {name}.")
+    return controller

@@ -6,7 +6,7 @@ from adore_cases import PIECES, SMALL, decoder, made, run, text
 
 from scrubjay import AdoreCache
 from scrubjay.configuration.configuration_adore import AdoreSettings
-from scrubjay.modeling import cache_adore
+from scrubjay.modeling import controller as controller_module
 from scrubjay.modeling.controller import Controller, Scorer
 
 
@@ -77,7 +77,7 @@ def test_checkpointing_layers_cannot_advance_it(model):
 
 def test_a_controller_of_another_model_is_warned_of(model, monkeypatch):
     said, controller = [], Controller(48, 16, base_model="one")
-    monkeypatch.setattr(cache_adore.logger, "warning_once", said.append)
+    monkeypatch.setattr(controller_module.logger, "warning_once", said.append)
     model.config.name_or_path = "one"
     AdoreCache(model, controller=controller)
     assert not said

@@ -48,7 +48,7 @@ def error_of(capsys, *argv) -> str:
     return error
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "export", "eval"])
+@pytest.mark.parametrize("command", ["demo", "generate", "convert", "export", "verify", "eval"])
 def test_help_names_every_argument(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         cli.main([command, "--help"])
@@ -57,7 +57,9 @@ def test_help_names_every_argument(command, capsys):
     expected = {
         "demo": ("--model", "--text", "--minutes", "--output", "--seed", "--batch-size", "--length", "--smoke"),
         "generate": ("--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--trust-remote-code"),
-        "export": ("source", "destination", "--trust-remote-code"),
+        "convert": ("source", "destination", "--to", "--check", "--dtype", "--max-shard-size", "--set", "--quiet"),
+        "export": ("source", "destination", "--trust-remote-code", "--push", "--private", "--revision"),
+        "verify": ("source", "--revision"),
         "eval": ("--text", "--length", "--batch-size", "--trust-remote-code"),
     }
     assert all(name in text for name in expected[command])

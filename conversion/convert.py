@@ -1,0 +1,285 @@
+"""From a checkpoint of one layout to a folder of another, tensor by tensor, whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig
+
+from scrubjay.conversion.checkpoint import Checkpoint
+from scrubjay.conversion.convert_decoder import DECODERS
+from scrubjay.conversion.convert_mamba2 import MAMBA2
+from scrubjay.conversion.convert_rodimus import RODIMUS
+from scrubjay.conversion.formats import Format
+from scrubjay.conversion.keymap import Plan, plan_in, plan_out, refuse
+from scrubjay.conversion.parity import compare
+from scrubjay.conversion.report import Report
+from scrubjay.conversion.source import carried_files, local_path
+from scrubjay.conversion.weights import Entries, parse_size, raw, write_weights
+from scrubjay.modeling.key_names import same
+from scrubjay.modeling.model_card import Place, write_card
+from scrubjay.modeling.remote_code import auto_map, write_code
+
+ZOO = "scrubjay"
+FORMATS: tuple[Format, ...] = (*MAMBA2, *RODIMUS, *DECODERS)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str | None = None,
+    check: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
+    progress: bool = True,
+    settings: dict[str, Any] | None = None,
+) -> Report:
+    """Write a checkpoint of one layout as a folder of another.
+
+    The source's layout is found by its contents. The configuration is read off the shapes of the tensors and held
+    against the configuration file. Peak memory is about the largest file of the source; tensors pass one by one.
+
+    Args:
+        source: folder, file of weights, or owner/name on the Hub.
+        destination: folder to make. It appears when all is in it, and not at all after an error or an interrupt.
+        to: None for a folder of this library, with its code; or the name of a layout ("transformers", "mamba_ssm",
+            ...), or of the model to make of a decoder ("adore", "recycled").
+        check: compare logits with another implementation on the source's own tensors, and write what was found into
+            conversion.json and conversion.md of the destination. Needs memory for one model in float32 at a time.
+        dtype: of all floating-point tensors but those that the model keeps in float32. None keeps each one's own.
+        max_shard_size: bytes of one file of weights, as a number or such as "5GB".
+        progress: a bar on stderr, where that is a terminal.
+        settings: fields of our configuration that differ from what the source says or leaves open.
+
+    Returns: what was read, written and left out.
+
+    Raises:
+        ValueError: an unknown or ambiguous layout, tensors that do not fit (all of them are listed), a configuration
+            that contradicts the tensors (both values are said), a damaged file, a pickle that holds more than tensors,
+            a destination that is not empty, or a check that failed. Nothing is left at the destination then.
+    """
+    destination = Path(destination)
+    check_destination(destination)
+    parse_size(max_shard_size)
+    checkpoint = Checkpoint(local_path(source))
+    theirs, target = choose_formats(checkpoint, to)
+    config, notes = _read_config(theirs, checkpoint, dict(settings or {}))
+    work = _Work.of(checkpoint, theirs, target, config, dtype)
+    with whole_or_nothing(destination) as folder:
+        how: dict[str, Any] = {"kind": target.weights, "max_shard_size": max_shard_size, "progress": progress}
+        files = write_weights(folder, work.entries, work.make, **how)
+        notes += carried_files(checkpoint.folder, folder)
+        _write_config(folder, target, work, checkpoint)
+        report = Report.of(source, theirs, target, checkpoint, work.entries, files, notes, work.plan, work.out)
+        if check:
+            new = {*work.plan.new, *work.out.left_out}
+            report.check = compare(checkpoint, theirs, folder, target, config, dtype, new)
+            report.write(folder)
+    checkpoint.close()
+    return report
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A conversion that was found possible: plans in and out, what is written, and how each tensor is made."""
+
+    model: Any
+    plan: Plan
+    out: Plan
+    entries: Entries
+    make: Callable[[str], torch.Tensor]
+    written: dict[str, Any] | None  # another library's configuration
+
+    @classmethod
+    def of(cls, checkpoint, theirs, target, config, dtype):
+        with torch.device("meta"):
+            model = theirs.model_class(config)
+        shapes = own_shapes(model)
+        plan = plan_in(_rows(theirs, config, shapes), checkpoint.shapes, shapes)
+        out = plan_out(_rows(target, config, shapes), shapes)
+        written = None if target.write_config is None else target.write_config(config)
+        initial = _initial(theirs, config, plan)
+        _check_copies(checkpoint, plan)
+        kept = tuple(type(model)._keep_in_fp32_modules_strict or ())
+        entries = _entries(checkpoint, plan, out, initial, dtype, kept)
+        config.dtype = _main_dtype(entries)
+
+        def read(name):
+            return initial[name] if name in plan.new else plan.recipes[name].make(checkpoint.read)
+
+        return cls(model, plan, out, entries, lambda name: out.recipes[name].make(read), written)
+
+
+def choose_formats(checkpoint: Checkpoint, to: str | None) -> tuple[Format, Format]:
+    """The source's layout, by its contents, and the target's.
+
+    Raises:
+        ValueError: a layout that is unknown or ambiguous, a target that the source's model does not have or already is.
+    """
+    own = tuple(zoo_format(family, cls) for family, cls in {f.family: f.model_class for f in FORMATS}.items())
+    found = [f for f in (*own, *FORMATS) if f.recognises(checkpoint.config, checkpoint.shapes)]
+    if not found:
+        known = "".join(f"\n  {f.name} ({f.family}): {f.looks_for}" for f in FORMATS)
+        raise ValueError(
+            f"The layout of {checkpoint.folder} is unknown. Looked for:\n  {ZOO}: model_type scrubjay_* in config.json"
+            f"{known}"
+        )
+    if len(found) > 1 and to in {f.family for f in found}:
+        found, to = [f for f in found if f.family == to], None
+    if len(found) > 1:
+        names = ", ".join(f"{f.name} ({f.family})" for f in found)
+        families = " or ".join(f"--to {family}" for family in dict.fromkeys(f.family for f in found))
+        raise ValueError(
+            f"{checkpoint.folder} can be read in several ways: {names}. Say which model to make: {families}."
+        )
+    source = found[0]
+    targets = [f for f in (*own, *FORMATS) if f.family == source.family and (f.write_config or f.name == ZOO)]
+    wanted = ZOO if to is None or to == source.family else to
+    target = next((f for f in targets if f.name == wanted), None)
+    if target is None:
+        names = ", ".join(f.name for f in targets if f.name != source.name)
+        raise ValueError(f"A {source.family} model cannot be written as {wanted!r}. Choose one of {names}.")
+    if target.name == source.name:
+        raise ValueError(f"{checkpoint.folder} is of the layout {source.name} already: there is nothing to convert.")
+    return source, target
+
+
+def zoo_format(family: str, model_class: Any) -> Format:
+    """This library's own layout of a model."""
+
+    def read_config(config, shapes, settings):
+        return model_class.config_class.from_dict(config | settings), []
+
+    return Format(
+        name=ZOO,
+        family=family,
+        model_class=model_class,
+        looks_for="",
+        recognises=lambda config, shapes: config.get("model_type") == f"scrubjay_{family}",
+        read_config=read_config,
+        write_config=None,
+        rows=lambda config: (),
+    )
+
+
+def own_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a model's files hold: tied tensors once."""
+    tensors = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if first[id(tensor)] == name}
+
+
+def check_destination(destination: Path) -> None:
+    """Refuse a destination that already holds something."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} already exists and is not an empty folder. Name a new folder.")
+
+
+def _read_config(theirs, checkpoint, settings):
+    known = {field.name for field in fields(theirs.model_class.config_class)} | set(theirs.more_settings)
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(f"{', '.join(unknown)}: no such field in {theirs.model_class.config_class.__name__}.")
+    try:
+        return theirs.read_config(checkpoint.config, checkpoint.shapes, settings)
+    except StrictDataclassError as error:
+        raise ValueError(f"The configuration, with the settings given, is no valid one. {error}") from None
+
+
+@contextmanager
+def whole_or_nothing(destination: Path) -> Iterator[Path]:
+    """A folder beside the destination that takes its place at the end, and goes away on any error or interrupt."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent.resolve()))
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        if destination.is_dir():
+            destination.rmdir()  # empty, or this refuses
+        os.rename(folder, destination)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _rows(layout, config, shapes):
+    return same(*shapes) if layout.name == ZOO else layout.rows(config)
+
+
+def _initial(theirs, config, plan: Plan):
+    if not plan.new:
+        return {}
+    initial = {} if theirs.initial is None else theirs.initial(config)
+    refuse([f"missing: no initial value of {name}" for name in plan.new if name not in initial], "the model")
+    return initial
+
+
+def _check_copies(checkpoint: Checkpoint, plan: Plan):
+    faults = [
+        f"{name} differs from {of}, of which the configuration says that it is a copy (tied embeddings). Where the two "
+        "are meant to differ, say so: --set tie_word_embeddings=false keeps both"
+        for name, of in plan.copies
+        if _fingerprint(checkpoint.read(name)) != _fingerprint(checkpoint.read(of))
+    ]
+    refuse(faults, "the checkpoint")
+
+
+def _fingerprint(tensor):
+    """Of two tensors that are compared, only one is in memory at a time."""
+    return tensor.dtype, hashlib.sha256(raw(tensor)).digest()
+
+
+def _entries(checkpoint, plan, out, initial, dtype, kept) -> Entries:
+    """Shape and dtype of each tensor to write."""
+
+    def dtype_of(name):
+        sources = plan.recipes[name].sources if name in plan.recipes else ()
+        found = [checkpoint.dtypes[s] for s in sources] or [initial[name].dtype]
+        own = reduce(torch.promote_types, found)
+        spared = dtype is None or not own.is_floating_point or any(part in kept for part in name.split("."))
+        return own if spared else dtype
+
+    return {name: (out.shapes[name], dtype_of(recipe.sources[0])) for name, recipe in out.recipes.items()}
+
+
+def _main_dtype(entries: Entries):
+    """The floating-point dtype of most elements."""
+    counts: dict[torch.dtype, int] = {}
+    for shape, dtype in entries.values():
+        if dtype.is_floating_point:
+            counts[dtype] = counts.get(dtype, 0) + torch.Size(shape).numel()
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _write_config(folder, target, work, checkpoint):
+    """All that stands beside the weights."""
+    model, config = work.model, work.model.config
+    if work.written is not None:
+        named = {"dtype": str(config.dtype).removeprefix("torch.")} if target.weights == "safetensors" else {}
+        text = json.dumps(work.written | named, indent=2) + "\n"
+        (folder / target.config_name).write_text(text, encoding="utf-8")
+        return
+    config.auto_map, config.architectures = auto_map(type(model)), [type(model).__name__]
+    config.save_pretrained(folder)
+    if not (folder / "generation_config.json").is_file():
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    write_code(type(model), folder)
+    old = checkpoint.folder / "README.md"
+    text = old.read_text(encoding="utf-8") if old.is_file() else None
+    write_card(model.to(config.dtype), folder, text, Place(tokenizer=(folder / "tokenizer_config.json").is_file()))

@@ -1,0 +1,187 @@
+"""Mamba-2 checkpoints of other libraries: the authors' (mamba_ssm), transformers', fla's and Mistral's."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import Mamba2Config, Mamba2ForCausalLM
+
+from scrubjay.configuration.configuration_ssd import SSDConfig
+from scrubjay.configuration.mamba2_configs import config_for, fields_from, layout_of, their_name
+from scrubjay.conversion.checkpoint import Checkpoint
+from scrubjay.conversion.formats import Format
+from scrubjay.conversion.keymap import Shapes, our_shapes
+from scrubjay.modeling.key_names import layer_of
+from scrubjay.modeling.modeling_ssd import KEY_NAMES, SSDForCausalLM
+
+STATE_SIZE = 128  # of every published model; shapes tell only the product of groups and state size
+
+
+def sizes_from(shapes: Shapes) -> dict[str, Any]:
+    """What the shapes of the tensors, by our names, say of a Mamba-2 model.
+
+    Returns: fields of `SSDConfig`, and "groups_times_state" for the two that shapes do not tell apart.
+
+    Raises:
+        ValueError: names the tensors that are missing for it, or shapes that no Mamba-2 mixer has.
+    """
+    embedding, first = "model.embed_tokens.weight", "model.layers.0.mixer."
+    needed = {name: first + name for name in ("in_proj.weight", "conv1d.weight", "A_log", "norm.weight")}
+    if absent := [name for name in (embedding, *needed.values()) if name not in shapes]:
+        raise ValueError(f"The checkpoint is no Mamba-2 model: it has nothing for {', '.join(absent)}.")
+    vocab, hidden = shapes[embedding]
+    inner, heads = shapes[needed["norm.weight"]][0], shapes[needed["A_log"]][0]
+    channels, _, taps = shapes[needed["conv1d.weight"]]
+    rows = shapes[needed["in_proj.weight"]][0]
+    if rows != inner + channels + heads or (channels - inner) % 2 or inner % heads:
+        raise ValueError(
+            f"in_proj has {rows} rows; of {inner} channels, {channels} convolved ones and {heads} heads this model "
+            f"makes {inner + channels + heads}. A mixer with an MLP inside (d_ssm) is not supported."
+        )
+    layers = {int(layer) for name in shapes if (layer := layer_of("model.layers.*.norm.weight", name))}
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": len(layers),
+        "expand": inner // hidden if inner % hidden == 0 else inner / hidden,
+        "num_heads": heads,
+        "head_dim": inner // heads,
+        "conv_kernel": taps,
+        "use_bias": first + "in_proj.bias" in shapes,
+        "use_conv_bias": first + "conv1d.bias" in shapes,
+        "groups_times_state": (channels - inner) // 2,
+    }
+
+
+def read_config(layout: str, theirs: dict, shapes: Shapes, settings: dict) -> tuple[SSDConfig, list[str]]:
+    """The configuration that the shapes tell, held against the file's, which tells the rest."""
+    sizes = sizes_from(our_shapes(KEY_NAMES[layout], shapes))
+    product = sizes.pop("groups_times_state")
+    if not theirs:
+        fields, notes = _without_file(sizes, product, KEY_NAMES[layout][-1].theirs in shapes)
+        return SSDConfig(**fields | settings), notes
+    known, fields = layout_of(theirs) or layout, fields_from(theirs)
+    name_of = partial(their_name, known)
+    faults = [
+        f"{name_of(name)} {fields[name]!r}{_origin(theirs, name_of(name))}, the tensors say {found!r}"
+        for name, found in sizes.items()
+        if fields.get(name, found) != found
+    ]
+    groups, state = fields["n_groups"], fields["state_size"]
+    if groups * state != product:
+        faults.append(
+            f"{name_of('n_groups')} {groups} and {name_of('state_size')} {state}, the tensors say {product} for their "
+            "product"
+        )
+    if faults:
+        raise ValueError("The configuration contradicts the tensors: it says " + "; it says ".join(faults) + ".")
+    notes = [f"sizes: read off the tensors; the configuration ({known}) agrees"]
+    if known == "codestral":
+        notes.append("bos_token_id 1 and eos_token_id 2: of Mistral's tokenizers, params.json does not say")
+    return SSDConfig(**fields | settings), notes
+
+
+def _origin(theirs, name):
+    given = name in theirs or name in (theirs.get("ssm_cfg") or {})
+    return "" if given else " (the default, as nothing is given)"
+
+
+def _without_file(sizes, product, has_head):
+    state = STATE_SIZE if product % STATE_SIZE == 0 else product
+    fields = sizes | {"state_size": state, "n_groups": product // state, "tie_word_embeddings": not has_head}
+    notes = [
+        "sizes: read off the tensors; there is no configuration file",
+        f"state_size {state} and n_groups {product // state}: shapes tell their product alone; as the published models",
+        f"tie_word_embeddings {not has_head}: the checkpoint has {'a' if has_head else 'no'} head of its own",
+        "layer_norm_epsilon, time_step_limit, token ids: the defaults of this library",
+    ]
+    return fields, notes
+
+
+def reference(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
+    """(B, T) ids to (B, T, V) logits by transformers' Mamba-2 in float32, from the checkpoint's own names and sizes."""
+    tensors = {_plain(name): name for name in checkpoint.shapes}
+    shapes = {plain: checkpoint.shapes[name] for plain, name in tensors.items()}
+    vocab, hidden = shapes["backbone.embeddings.weight"]
+    heads, inner = shapes["backbone.layers.0.mixer.D"][0], shapes["backbone.layers.0.mixer.norm.weight"][0]
+    rest = {}
+    if checkpoint.config:
+        config = fields_from(checkpoint.config) if layout_of(checkpoint.config) else checkpoint.config
+        rest = {
+            n: config[n] for n in ("n_groups", "time_step_limit", "layer_norm_epsilon") if config.get(n) is not None
+        }
+    groups = rest.pop("n_groups", None) or (shapes["backbone.layers.0.mixer.conv1d.weight"][0] - inner) // 256
+    sizes = Mamba2Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=1 + max(int(name.split(".")[2]) for name in shapes if ".layers." in name),
+        num_heads=heads,
+        head_dim=inner // heads,
+        expand=inner // hidden,
+        n_groups=groups,
+        state_size=(shapes["backbone.layers.0.mixer.conv1d.weight"][0] - inner) // (2 * groups),
+        conv_kernel=shapes["backbone.layers.0.mixer.conv1d.weight"][2],
+        use_bias="backbone.layers.0.mixer.in_proj.bias" in shapes,
+        use_conv_bias="backbone.layers.0.mixer.conv1d.bias" in shapes,
+        tie_word_embeddings="lm_head.weight" not in shapes,
+        chunk_size=64,
+        **rest,
+    )
+    with torch.device("meta"):
+        model = Mamba2ForCausalLM(sizes)
+    if groups > 1 and not hasattr(model.backbone.layers[0].mixer.norm, "group_size"):
+        raise ValueError(
+            f"The check needs a transformers whose Mamba-2 normalises each group of channels; this one gives other "
+            f"logits where n_groups is {groups}. 5.23 does it."
+        )
+    weights = {plain: checkpoint.read(name).float() for plain, name in tensors.items()}
+    weights.setdefault("lm_head.weight", weights["backbone.embeddings.weight"])
+    model.load_state_dict(weights, assign=True)
+    with torch.no_grad():
+        return model.eval()(ids).logits.float()
+
+
+def _plain(name):
+    return name.removeprefix("model.").replace("backbone.embedding.", "backbone.embeddings.")
+
+
+def _layout(name, weights, names, looks_for, config_name="config.json"):
+    head = "model." if names == "codestral" else ""
+    embedding = "embeddings" if names == "transformers" else "embedding"
+
+    def recognises(config, shapes):
+        kinds = {"transformers": ("transformers",), "fla": ("fla",)}.get(name, ("mamba_ssm", "codestral"))
+        if config and layout_of(config) not in kinds:
+            return False
+        mine = f"{head}backbone.{embedding}.weight" in shapes and f"{head}backbone.layers.0.mixer.A_log" in shapes
+        return mine and (name != "fla" or bool(config))  # named as transformers', and told apart by the configuration
+
+    return Format(
+        name=name,
+        family="ssd",
+        model_class=SSDForCausalLM,
+        looks_for=looks_for,
+        recognises=recognises,
+        read_config=partial(read_config, names),
+        write_config=partial(config_for, name),
+        rows=lambda config: KEY_NAMES[names],
+        weights=weights,
+        config_name=config_name,
+        reference=reference,
+    )
+
+
+MAMBA2 = (
+    _layout(
+        "mamba_ssm", "bin", "mamba_ssm", "tensors backbone.embedding.weight, backbone.layers.0.mixer.A_log; d_model"
+    ),
+    _layout("transformers", "safetensors", "transformers", "tensors backbone.embeddings.weight; model_type mamba2"),
+    _layout("fla", "safetensors", "transformers", "tensors backbone.embeddings.weight; model_type mamba2 and norm_eps"),
+    _layout(
+        "codestral",
+        "consolidated",
+        "codestral",
+        "tensors model.backbone.embedding.weight; dim and n_layers",
+        "params.json",
+    ),
+)

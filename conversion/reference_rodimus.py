@@ -1,0 +1,192 @@
+"""Rodimus and Rodimus+ from the names of the authors' and fla's files alone, in float64: the judge of a conversion.
+
+Nothing of the tables of names, of the translation of configurations and of the model is used. Only the kernels' slow
+references are, a step at a time; everything around them is written out. One layer's weights are held at a time.
+
+B batch, T time, D hidden size, M inner width, N state size, H heads, P head size, V vocabulary.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from scrubjay.conversion.checkpoint import Checkpoint
+from scrubjay.kernels.ddts import ddts_reference
+from scrubjay.kernels.window import window_attention_reference
+
+ROWS = 8192  # of the head that are multiplied at a time: in float64 a whole one takes gigabytes
+
+
+@torch.no_grad()
+def codefuse_logits(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
+    """(B, T) ids to (B, T, V) float64 logits, from the authors' names and config.json."""
+    config = _config(checkpoint)
+    mixer, attention = config.get("mixer_cfg") or {}, config.get("attn_cfg") or {}
+    window, heads = attention.get("window_size"), attention.get("num_heads") or config["d_model"] // 128
+    rotary = attention.get("rotary_emb_dim", -1)
+    sizes = SimpleNamespace(
+        layers=config["n_layer"],
+        plus=config.get("block_type") == "rodimus_plus",
+        eps=config.get("norm_epsilon", 1e-5),
+        key_eps=mixer.get("normalize_epsilon") or 1e-12,
+        heads=heads,
+        window=window // 2 + 1 if window and window > 0 else ids.shape[1],
+        theta=attention.get("rotary_emb_base", 10000.0),
+        turned=config["d_model"] // max(heads, 1) if rotary < 0 else rotary,
+        neighbours=attention.get("rotary_emb_interleaved", False),
+    )
+
+    def part(i):
+        def of(name):
+            return checkpoint.read(f"model.layers.{i}.{name}").double()
+
+        inner = "mixer.inner_mixer."
+        values = {
+            "x_z": of("mixer.fc.weight").chunk(2),
+            "conv": (of(f"{inner}short_conv.conv1d.weight"), of(f"{inner}short_conv.conv1d.bias")),
+            "q_k": of(f"{inner}in_proj.weight").chunk(2),
+            "gates": of(f"{inner}mem_gate_proj.weight").chunk(2),
+            "gates_bias": of(f"{inner}mem_gate_proj.bias").chunk(2),
+            "rank": [of(f"{inner}ch_gate_proj.{name}") for name in ("0.weight", "1.weight", "1.bias")],
+            "through": of(f"{inner}residual_weight"),
+            "norms": [of("mixer_norm.weight"), of("mixer.act_norm.weight")],
+            "out": of("mixer.out_proj.weight"),
+        }
+        if sizes.plus:
+            values["attention"] = [of(f"attn.{name}_proj.weight") for name in ("q", "k", "v", "out")]
+            values["norms"] += [of("attn_norm.weight"), of("ffn_norm.weight")]
+            values["up_gate_down"] = (*of("ffn.fc.weight").chunk(2), of("ffn.out_proj.weight"))
+        return SimpleNamespace(**values)
+
+    x = _embedded(checkpoint, ids)
+    if config.get("use_scale_embedding", False):
+        x = x * mixer.get("mem_size", 64) ** 0.5
+    if config.get("use_norm_embedding", False):
+        x = _rms(x, checkpoint.read("model.embed_norm.weight").double(), sizes.eps)
+    return _head(checkpoint, _blocks(x, part, sizes), "model.norm_f.weight", sizes.eps, _tied(checkpoint, False))
+
+
+@torch.no_grad()
+def fla_logits(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
+    """(B, T) ids to (B, T, V) float64 logits, from fla's names and config.json."""
+    config = _config(checkpoint)
+    attention = config.get("ska_attn") or {"num_heads": 1}
+    sizes = SimpleNamespace(
+        layers=config["num_hidden_layers"],
+        plus=config.get("block_type", "rodimus_plus") == "rodimus_plus",
+        eps=config.get("norm_eps", 1e-5),
+        key_eps=config.get("k_norm_eps") or 1e-12,
+        heads=attention["num_heads"],
+        window=attention.get("window_size", 1024) or ids.shape[1],
+        theta=attention.get("rope_theta", 10000.0),
+        turned=config["hidden_size"] // attention["num_heads"],
+        neighbours=False,
+    )
+
+    def part(i):
+        def of(*names):
+            return [checkpoint.read(f"model.layers.{i}.{name}").double() for name in names]
+
+        values = {
+            "x_z": of("mixer.up_proj.weight", "mixer.gate_proj.weight"),
+            "conv": of("mixer.short_conv.weight", "mixer.short_conv.bias"),
+            "q_k": of("mixer.q_proj.weight", "mixer.k_proj.weight"),
+            "gates": of("mixer.g_gate_proj.weight", "mixer.tau_gate_proj.weight"),
+            "gates_bias": of("mixer.g_gate_proj.bias", "mixer.tau_gate_proj.bias"),
+            "rank": of(*(f"mixer.i_gate_proj.{name}" for name in ("0.weight", "1.weight", "1.bias"))),
+            "through": of("mixer.residual_weight")[0],
+            "norms": of("mixer_norm.weight", "mixer.activation_norm.weight"),
+            "out": of("mixer.down_proj.weight")[0],
+        }
+        if sizes.plus:
+            values["attention"] = of(*(f"ska_attn.{name}_proj.weight" for name in "qkvo"))
+            values["norms"] += of("ska_attn_norm.weight", "mlp_norm.weight")
+            values["up_gate_down"] = of(*(f"mlp.{name}_proj.weight" for name in ("up", "gate", "down")))
+        return SimpleNamespace(**values)
+
+    x = _blocks(_embedded(checkpoint, ids), part, sizes)
+    return _head(checkpoint, x, "model.norm.weight", sizes.eps, _tied(checkpoint, True))
+
+
+def _blocks(x: torch.Tensor, part: Any, sizes: SimpleNamespace) -> torch.Tensor:
+    """All layers. part: number of a layer -> its weights."""
+    for i in range(sizes.layers):
+        w = part(i)
+        x = x + _mixer(_rms(x, w.norms[0], sizes.eps), w, sizes)
+        if sizes.plus:
+            y = x + _attention(_rms(x, w.norms[2], sizes.eps), w, sizes)
+            up, gate, down = w.up_gate_down
+            h = _rms(y, w.norms[3], sizes.eps)
+            x = x + (F.silu(h @ gate.T) * (h @ up.T)) @ down.T
+    return x
+
+
+def _mixer(h, w, sizes):
+    x, z = (h @ weight.T for weight in w.x_z)
+    kernel, bias = w.conv
+    taps = kernel.shape[2]
+    convolved = F.conv1d(F.pad(x.mT, (taps - 1, 0)), kernel, bias, groups=kernel.shape[0]).mT
+    seen = F.silu(convolved)
+    q, k = (seen @ weight.T for weight in w.q_k)
+    select, temperature = (seen @ weight.T + b for weight, b in zip(w.gates, w.gates_bias, strict=True))
+    g, tau = torch.logaddexp(select, torch.zeros_like(select)), torch.sigmoid(temperature)
+    k = k / k.square().sum(-1, keepdim=True).sqrt().clamp(min=sizes.key_eps) * (tau * g.log()).exp()
+    down, up, up_bias = w.rank
+    v = torch.sigmoid(x @ down.T @ up.T + up_bias) * x
+    o, _ = ddts_reference(q / q.shape[-1] ** 0.5, k, v, -g * tau)
+    y = (o + w.through * seen) * F.silu(z)
+    return _rms(y, w.norms[1], sizes.eps) @ w.out.T
+
+
+def _attention(h, w, sizes):
+    size = h.shape[-1] // sizes.heads
+    *projections, out = w.attention
+    q, k, v = ((h @ weight.T).unflatten(-1, (-1, size)) for weight in projections)
+    o = window_attention_reference(_turn(q, sizes), _turn(k, sizes), v, sizes.window)
+    return o.flatten(2) @ out.T
+
+
+def _turn(x, sizes):
+    """Each pair of channels of x (B, T, heads, P) as one complex number, times exp(i t theta^(-2 j / turned))."""
+    if not sizes.turned:
+        return x
+    pairs = sizes.turned // 2
+    rates = sizes.theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None, None] * rates
+    first = slice(0, 2 * pairs, 2) if sizes.neighbours else slice(0, pairs)
+    second = slice(1, 2 * pairs, 2) if sizes.neighbours else slice(pairs, 2 * pairs)
+    turned, result = (
+        torch.complex(x[..., first], x[..., second]) * torch.polar(torch.ones_like(angles), angles),
+        x.clone(),
+    )
+    result[..., first], result[..., second] = turned.real, turned.imag
+    return result
+
+
+def _config(checkpoint):
+    if not checkpoint.config:
+        raise ValueError(
+            "The check needs the configuration file of the source: shapes do not tell all that the model computes. Put "
+            "it beside the weights, or convert without the check."
+        )
+    return checkpoint.config
+
+
+def _embedded(checkpoint, ids):
+    return checkpoint.read("model.embeddings.weight")[ids].double()
+
+
+def _tied(checkpoint, default):
+    return checkpoint.config.get("tie_word_embeddings", default)
+
+
+def _head(checkpoint, x, norm, eps, tied):
+    x = _rms(x, checkpoint.read(norm).double(), eps)
+    head = checkpoint.read("model.embeddings.weight" if tied else "lm_head.weight")
+    return torch.cat([x @ rows.double().T for rows in head.split(ROWS)], -1)
+
+
+def _rms(x, weight, eps):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight

@@ -1,0 +1,138 @@
+"""Convert full-width, 2-layer cuts of published models with `scrubjay convert --check` and record what that took.
+
+Each cut is a folder of the published layout with random values: names, shapes, file format and configuration are those
+of the model, only the number of layers is not. The conversion runs in a process of its own, whose peak memory is read.
+
+    python examples/conversion_check.py                 the three cuts, 1 to 3 GB each; some minutes on a CPU
+    python examples/conversion_check.py --smoke         narrow cuts, seconds
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scrubjay.examples.published_layouts import CODESTRAL, MAMBA2_2B7, write_codestral, write_mamba_ssm
+from scrubjay.examples.published_rodimus import PUBLISHED, write_rodimus
+from scrubjay.examples.report import machine, size, table, versions
+
+RESULT = Path("examples/results/conversion.json")
+BOUND = 1e-4  # largest difference of logits, in float32
+# Peak memory of the imports, of a conversion, and of one with a check.
+CHILD = """
+import json, sys
+import scrubjay.conversion.convert
+from scrubjay.cli import main
+from scrubjay.examples.benchmark_cpu import high_water
+source, plain, checked = sys.argv[1:]
+peaks = [high_water(reset=True)]
+for arguments in ([plain], [checked, "--check"]):
+    code = main(["convert", source, *arguments])
+    if code:
+        raise SystemExit(code)
+    peaks.append(high_water())
+    high_water(reset=True)
+print(json.dumps(peaks))
+"""
+NARROW = dict(d=128, L=2, V=512)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How to write one into a folder, at full width and narrow."""
+
+    write: Callable[[Path], object]
+    smoke: Callable[[Path], object]
+
+
+def _rodimus(**changes):
+    return PUBLISHED["Rodimus-Plus-Coder-1.6B-Base"][0] | {"n_layer": 2} | changes
+
+
+def _narrow_rodimus():
+    config = _rodimus(d_model=256, vocab_size=512, bos_token_id=0, eos_token_id=0)
+    return config | {"attn_cfg": config["attn_cfg"] | {"num_heads": 2, "num_heads_v": 2}}
+
+
+CUTS = {
+    "Mamba-2 2.7B": Cut(
+        lambda folder: write_mamba_ssm(folder, MAMBA2_2B7 | {"L": 2}, unpadded=50277),
+        lambda folder: write_mamba_ssm(folder, MAMBA2_2B7 | NARROW),
+    ),
+    "Mamba-Codestral 7B": Cut(
+        lambda folder: write_codestral(folder, CODESTRAL | {"L": 2}),
+        lambda folder: write_codestral(folder, CODESTRAL | NARROW | {"G": 2}),
+    ),
+    "Rodimus+ Coder 1.6B": Cut(
+        lambda folder: write_rodimus(folder, _rodimus()),
+        lambda folder: write_rodimus(folder, _narrow_rodimus()),
+    ),
+}
+
+
+def check_cut(name: str, smoke: bool) -> dict:
+    """Write a cut, convert it, and convert it with a check.
+
+    Returns: the report of the conversion, and the peak bytes and seconds of the process that made it.
+
+    Raises:
+        RuntimeError: a conversion that failed, with what it said, or logits that differ by more than `BOUND`.
+    """
+    cut = CUTS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        source, plain, checked = (Path(folder) / part for part in ("source", "plain", "checked"))
+        (cut.smoke if smoke else cut.write)(source)
+        files = {file.name: file.stat().st_size for file in sorted(source.iterdir())}
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", CHILD, source, plain, checked], capture_output=True, text=True)
+        seconds = round(time.perf_counter() - start, 1)
+        if done.returncode:
+            raise RuntimeError(f"{name}: {done.stderr or done.stdout}")
+        report = json.loads((checked / "conversion.json").read_text(encoding="utf-8"))
+    peaks = json.loads(done.stdout.splitlines()[-1])
+    worst = max(report["check"]["max_logit_difference"].values())
+    if not worst <= BOUND:
+        raise RuntimeError(f"{name}: logits differ by {worst:.3g}; at most {BOUND:g} is rounding.")
+    named = dict(zip(("imports", "conversion", "with_check"), peaks, strict=True))
+    return (
+        {"name": name, "source_files": files, "seconds": seconds, "peak_bytes": named} | report | {"source": "SOURCE"}
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict]:
+    """Run the cuts; returns their records."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="narrow cuts; writes no file unless --out is given")
+    parser.add_argument("--only", choices=list(CUTS), help="one cut alone")
+    parser.add_argument("--out", type=Path, help=f"JSON to write (default: {RESULT}, none with --smoke)")
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    records = [check_cut(name, arguments.smoke) for name in CUTS if arguments.only in (None, name)]
+    rows = [
+        [
+            record["name"],
+            size(record["bytes_read"]),
+            f"{max(record['check']['max_logit_difference'].values()):.1e}",
+            *(size(peak) for peak in record["peak_bytes"].values()),
+            f"{record['seconds']} s",
+        ]
+        for record in records
+    ]
+    header = ["source", "logits differ by", "imports", "peak memory", "with --check", "both took"]
+    print(table("2-layer cut", header, rows))
+    out = arguments.out or (None if arguments.smoke else RESULT)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        result = {"bound": BOUND, "machine": machine(), "versions": versions(), "cuts": records}
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return records
+
+
+if __name__ == "__main__":
+    main()

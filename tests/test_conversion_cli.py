@@ -1,0 +1,105 @@
+"""`scrubjay convert`: its arguments arrive, its report and errors are readable, its bar is for terminals."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+
+import pytest
+import torch
+from conversion_cases import mamba_ssm, stored
+from test_cli import error_of
+from transformers.utils import logging
+
+from scrubjay import SSDConfig, cli
+from scrubjay.conversion import parity
+from scrubjay.examples import conversion_check
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    """The command silences transformers, for the length of a process."""
+    level = logging.get_verbosity()
+    yield
+    logging.set_verbosity(level)
+    logging.enable_progress_bar()
+
+
+def test_a_report_is_printed_and_nothing_else(tmp_path, capsys):
+    tensors = mamba_ssm(tmp_path / "source")
+    assert cli.main(["convert", str(tmp_path / "source"), str(tmp_path / "new"), "--check"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith(f"{tmp_path / 'source'}: mamba_ssm -> scrubjay (ssd)\n")
+    del tensors["lm_head.weight"]
+    assert f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters" in out
+    assert "- left out: lm_head.weight (repeats backbone.embedding.weight)" in out
+    assert "this library's model on the result: logits differ by at most" in out
+    assert out.rstrip("\n") in (tmp_path / "new" / "conversion.md").read_text()
+
+
+def test_arguments_arrive(tmp_path):
+    mamba_ssm(tmp_path / "source")
+    argv = ["convert", str(tmp_path / "source"), str(tmp_path / "new"), "--max-shard-size", "20KB", "--quiet"]
+    argv += ["--dtype", "bfloat16", "--set", "chunk_size=16", "--set", "hidden_act=swish"]
+    assert cli.main(argv) == 0
+    config = SSDConfig.from_pretrained(tmp_path / "new")
+    assert (config.chunk_size, config.hidden_act, config.dtype) == (16, "swish", torch.bfloat16)
+    assert (tmp_path / "new" / "model.safetensors.index.json").is_file()
+    back = ["convert", str(tmp_path / "new"), str(tmp_path / "back"), "--to", "mamba_ssm"]
+    assert cli.main(back) == 0
+    assert stored(tmp_path / "back")["lm_head.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--to", "gguf"), "a ssd model cannot be written as 'gguf'. choose one of scrubjay, transformers, fla"),
+        (("--set", "chunk_size"), "--set takes name=value; got 'chunk_size'"),
+        (("--set", "size=3"), "size: no such field in ssdconfig"),
+        (("--max-shard-size", "big"), "max_shard_size must be a positive number"),
+        (("--dtype", "int4"), "invalid choice: 'int4'"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, tuple) else None,
+)
+def test_errors_are_one_line(tmp_path, capsys, argv, said):
+    mamba_ssm(tmp_path / "source")
+    assert said in error_of(capsys, "convert", tmp_path / "source", tmp_path / "new", *argv).lower()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_check_that_fails_is_an_error_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    mamba_ssm(tmp_path / "source")
+    monkeypatch.setattr(parity, "BOUND", 1e-9)
+    error = error_of(capsys, "convert", tmp_path / "source", tmp_path / "new", "--check")
+    assert "The check failed: logits differ from the source's by this library's model on the result: " in error
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_the_bar_is_drawn_on_a_terminal(tmp_path):
+    mamba_ssm(tmp_path / "source")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    command = [sys.executable, "-m", "scrubjay.cli", "convert", tmp_path / "source", tmp_path / "new"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    os.write(theirs, b"end")  # or else a command that draws nothing would be waited for
+    drawn = os.read(ours, 10_000).decode()
+    os.close(theirs)
+    os.close(ours)
+    assert done.returncode == 0
+    assert "writing: 100%" in drawn
+    assert done.stdout.count("\n") == len(done.stdout.splitlines()) > 4
+
+
+def test_the_example_of_cuts_smoke(tmp_path):
+    (record,) = conversion_check.main(["--smoke", "--only", "Mamba-2 2.7B", "--out", str(tmp_path / "out.json")])
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["cuts"] == [record]
+    assert record["layouts"] == ["mamba_ssm", "scrubjay"]
+    assert 0 < max(record["check"]["max_logit_difference"].values()) < written["bound"] == 1e-4
+    assert set(record["peak_bytes"]) == {"imports", "conversion", "with_check"}
+    assert min(record["peak_bytes"].values()) > 10**8
+    assert set(record["source_files"]) == {"config.json", "pytorch_model.bin"}
+    assert str(tmp_path) not in json.dumps(written)

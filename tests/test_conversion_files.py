@@ -1,0 +1,334 @@
+"""Reading and writing of checkpoints: damaged files, interrupts, a full disk, memory, shards, progress."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+from conversion_cases import SMALL, assert_same, codestral, mamba_ssm, stored, tied
+from safetensors.torch import load_file, save_file
+
+from scrubjay.conversion import source as source_module
+from scrubjay.conversion import weights as weights_module
+from scrubjay.conversion.checkpoint import Checkpoint
+from scrubjay.conversion.convert import convert
+from scrubjay.conversion.weights import parse_size, write_weights
+from scrubjay.examples.published_layouts import mamba2_shapes, values, write_mamba_ssm
+
+TENSORS = {
+    "a": torch.arange(15.0).view(3, 5).bfloat16(),
+    "b": torch.randn(7),
+    "c": torch.tensor(3.0),
+    "d": torch.arange(4).view(2, 2),
+    "e": torch.randn(4, 4).half(),
+    "f": torch.randn(6, 4, dtype=torch.float64).T,
+    "empty": torch.zeros(0, 3),
+}
+ENTRIES = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
+
+
+def sharded(folder, kind, limit):
+    """A small mamba_ssm folder of several files."""
+    tensors = mamba_ssm(folder)
+    (folder / "pytorch_model.bin").unlink()
+    entries = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    write_weights(folder, entries, tensors.__getitem__, kind=kind, max_shard_size=limit)
+    return tensors
+
+
+@pytest.mark.parametrize("size", ["5GB", 100])
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "consolidated"])
+def test_written_files_are_what_other_readers_expect(tmp_path, kind, size):
+    files = write_weights(tmp_path, ENTRIES, TENSORS.__getitem__, kind=kind, max_shard_size=size)
+    assert {file.name for file in files} == {path.name for path in tmp_path.iterdir()}
+    found = stored(tmp_path)
+    assert_same(found, TENSORS)
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.shapes == {name: shape for name, (shape, _) in ENTRIES.items()}
+    assert checkpoint.dtypes == {name: dtype for name, (_, dtype) in ENTRIES.items()}
+    assert_same({name: checkpoint.read(name) for name in ENTRIES}, TENSORS)
+    for file in files:
+        if file.suffix == ".bin":
+            assert zipfile.ZipFile(file).testzip() is None  # readers other than torch look at the checksums
+            assert_same(torch.load(file, mmap=True, weights_only=True), torch.load(file, weights_only=True))
+        elif file.suffix == ".safetensors":
+            header = json.loads(file.read_bytes()[8:].split(b"}}")[0] + b"}}")
+            starts = {name: entry["data_offsets"][0] for name, entry in header.items() if name in TENSORS}
+            assert all(start % TENSORS[name].element_size() == 0 for name, start in starts.items())  # can be mapped
+    if size == 100 and kind != "consolidated":
+        index = json.loads(next(tmp_path.glob("*.index.json")).read_text())
+        assert index["metadata"] == {
+            "total_size": sum(t.numel() * t.element_size() for t in TENSORS.values()),
+            "total_parameters": sum(t.numel() for t in TENSORS.values()),
+        }
+        assert set(index["weight_map"]) == set(TENSORS)
+        for name in set(index["weight_map"].values()):
+            members = [member for member, file in index["weight_map"].items() if file == name]
+            assert len(members) == 1 or sum(TENSORS[m].numel() * TENSORS[m].element_size() for m in members) <= 100
+    else:
+        assert len(files) == 1
+
+
+@pytest.mark.parametrize(("size", "want"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), (17, 17), ("300KB", 300_000)])
+def test_sizes_are_read_as_transformers_reads_them(size, want):
+    assert parse_size(size) == want
+
+
+@pytest.mark.parametrize("size", ["", "0", "-1GB", "many", "5 bananas", "nan", "inf"])
+def test_sizes_that_are_none_are_refused(tmp_path, size):
+    mamba_ssm(tmp_path / "source")
+    with pytest.raises(ValueError, match="max_shard_size must be a positive number"):
+        convert(tmp_path / "source", tmp_path / "new", max_shard_size=size)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_sources_and_results_in_shards(tmp_path, kind):
+    tensors = sharded(tmp_path / "source", kind, 20_000)
+    assert len(list((tmp_path / "source").iterdir())) > 4
+    convert(tmp_path / "source", tmp_path / "new", max_shard_size=15_000, check=True)
+    assert len(list((tmp_path / "new").glob("model-*.safetensors"))) > 3
+    convert(tmp_path / "new", tmp_path / "back", to="mamba_ssm", max_shard_size="10KB")
+    assert_same(stored(tmp_path / "back"), tensors)
+
+
+def test_pickles_of_the_old_form_are_read(tmp_path):
+    tensors = mamba_ssm(tmp_path / "source")
+    torch.save(tensors, tmp_path / "source" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    convert(tmp_path / "source", tmp_path / "new", to="transformers")
+    assert torch.equal(stored(tmp_path / "new")["backbone.norm_f.weight"], tensors["backbone.norm_f.weight"])
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size - 100)
+
+
+def drop_shard(folder):
+    next(folder.glob("*-00002-of-*")).unlink()
+
+
+def index_of(folder, change):
+    path = next(folder.glob("*.index.json"))
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+DAMAGES = {
+    "truncated shard": (lambda f: truncate(next(f.glob("*-00002-of-*"))), "is damaged or incomplete"),
+    "missing shard": (drop_shard, "lists files that are not there: .*-00002-of-"),
+    "name not in the files": (
+        lambda f: index_of(f, lambda m: m.update(ghost=next(iter(m.values())))),
+        r"absent: \['ghost'\]",
+    ),
+    "name not in the index": (
+        lambda f: index_of(f, lambda m: m.pop("lm_head.weight")),
+        r"not listed: \['lm_head.weight'\]",
+    ),
+    "path out of the folder": (
+        lambda f: index_of(f, lambda m: m.update(x="../evil.bin")),
+        "outside of its folder: ../evil",
+    ),
+    "index of another kind": (lambda f: next(f.glob("*.index.json")).write_text("[]"), "needs an object weight_map"),
+    "configuration cut off": (lambda f: truncate(f / "config.json"), "config.json is not JSON"),
+    "configuration of another kind": (lambda f: (f / "config.json").write_text("[1]"), "must hold an object"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_damaged_sources_are_refused_and_named(tmp_path, kind, damage):
+    sharded(tmp_path / "source", kind, 20_000)
+    spoil, match = DAMAGES[damage]
+    spoil(tmp_path / "source")
+    with pytest.raises(ValueError, match=match):
+        convert(tmp_path / "source", tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ([torch.zeros(2)], "must hold a dictionary of tensors; it holds a list"),
+        (
+            {"model": {"a": torch.zeros(2)}, "step": 3},
+            r"must hold tensors alone; it also holds model \(dict\), step \(int\)",
+        ),
+    ],
+    ids=["list", "nested"],
+)
+def test_pickles_of_something_else_are_refused(tmp_path, content, match):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=match):
+        convert(tmp_path, tmp_path / "new")
+
+
+def test_a_truncated_single_file_is_refused(tmp_path):
+    for write, name in ((mamba_ssm, "pytorch_model.bin"), (tied, "model.safetensors")):
+        write(tmp_path / name)
+        truncate(tmp_path / name / name)
+        with pytest.raises(ValueError, match=f"{name} is damaged or incomplete"):
+            convert(tmp_path / name, tmp_path / "new")
+
+
+def test_no_weights_and_no_path_are_said(tmp_path):
+    with pytest.raises(ValueError, match=r"No weights in .*none of model.safetensors"):
+        convert(tmp_path, tmp_path / "new")
+    for name in (str(tmp_path / "nowhere"), "nowhere", "./a/b"):
+        with pytest.raises(ValueError, match=r"does not exist\. Pass a folder, a file of weights, or owner/name"):
+            convert(name, tmp_path / "new")
+
+
+@pytest.mark.parametrize("to", [None, "mamba_ssm"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=["ctrl-c", "disk"])
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, error, to):
+    tied(tmp_path / "source")
+    read, calls = Checkpoint.read, []
+
+    def fails_later(self, name):
+        calls.append(name)
+        if len(calls) == 12:
+            raise error
+        return read(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", fails_later)
+    with pytest.raises(error if isinstance(error, type) else OSError):
+        convert(tmp_path / "source", tmp_path / "deep" / "new", to=to)
+    assert len(calls) == 12
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path):
+    """The system itself refuses to write on."""
+    tied(tmp_path / "source")
+    code = (
+        "import resource, signal, sys\n"
+        "from scrubjay.conversion.convert import convert\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, resource.RLIM_INFINITY))\n"
+        "try:\n    convert(sys.argv[1], sys.argv[2])\n"
+        "except OSError as error:\n    print(error.strerror)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "source", tmp_path / "new"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "File too large\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+LARGE = dict(d=1024, L=6, V=10_000, P=64, N=128, G=1, K=4)
+SHARD = 48 * 10**6
+
+
+def memory(*jobs):
+    """Bytes that conversions took at their peaks: source, layout, destination of each."""
+    child = Path(__file__).with_name("conversion_memory_child.py")
+    return json.loads(subprocess.run([sys.executable, child, *jobs], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to reset a process's peak")
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_memory_stays_within_the_largest_file(tmp_path, kind):
+    """At most 1.3 times it, whatever the number of files; measured 1.00 to 1.13."""
+    shapes = mamba2_shapes("embedding", LARGE, head=True)
+    source = tmp_path / "source"
+    write_mamba_ssm(source, LARGE | dict(L=0, V=48), unpadded=LARGE["V"])
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"n_layer": LARGE["L"]}))
+    (source / "pytorch_model.bin").unlink()
+    entries = {name: (shape, torch.float32) for name, shape in shapes.items()}
+
+    def values_of(name):  # the head repeats the embedding
+        seed = 0 if shapes[name][0] == LARGE["V"] else len(name)
+        return torch.rand(shapes[name], generator=torch.Generator().manual_seed(seed))
+
+    files = write_weights(source, entries, values_of, kind=kind, max_shard_size=SHARD)
+    sizes = [file.stat().st_size for file in files]
+    assert len(sizes) > 4
+    grown = memory(source, "scrubjay", tmp_path / "ours", source, "transformers", tmp_path / "theirs")
+    (whole,) = (file.stat().st_size for file in (tmp_path / "ours").glob("*.safetensors"))
+    assert whole > 4 * SHARD
+    (single,) = memory(tmp_path / "ours", "mamba_ssm", tmp_path / "back").values()
+    assert single < 0.7 * whole, single / whole  # measured 0.55: a file is not held as a whole either
+    assert len(grown) == 2
+    for layout, size in grown.items():
+        assert 0.2 * max(sizes) < size < 1.3 * max(sizes), (layout, size / max(sizes))
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_counts_every_byte_and_is_for_terminals(tmp_path, monkeypatch, progress):
+    mamba_ssm(tmp_path / "source")
+    bars = []
+
+    class Bar(weights_module.tqdm):
+        def __init__(self, **arguments):
+            bars.append(arguments | {"counted": 0})
+            super().__init__(**arguments)
+
+        def update(self, n=1):
+            bars[-1]["counted"] += n
+            return super().update(n)
+
+    monkeypatch.setattr(weights_module, "tqdm", Bar)
+    report = convert(tmp_path / "source", tmp_path / "new", progress=progress)
+    assert bars[0]["counted"] == bars[0]["total"] == sum(report.dtypes.values())
+    assert bars[0]["disable"] == (None if progress else True)  # None asks the stream whether it is a terminal
+
+
+def test_a_name_on_the_hub_is_downloaded_once_and_without_what_is_not_read(tmp_path, monkeypatch):
+    """The repository has the weights three times; only the kind that is read comes."""
+    tied(tmp_path / "repository")
+    save_file({"x": torch.zeros(1)}, tmp_path / "repository" / "consolidated.safetensors")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "repository" / "pytorch_model.bin")
+    (tmp_path / "repository" / "modeling_evil.py").write_text("raise SystemExit")
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(name)
+        folder = tmp_path / "cache" / str(len(asked))
+        folder.mkdir(parents=True)
+        for file in (tmp_path / "repository").iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copyfile(file, folder / file.name)
+        return str(folder)
+
+    monkeypatch.setattr(source_module, "snapshot_download", snapshot_download)
+    convert("owner/name", tmp_path / "new")
+    assert asked == ["owner/name"]
+    assert {path.name for path in (tmp_path / "cache" / "1").iterdir()} == {"config.json", "model.safetensors"}
+    assert_same(
+        load_file(tmp_path / "cache" / "1" / "model.safetensors"),
+        load_file(tmp_path / "repository" / "model.safetensors"),
+    )
+    (tmp_path / "repository" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"layout of .* is unknown"):  # now it is the pickle that is read
+        convert("owner/name", tmp_path / "other")
+
+
+def test_mistral_files_are_read_beside_a_copy_for_transformers(tmp_path):
+    """Its repository has both; the copy is what `from_pretrained` loads, and so does a conversion."""
+    codestral(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert Checkpoint(tmp_path).config_file.name == "params.json"
+    tied(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    assert (checkpoint.files[0].name, checkpoint.config_file.name) == ("model.safetensors", "config.json")
+
+
+def test_one_mapping_at_a_time(tmp_path):
+    sharded(tmp_path / "source", "safetensors", 20_000)
+    checkpoint = Checkpoint(tmp_path / "source")
+    names = [f"backbone.layers.{i}.norm.weight" for i in range(SMALL["L"])]
+    want = values(mamba2_shapes("embedding", SMALL))
+    for name in names * 2:
+        assert torch.equal(checkpoint.read(name), want[name])
+        assert checkpoint._open[0] == checkpoint._file_of[name]
+    checkpoint.close()
+    assert checkpoint._open is None
