@@ -123,8 +123,8 @@ class SSDConfig(PreTrainedConfig):
         if self.num_heads is None:
             self.num_heads = inner // max(self.head_dim, 1)
         # Published files write infinity as a bare JSON word, as {"__float__": "Infinity"}, or leave the field out.
-        self.time_step_limit = _numbers("time_step_limit", self.time_step_limit or (0.0, math.inf))
-        self.A_initializer_range = _numbers("A_initializer_range", self.A_initializer_range)
+        self.time_step_limit = numbers("time_step_limit", self.time_step_limit or (0.0, math.inf))
+        self.A_initializer_range = numbers("A_initializer_range", self.A_initializer_range)
         super().__post_init__(**kwargs)
 
     @property
@@ -170,7 +170,7 @@ class SSDConfig(PreTrainedConfig):
             )
 
 
-def _numbers(name: str, value) -> list[float]:
+def numbers(name: str, value) -> list[float]:
     """As floats; {"__float__": "Infinity"} is how transformers writes what JSON cannot."""
     try:
         return [float(x["__float__"] if isinstance(x, dict) else x) for x in value]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from scrubjay.configuration.configuration_ssd import SSDConfig
+from scrubjay.configuration.configuration_ssd import SSDConfig, numbers
 from scrubjay.configuration.mamba2_configs import config_for, fields_from, layout_of, their_name
 from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.formats import Format
@@ -110,6 +110,8 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
         rest = {
             n: config[n] for n in ("n_groups", "time_step_limit", "layer_norm_epsilon") if config.get(n) is not None
         }
+    if "time_step_limit" in rest:
+        rest["time_step_limit"] = tuple(numbers("time_step_limit", rest["time_step_limit"]))
     groups = rest.pop("n_groups", None) or (shapes["backbone.layers.0.mixer.conv1d.weight"][0] - inner) // 256
     sizes = Mamba2Config(
         vocab_size=vocab,

@@ -17,7 +17,9 @@ from conversion_cases import (
     stored,
     transformers,
 )
+from parity_cases import shake
 from test_published_sizes import MAMBA2
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from scrubjay import SSDConfig, SSDForCausalLM
 from scrubjay.conversion.convert import FORMATS, convert, own_shapes
@@ -184,6 +186,16 @@ def test_the_check_measures_and_reports(tmp_path):
     assert report.text() in text
     assert (tmp_path / "new" / "LICENSE").read_text() == "as you like"
     assert (tmp_path / "new" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.1, 0.6)])
+def test_a_folder_that_transformers_saved_passes_the_check(tmp_path, limit):
+    """It writes infinity as a dictionary."""
+    sizes = dict(hidden_size=32, num_heads=4, head_dim=16, state_size=8, num_hidden_layers=2, vocab_size=48, n_groups=1)
+    shake(Mamba2ForCausalLM(Mamba2Config(**sizes, time_step_limit=limit))).save_pretrained(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "new", check=True)
+    assert 0 < max(report.check["max_logit_difference"].values()) < BOUND
+    assert load_whole(tmp_path / "new").config.time_step_limit == list(limit)
 
 
 @pytest.mark.parametrize("pair", [("D", "dt_bias"), ("norm.weight", "norm_f.weight")], ids=str)

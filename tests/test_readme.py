@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+TASKS = ROOT / "examples" / "lm_eval_tasks"
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -19,7 +20,8 @@ def test_python_blocks_run_as_written(tmp_path, monkeypatch):
 def test_links_and_pictures_exist():
     targets = re.findall(r"\]\((?!https?:)([^)]+)\)", TEXT)
     assert targets
-    assert not [target for target in targets if not (ROOT / target).exists()]
+    heads = {f"#{re.sub(r'[^a-z0-9]+', '-', head.lower())}" for head in re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)}
+    assert not [target for target in targets if target not in heads and not (ROOT / target).exists()]
 
 
 def test_commands_exist():
@@ -28,3 +30,8 @@ def test_commands_exist():
         assert target in ("makes",) or re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for script in re.findall(r"python (examples/\w+\.py)", TEXT):
         assert (ROOT / script).exists()
+    (tasks,) = re.findall(r"--tasks (\S+)", TEXT)
+    named = {re.search(r"^task: (\S+)$", file.read_text(), re.MULTILINE)[1] for file in TASKS.glob("*.yaml")}
+    assert set(tasks.split(",")) == named
+    for file in re.findall(r"[`/](\w+\.yaml)", TEXT):
+        assert (ROOT / "examples" / "accelerate" / file).exists()
