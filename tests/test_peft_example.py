@@ -1,14 +1,16 @@
 """examples/qlora.py and the instructions that it makes."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from hub_server import HubServer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scrubjay import SSDForCausalLM
 from scrubjay.examples import qlora
 from scrubjay.examples.corpus import load_corpus, train_tokenizer
 from scrubjay.examples.docstrings import pairs_of
@@ -39,6 +41,18 @@ def short():
     """Too short."""
     return 1
 '''
+
+# the adapter as a stranger has it, against the merged model
+STRANGER = """
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+tuned = AutoPeftModelForCausalLM.from_pretrained("jay/tuned-lora", trust_remote_code=True)
+merged = AutoModelForCausalLM.from_pretrained("jay/tuned", trust_remote_code=True)
+ids = torch.arange(5, 40)[None]
+with torch.no_grad():
+    print(float((tuned.eval()(input_ids=ids).logits - merged.eval()(input_ids=ids).logits).abs().max()))
+"""
 
 
 def test_instructions_are_functions_and_what_they_are_said_to_do():
@@ -112,17 +126,34 @@ def test_qlora_smoke(tmp_path, capsys):
     assert any(isinstance(module, Linear4bit) for module in load(str(tmp_path / "base"), 4).modules())
 
 
-def test_a_push_publishes_the_merged_model_and_the_adapter(tmp_path, monkeypatch):
-    """Under which names; that a push works is tested with a Hub."""
-    pushed = []
-    for kind in (SSDForCausalLM, PreTrainedTokenizerFast, PeftModel):
-        monkeypatch.setattr(kind, "push_to_hub", lambda self, name: pushed.append((type(self).__name__, name)))
-    monkeypatch.setattr(qlora, "memory", lambda run, base: {"base": {"float32": {}, "4 bits": {}}})
-    qlora.main(["--smoke", "--kind", "ssd", "--output", str(tmp_path), "--push", "someone/model"])
-    (model, *rest), (tokenizer, *_), (adapter, *where) = pushed
-    assert (model, *rest) == ("SSDForCausalLM", "someone/model")
-    assert "Tokenizer" in tokenizer
-    assert (adapter, *where) == ("PeftModelForCausalLM", "someone/model-lora")
+@pytest.mark.slow
+def test_what_is_pushed_is_all_that_a_stranger_needs(tmp_path):
+    """Merged model, base and adapter on a Hub; a second process loads the adapter by its name alone."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    with HubServer() as hub:
+        own = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": hub.token,
+        }
+        for command in (
+            ["-m", "scrubjay.examples.qlora", "--smoke", "--kind", "ssd", "--output", "out", "--push", "jay/tuned"],
+            ["-c", STRANGER],
+        ):
+            done = subprocess.run(
+                [sys.executable, *command], cwd=tmp_path, env=kept | own, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+        files = {name: repository.commits[repository.find("main")] for name, repository in hub.repositories.items()}
+    whole = {"model.safetensors", "modeling_ssd.py", "tokenizer.json", "README.md"}
+    assert whole <= set(files["jay/tuned"]) & set(files["jay/tuned-base"])
+    adapter = json.loads(files["jay/tuned-lora"]["adapter_config.json"].content)
+    assert adapter["base_model_name_or_path"] == "jay/tuned-base"
+    assert str(tmp_path) not in files["jay/tuned-lora"]["README.md"].content.decode()
+    assert "by LoRA of rank 4 on 4 bits" in files["jay/tuned"]["README.md"].content.decode()
+    difference = float(done.stdout.split()[-1])
+    assert difference < 1e-4  # 5e-7 here
 
 
 def test_a_text_without_examples_is_refused(tmp_path, monkeypatch):
