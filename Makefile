@@ -16,7 +16,7 @@ define TRITON
 	.venv/bin/python examples/kernels_aot.py --check; }
 endef
 
-CONTRACT = $(wildcard tests/test_modeling.py tests/test_generate.py tests/test_hub.py)
+CONTRACT = $(wildcard tests/test_modeling.py tests/test_generate.py tests/test_hub*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest test-kernels gpu style quality types clean
@@ -32,7 +32,7 @@ test: .venv/.dev ## the whole test-suite, on CPU, offline
 	$(TRITON)
 
 test-oldest: .venv-oldest/.test ## the model contract on the oldest supported transformers
-	$(if $(CONTRACT),,$(error no contract test found: tests/test_modeling.py, tests/test_generate.py, tests/test_hub.py))
+	$(if $(CONTRACT),,$(error no contract test found: tests/test_modeling.py, tests/test_generate.py, tests/test_hub*.py))
 	$(call PYTEST,.venv-oldest) -n $(WORKERS) $(CONTRACT)
 
 test-kernels: .venv/.dev ## the kernels alone: PyTorch's, Triton's in its interpreter, Triton's compiled without a GPU
