@@ -99,7 +99,10 @@ def _without_file(sizes, product, has_head):
 
 
 def reference(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
-    """(B, T) ids to (B, T, V) logits by transformers' Mamba-2 in float32, from the checkpoint's own names and sizes."""
+    """(B, T) ids to (B, T, V) logits by transformers' Mamba-2 in float32, from the checkpoint's own names and sizes.
+
+    Without a configuration file, groups are those of the published models.
+    """
     tensors = {_plain(name): name for name in checkpoint.shapes}
     shapes = {plain: checkpoint.shapes[name] for plain, name in tensors.items()}
     vocab, hidden = shapes["backbone.embeddings.weight"]
@@ -112,7 +115,8 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
         }
     if "time_step_limit" in rest:
         rest["time_step_limit"] = tuple(numbers("time_step_limit", rest["time_step_limit"]))
-    groups = rest.pop("n_groups", None) or (shapes["backbone.layers.0.mixer.conv1d.weight"][0] - inner) // 256
+    product = (shapes["backbone.layers.0.mixer.conv1d.weight"][0] - inner) // 2
+    groups = rest.pop("n_groups", None) or (1 if product % STATE_SIZE else product // STATE_SIZE)
     sizes = Mamba2Config(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -121,7 +125,7 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
         head_dim=inner // heads,
         expand=inner // hidden,
         n_groups=groups,
-        state_size=(shapes["backbone.layers.0.mixer.conv1d.weight"][0] - inner) // (2 * groups),
+        state_size=product // groups,
         conv_kernel=shapes["backbone.layers.0.mixer.conv1d.weight"][2],
         use_bias="backbone.layers.0.mixer.in_proj.bias" in shapes,
         use_conv_bias="backbone.layers.0.mixer.conv1d.bias" in shapes,

@@ -190,7 +190,7 @@ def test_an_unknown_layout_says_what_was_looked_for(tmp_path):
 def test_a_checkpoint_without_configuration_is_read_by_its_shapes(tmp_path):
     tensors = mamba_ssm(tmp_path / "source")
     (tmp_path / "source" / "config.json").unlink()
-    report = convert(tmp_path / "source" / "pytorch_model.bin", tmp_path / "new")  # a file will do
+    report = convert(tmp_path / "source" / "pytorch_model.bin", tmp_path / "new", check=True)  # a file will do
     config = SSDConfig.from_pretrained(tmp_path / "new")
     assert (config.hidden_size, config.num_heads, config.state_size, config.n_groups) == (32, 4, 8, 1)
     assert not config.tie_word_embeddings
