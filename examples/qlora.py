@@ -32,7 +32,7 @@ from scrubjay.examples.demo import section
 from scrubjay.examples.docstrings import pairs_of
 from scrubjay.examples.qlora_memory import load, measured_apart
 from scrubjay.examples.recipe import MODELS, Recipe
-from scrubjay.examples.report import commit, machine, size, table, versions
+from scrubjay.examples.report import FULL, GRAY, OURS, commit, machine, size, table, versions
 from scrubjay.examples.training import Windows, build_model, find_pace, plan_steps, train
 
 MAMBA2_130M = {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50288}  # the published sizes
@@ -228,6 +228,30 @@ def summary(record: dict) -> str:
     return "\n".join([*lines, f"adapter: {adapter['parameters']:,} parameters, {size(adapter['bytes'])}"])
 
 
+def figure(record: dict, path: Path) -> None:
+    """Two panels: loss before and after, and memory in float32 and in 4 bits."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    fig = Figure(figsize=(11, 3.4), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    losses = dict(reversed(record["loss"].items()))
+    colors = [GRAY if name.startswith("base") else OURS for name in losses]
+    left.bar_label(left.barh(list(losses), list(losses.values()), color=colors), fmt="%.3f", padding=3)
+    left.set(title="held-out docstrings", xlabel="nats per token", xlim=(0, 1.15 * max(losses.values())))
+    kinds = {"weights": "weights", "peak_of_a_step": "peak of a LoRA step"}
+    names = [f"{name}, {text}" for name in record["memory"] for text in kinds.values()]
+    for i, (side, color) in enumerate((("float32", FULL), ("4 bits", OURS))):
+        values = [record["memory"][name][side][kind] / 2**20 for name in record["memory"] for kind in kinds]
+        bars = right.barh([len(names) - j - 0.4 * i for j in range(len(names))], values, 0.38, color=color, label=side)
+        right.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+    right.set_yticks([len(names) - j - 0.2 for j in range(len(names))], names)
+    right.set(title="memory above the imports", xlabel="MiB", xscale="log", xlim=(1, None))
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path, dpi=150)
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run what the command line asks for; returns the record."""
     argv = sys.argv[1:] if argv is None else argv
@@ -241,7 +265,7 @@ def main(argv: list[str] | None = None) -> dict:
         "--push", metavar="OWNER/NAME", help="publish the merged model there, base and adapter beside it"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/qlora"), help="folder for models")
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--out", type=Path, help="JSON to write, with a figure beside it")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that everything runs")
     options = parser.parse_args(argv)
     given = {name: getattr(options, name) for name in ("kind", "minutes", "steps", "rank")}
@@ -257,6 +281,7 @@ def main(argv: list[str] | None = None) -> dict:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n")
+        figure(record, options.out.with_suffix(".png"))
     return record
 
 

@@ -104,6 +104,7 @@ def test_the_loss_is_that_of_the_completion_alone():
 def test_qlora_smoke(tmp_path, capsys):
     record = qlora.main(["--smoke", "--output", str(tmp_path), "--out", str(tmp_path / "results" / "qlora.json")])
     assert json.loads((tmp_path / "results" / "qlora.json").read_text()) == record
+    assert (tmp_path / "results" / "qlora.png").stat().st_size > 10_000
     assert record["command"].startswith("python examples/qlora.py --smoke")
     loss = record["loss"]
     assert loss["adapter on 4 bits"] < loss["base in 4 bits"]
