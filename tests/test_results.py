@@ -98,3 +98,16 @@ def test_benchmark_rows_are_what_their_samples_say(line):
     for side in ("peer", "scrubjay"):
         samples = sorted(line["samples"][side])
         assert line[side] == pytest.approx((samples[(len(samples) - 1) // 2] + samples[len(samples) // 2]) / 2)
+
+
+def test_conversions():
+    cuts = recorded("conversion.json")["cuts"]
+    assert len(cuts) == 3
+    for cut in cuts:
+        files, peaks = cut["source_files"], cut["peak_bytes"]
+        weights = max(files.values())
+        (difference,) = cut["check"]["max_logit_difference"].values()
+        above = peaks["conversion"] - peaks["imports"]
+        assert row(TEXT, cut["name"]) == [f"{weights / 1e6:.0f} MB", f"{difference:.1e}", f"{above / 1e6:.0f} MB"]
+        assert difference < 1e-4
+        assert above < 1.3 * weights
