@@ -148,7 +148,9 @@ def add_convert(commands) -> None:
     text = "compare logits with another implementation and write a report"
     parser.add_argument("--check", action="store_true", help=text)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast (default: each tensor's own)")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of safetensors (default: %(default)s)"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the new configuration; repeatable"
     )

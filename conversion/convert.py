@@ -58,7 +58,8 @@ def convert(
         check: compare logits with another implementation on the source's own tensors, and write what was found into
             conversion.json and conversion.md of the destination. Needs memory for one model in float32 at a time.
         dtype: of all floating-point tensors but those that the model keeps in float32. None keeps each one's own.
-        max_shard_size: bytes of one file of weights, as a number or such as "5GB".
+        max_shard_size: bytes of one file of weights, as a number or such as "5GB". "mamba_ssm" and "codestral" have one
+            file, whatever its size.
         progress: a bar on stderr, where that is a terminal.
         settings: fields of our configuration that differ from what the source says or leaves open.
 
@@ -67,9 +68,10 @@ def convert(
     Raises:
         ValueError: an unknown or ambiguous layout, tensors that do not fit (all of them are listed), a configuration
             that contradicts the tensors (both values are said), a damaged file, a pickle that holds more than tensors,
-            a destination that is not empty, or a check that failed. Nothing is left at the destination then.
+            a destination that is not empty or the working folder, numbers beyond the range of `dtype`, or a check that
+            failed. Nothing is left at the destination then.
     """
-    destination = Path(destination)
+    destination = Path(destination).resolve()  # a link to an empty folder stays, and is filled
     check_destination(destination)
     parse_size(max_shard_size)
     checkpoint = Checkpoint(local_path(source))
@@ -107,6 +109,7 @@ class _Work:
             model = theirs.model_class(config)
         shapes = own_shapes(model)
         plan = plan_in(_rows(theirs, config, shapes), checkpoint.shapes, shapes)
+        _check_dtypes(checkpoint, plan)
         out = plan_out(_rows(target, config, shapes), shapes)
         written = None if target.write_config is None else target.write_config(config)
         initial = _initial(theirs, config, plan)
@@ -130,11 +133,8 @@ def choose_formats(checkpoint: Checkpoint, to: str | None) -> tuple[Format, Form
     own = tuple(zoo_format(family, cls) for family, cls in {f.family: f.model_class for f in FORMATS}.items())
     found = [f for f in (*own, *FORMATS) if f.recognises(checkpoint.config, checkpoint.shapes)]
     if not found:
-        known = "".join(f"\n  {f.name} ({f.family}): {f.looks_for}" for f in FORMATS)
-        raise ValueError(
-            f"The layout of {checkpoint.folder} is unknown. Looked for:\n  {ZOO}: model_type scrubjay_* in config.json"
-            f"{known}"
-        )
+        known = "".join(f"\n  {f.name} ({f.family}): {f.looks_for}" for f in (*own, *FORMATS))
+        raise ValueError(f"The layout of {checkpoint.folder} is unknown, or no other has it. Looked for:{known}")
     if len(found) > 1 and to in {f.family for f in found}:
         found, to = [f for f in found if f.family == to], None
     if len(found) > 1:
@@ -165,7 +165,7 @@ def zoo_format(family: str, model_class: Any) -> Format:
         name=ZOO,
         family=family,
         model_class=model_class,
-        looks_for="",
+        looks_for=f"model_type scrubjay_{family} in config.json",
         recognises=lambda config, shapes: config.get("model_type") == f"scrubjay_{family}",
         read_config=read_config,
         write_config=None,
@@ -181,7 +181,9 @@ def own_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def check_destination(destination: Path) -> None:
-    """Refuse a destination that already holds something."""
+    """Refuse a destination that already holds something, or could not be put in place at the end."""
+    if destination == Path.cwd():
+        raise ValueError(f"{destination} is the working folder, whose place no other can take. Name a new folder.")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} already exists and is not an empty folder. Name a new folder.")
 
@@ -194,6 +196,11 @@ def _read_config(theirs, checkpoint, settings):
         return theirs.read_config(checkpoint.config, checkpoint.shapes, settings)
     except StrictDataclassError as error:
         raise ValueError(f"The configuration, with the settings given, is no valid one. {error}") from None
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a text for a number, and the like
+        raise ValueError(
+            f"{checkpoint.config_file or 'The configuration'} has a value of the wrong kind: {error}. Compare it with "
+            f"a published one of {theirs.name}."
+        ) from error
 
 
 @contextmanager
@@ -228,6 +235,13 @@ def _initial(theirs, config, plan: Plan):
     initial = {} if theirs.initial is None else theirs.initial(config)
     refuse([f"missing: no initial value of {name}" for name in plan.new if name not in initial], "the model")
     return initial
+
+
+def _check_dtypes(checkpoint: Checkpoint, plan: Plan):
+    """All our tensors hold floating-point numbers; integers are a quantized checkpoint's, whose scales are apart."""
+    found = {name: checkpoint.dtypes[name] for name in sorted(plan.used)}
+    wrong = {name: dtype for name, dtype in found.items() if not dtype.is_floating_point}
+    refuse([f"wrong dtype: {name} is {d}, needed a floating-point one" for name, d in wrong.items()], "the checkpoint")
 
 
 def _check_copies(checkpoint: Checkpoint, plan: Plan):

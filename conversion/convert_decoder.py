@@ -18,7 +18,7 @@ from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.configuration.configuration_wrapped import BASES, WrappedConfig
 from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.formats import Format
-from scrubjay.conversion.keymap import Shapes
+from scrubjay.conversion.keymap import Shapes, require
 from scrubjay.modeling.key_names import Copy, Ignore, New, Row, same
 from scrubjay.modeling.modeling_adore import AdoreForCausalLM, AdoreModel
 from scrubjay.modeling.modeling_recycled import RecycledForCausalLM
@@ -38,12 +38,11 @@ def sizes_from(shapes: Shapes) -> dict[str, Any]:
         of all key heads.
 
     Raises:
-        ValueError: names the tensors that are missing for it.
+        ValueError: names the tensors that are missing for it or of wrong shapes.
     """
     first = "model.layers.0."
     names = [EMBEDDING, *(f"{first}{name}_proj.weight" for name in ("self_attn.q", "self_attn.k", "mlp.gate"))]
-    if absent := [name for name in names if name not in shapes]:
-        raise ValueError(f"The checkpoint is no decoder of {', '.join(BASES)}: it has nothing for {', '.join(absent)}.")
+    require(shapes, dict.fromkeys(names, 2), f"decoder of {', '.join(BASES)}")
     vocabulary, query, key, gate = (shapes[name] for name in names)
     return {
         "vocab_size": vocabulary[0],

@@ -10,7 +10,7 @@ from scrubjay.configuration.configuration_ssd import SSDConfig, numbers
 from scrubjay.configuration.mamba2_configs import config_for, fields_from, layout_of, their_name
 from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.formats import Format
-from scrubjay.conversion.keymap import Shapes, our_shapes
+from scrubjay.conversion.keymap import Shapes, our_shapes, require
 from scrubjay.modeling.key_names import layer_of
 from scrubjay.modeling.modeling_ssd import KEY_NAMES, SSDForCausalLM
 
@@ -23,12 +23,12 @@ def sizes_from(shapes: Shapes) -> dict[str, Any]:
     Returns: fields of `SSDConfig`, and "groups_times_state" for the two that shapes do not tell apart.
 
     Raises:
-        ValueError: names the tensors that are missing for it, or shapes that no Mamba-2 mixer has.
+        ValueError: names the tensors that are missing for it or of wrong shapes, or shapes that no Mamba-2 mixer has.
     """
     embedding, first = "model.embed_tokens.weight", "model.layers.0.mixer."
     needed = {name: first + name for name in ("in_proj.weight", "conv1d.weight", "A_log", "norm.weight")}
-    if absent := [name for name in (embedding, *needed.values()) if name not in shapes]:
-        raise ValueError(f"The checkpoint is no Mamba-2 model: it has nothing for {', '.join(absent)}.")
+    dims = dict(zip(needed.values(), (2, 3, 1, 1), strict=True))
+    require(shapes, {embedding: 2} | dims, "Mamba-2 model")
     vocab, hidden = shapes[embedding]
     inner, heads = shapes[needed["norm.weight"]][0], shapes[needed["A_log"]][0]
     channels, _, taps = shapes[needed["conv1d.weight"]]

@@ -6,7 +6,7 @@ from typing import Any
 from scrubjay.configuration.configuration_rodimus import RodimusConfig
 from scrubjay.configuration.rodimus_configs import config_for, eights, fields_from, layout_of, their_name
 from scrubjay.conversion.formats import Format
-from scrubjay.conversion.keymap import Shapes, our_shapes
+from scrubjay.conversion.keymap import Shapes, our_shapes, require
 from scrubjay.conversion.reference_rodimus import codefuse_logits, fla_logits
 from scrubjay.modeling.key_names import layer_of
 from scrubjay.modeling.modeling_rodimus import KEY_NAMES, RodimusForCausalLM
@@ -22,7 +22,7 @@ def sizes_from(shapes: Shapes) -> dict[str, Any]:
         channels of all key heads and of all value heads.
 
     Raises:
-        ValueError: names the tensors that are missing for it.
+        ValueError: names the tensors that are missing for it or of wrong shapes.
     """
     first = "model.layers.0."
     names = {name: f"{first}mixer.{name}" for name in ("act_norm.weight", "conv1d.weight", "in_proj.weight")}
@@ -30,8 +30,8 @@ def sizes_from(shapes: Shapes) -> dict[str, Any]:
     plus = f"{first}attn.q_proj.weight" in shapes
     if plus:
         names |= {name: f"{first}{name}.weight" for name in ("attn.k_proj", "attn.v_proj", "ffn.out_proj")}
-    if absent := [name for name in names.values() if name not in shapes]:
-        raise ValueError(f"The checkpoint is no Rodimus model: it has nothing for {', '.join(absent)}.")
+    dims = {"act_norm.weight": 1, "conv1d.weight": 3}
+    require(shapes, {full: dims.get(name, 2) for name, full in names.items()}, "Rodimus model")
     found = {name: shapes[full] for name, full in names.items()}
     sizes = {
         "block_type": "rodimus_plus" if plus else "rodimus",

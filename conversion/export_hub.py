@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import has_file
+
+from scrubjay.modeling.publishing import TOKENIZER_FILES
 
 
 def export(
@@ -27,8 +30,8 @@ def export(
     Returns: the names of the files written, sorted.
 
     Raises:
-        ValueError: a destination that already holds something, a push of a model that is not the zoo's, or options of
-            a push without one; nothing is written then.
+        ValueError: a destination that already holds something, a push of a model that is not the zoo's, options of a
+            push without one, or a tokenizer that cannot be read; nothing is written then.
     """
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -38,13 +41,23 @@ def export(
     model: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code)
     if push is not None and not hasattr(model, "describe"):  # of the zoo, or loaded from code of the zoo
         raise ValueError(f"push writes models of scrubjay; {source} is a {type(model).__name__}. Call its push_to_hub.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):  # a model saved without one
-        tokenizer = None
+    tokenizer = _tokenizer(source, trust_remote_code)
     if tokenizer is not None:
         tokenizer.save_pretrained(destination)  # first: the card says whether there is one
     model.save_pretrained(destination)
     if push is not None:
         model.push_to_hub(push, tokenizer=tokenizer, private=private, revision=revision)
     return sorted(path.name for path in destination.iterdir())
+
+
+def _tokenizer(source, trust_remote_code):
+    """The source's; None of a model saved without one."""
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of the tokenizer's parser too, which is of no kind of its own
+        if not any(has_file(source, name) for name in TOKENIZER_FILES):
+            return None
+        raise ValueError(
+            f"The tokenizer of {source} cannot be read, and the model would go without it. Repair its files, remove "
+            f"them, or trust its code. {error}"
+        ) from error

@@ -58,9 +58,30 @@ def our_shapes(rows: Iterable[Row], theirs: Shapes) -> dict[str, tuple[int, ...]
         for name, shape in theirs.items():
             layer = layer_of(first, name)
             if layer is not None and all(other.replace("*", layer) in theirs for other in others):
-                lengths = (shape[0], *(theirs[other.replace("*", layer)][0] for other in others))
-                found[row.ours.replace("*", layer)] = (sum(lengths), *shape[1:])
+                shapes = [shape, *(theirs[other.replace("*", layer)] for other in others)]
+                whole = (sum(one[0] for one in shapes), *shape[1:]) if all(shapes) else ()
+                found[row.ours.replace("*", layer)] = whole
     return found
+
+
+def require(shapes: Shapes, dims: Mapping[str, int], what: str) -> None:
+    """Refuse a checkpoint that is no `what`, as far as some of its tensors tell.
+
+    Args:
+        shapes: by our names.
+        dims: how many dimensions each of these tensors has.
+
+    Raises:
+        ValueError: lists those that are missing, or those of another number of dimensions or without elements.
+    """
+    if absent := [name for name in dims if name not in shapes]:
+        raise ValueError(f"The checkpoint is no {what}: it has nothing for {', '.join(absent)}.")
+    if wrong := [
+        f"{name} is {list(shapes[name])}, needed {n} dimensions"
+        for name, n in dims.items()
+        if len(shapes[name]) != n or 0 in shapes[name]
+    ]:
+        raise ValueError(f"The checkpoint is no {what}: wrong shape: {'; '.join(wrong)}.")
 
 
 def theirs_of(rows: Iterable[Row], parts: Iterable[str]) -> list[str]:

@@ -41,25 +41,25 @@ def write_weights(
     max_shard_size: str | int = "5GB",
     progress: bool = True,
 ) -> list[Path]:
-    """Write tensors into a folder, in shards where they exceed `max_shard_size`, with an index then.
+    """Write tensors into a folder; those of "safetensors" in shards where they exceed `max_shard_size`, with an index.
 
     Args:
         folder: exists and holds no weights.
         entries: shape and dtype of each tensor, by name.
         make: gives a tensor by its name; it is cast to the dtype of its entry.
-        kind: "safetensors" (model.safetensors), "bin" (pytorch_model.bin) or "consolidated" (consolidated.safetensors,
-            never in shards).
+        kind: "safetensors" (model.safetensors), "bin" (pytorch_model.bin) or "consolidated" (consolidated.safetensors).
+            Of the last two, the libraries that have them read one file and no index.
         progress: a bar on stderr, where that is a terminal.
 
     Returns: the files written.
 
     Raises:
-        ValueError: a tensor that does not have the shape of its entry.
+        ValueError: a tensor that does not have the shape of its entry, or has numbers beyond the range of its dtype.
     """
     stem, suffix = {"bin": ("pytorch_model", ".bin"), "safetensors": ("model", ".safetensors")}.get(
         kind, ("consolidated", ".safetensors")
     )
-    shards = [list(entries)] if kind == "consolidated" else _shards(entries, parse_size(max_shard_size))
+    shards = _shards(entries, parse_size(max_shard_size)) if kind == "safetensors" else [list(entries)]
     count = len(shards)
     names = [f"{stem}-{i:05d}-of-{count:05d}{suffix}" if count > 1 else stem + suffix for i in range(1, count + 1)]
     lay_out = _lay_out_pickle if kind == "bin" else _lay_out_safetensors
@@ -133,7 +133,7 @@ def _fill(file, offsets, entries, make, bar):
     with open(file, "r+b") as stream:
         for name, offset in offsets.items():
             shape, dtype = entries[name]
-            tensor = make(name).to(dtype)
+            tensor = _cast(name, make(name), dtype)
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{name} has shape {list(tensor.shape)} in the file, {list(shape)} was expected.")
             data, sum_ = raw(tensor), 0
@@ -145,6 +145,15 @@ def _fill(file, offsets, entries, make, bar):
                 bar.update(len(piece))
             sums[offset] = sum_
     return sums
+
+
+def _cast(name, tensor, dtype):
+    narrower = tensor.is_floating_point() and torch.finfo(tensor.dtype).max > torch.finfo(dtype).max
+    if narrower and tensor.numel():
+        largest = max(abs(float(x)) for x in tensor.aminmax())
+        if largest > torch.finfo(dtype).max:
+            raise ValueError(f"{name} has numbers up to {largest:.3g}, beyond the range of {dtype}. Take bfloat16.")
+    return tensor.to(dtype)
 
 
 def _set_checksums(file, sums):

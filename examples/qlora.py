@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from huggingface_hub import create_repo, upload_folder
 from peft import LoraConfig, PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -34,6 +35,7 @@ from scrubjay.examples.qlora_memory import load, measured_apart
 from scrubjay.examples.recipe import MODELS, Recipe
 from scrubjay.examples.report import FULL, GRAY, OURS, commit, machine, size, table, versions
 from scrubjay.examples.training import Windows, build_model, find_pace, plan_steps, train
+from scrubjay.modeling.base import ZooPreTrainedModel
 
 MAMBA2_130M = {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50288}  # the published sizes
 
@@ -153,15 +155,28 @@ def publish(
     card: dict,
 ) -> None:
     """The merged model as `name`, the adapter as `name`-lora, and its base, where that is a folder, as `name`-base."""
-    network.push_to_hub(name, tokenizer=tokenizer, card=card)
+    push_whole(name, network, tokenizer, card)
     model = load(base, 32)
     if Path(base).is_dir():
         base = f"{name}-base"
-        model.push_to_hub(base, tokenizer=tokenizer)
+        push_whole(base, model, tokenizer, {})
+    model.name_or_path = model.config.name_or_path = base  # the adapter's card has it, and a Hub takes no path there
     tuned = PeftModel.from_pretrained(model, adapter)
     for config in tuned.peft_config.values():
         config.base_model_name_or_path = base  # not this machine's folder: who loads the adapter needs it
-    tuned.push_to_hub(f"{name}-lora")
+    with tempfile.TemporaryDirectory() as folder:  # peft's push_to_hub writes an empty card over that of the adapter
+        tuned.save_pretrained(folder)
+        create_repo(f"{name}-lora", exist_ok=True)
+        upload_folder(repo_id=f"{name}-lora", folder_path=folder)
+
+
+def push_whole(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: dict) -> None:
+    """A model with its tokenizer: in one commit and with a card, where the model knows how to."""
+    if isinstance(model, ZooPreTrainedModel):
+        model.push_to_hub(name, tokenizer=tokenizer, card=card)
+    else:
+        model.push_to_hub(name)
+        tokenizer.push_to_hub(name)
 
 
 def memory(run: Run, base: str) -> dict:
@@ -174,7 +189,14 @@ def memory(run: Run, base: str) -> dict:
     return found
 
 
-def qlora(run: Run, recipe: Recipe, output: Path, model: str | None = None, push: str | None = None) -> dict:
+def qlora(
+    run: Run,
+    recipe: Recipe,
+    output: Path,
+    model: str | None = None,
+    push: str | None = None,
+    command: str | None = None,
+) -> dict:
     """Everything, in order; a JSON-ready record."""
     started = time.perf_counter()
     logging.disable_progress_bar()
@@ -210,8 +232,9 @@ def qlora(run: Run, recipe: Recipe, output: Path, model: str | None = None, push
     if push:
         about = f"{len(pairs)} docstrings of {corpus.name}, by LoRA of rank {run.rank} on 4 bits"
         measured = {"nats per token of held-out docstrings": round(loss["merged into float32"], 3)}
+        card = {"training_data": about, "training_command": command, "evaluation": measured}
         with section(f"push to {push}, its base and its adapter beside it"):
-            publish(push, base, network, tokenizer, adapter, {"training_data": about, "evaluation": measured})
+            publish(push, base, network, tokenizer, adapter, card)
     record = {"run": asdict(run), "parameters": network.num_parameters(), "loss": loss, **tuned, "memory": bytes_of}
     record["examples"] = {"trained": len(pairs), "tested": len(heldout)}
     return record | {"seconds": round(time.perf_counter() - started, 1)}
@@ -274,8 +297,9 @@ def main(argv: list[str] | None = None) -> dict:
         run = replace(run, rank=4, steps=3, batch_size=2, tested=4, memory_length=32, published=False)
     run = replace(run, **{name: value for name, value in given.items() if value is not None})
     recipe = Recipe.of(run.kind)
-    record = qlora(run, recipe.smoke() if options.smoke else recipe, options.output, options.model, options.push)
     command = shlex.join(["python", "examples/qlora.py", *argv])
+    recipe = recipe.smoke() if options.smoke else recipe
+    record = qlora(run, recipe, options.output, options.model, options.push, command)
     record |= {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
     print(f"\n{summary(record)}\n\nIn {options.output}: adapter, merged. {record['seconds']:.0f} s in all.")
     if options.out:

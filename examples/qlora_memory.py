@@ -47,7 +47,7 @@ def measure(model: str, length: int) -> dict[str, int]:
     loaded = high_water()
     adapted = get_peft_model(network, LoraConfig(target_modules="all-linear", r=8)).train()
     report = adapter_report(adapted)
-    ids = torch.arange(length)[None] % network.config.vocab_size
+    ids = torch.arange(length, device=network.device)[None] % network.config.vocab_size
     high_water(reset=True)
     adapted(input_ids=ids, labels=ids).loss.backward()
     found = {"weights": report.total("nbytes"), "adapter": report.total("trained_nbytes")}

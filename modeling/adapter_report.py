@@ -16,6 +16,7 @@ TIED = "output head, the embedding's weight: named in target_modules, it gets on
 EMBEDDING = "embedding: adapted only where target_modules names it"
 NOT_LINEAR = "not a torch.nn.Linear: modules_to_save trains it whole"
 VECTORS = "vectors: modules_to_save trains them whole"
+BIAS = "bias"  # the last part of a name that peft looks for
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class AdaptedLayer:
         parameters: their names in the base model.
         size, nbytes: numbers in them, and bytes with all that a quantized weight needs; 0 where an earlier layer
             shares the weight.
-        trained, trained_nbytes: numbers and bytes that adapters add here; a copy in modules_to_save counts in full.
-        state: "adapted", "saved" (trained whole, by modules_to_save or trainable tokens) or "left".
+        trained, trained_nbytes: numbers and bytes that adapters add here; a copy in modules_to_save counts in full, and
+            biases that an adapter's `bias` trains where they are count too.
+        state: "adapted", "saved" (by modules_to_save or trainable tokens), "biases" (those alone) or "left".
         reason: why it was left; "" otherwise.
     """
 
@@ -61,7 +63,11 @@ class AdapterReport:
 
         Beside an adapted linear layer's weight, its bias is named too: the adapter adds to the same sum.
         """
-        return tuple(name for layer in self.layers if layer.state != "left" for name in layer.parameters)
+        wholly = tuple(
+            name for layer in self.layers if layer.state in ("adapted", "saved") for name in layer.parameters
+        )
+        alone = [name for layer in self.layers if layer.state == "biases" for name in layer.parameters]
+        return (*wholly, *(name for name in alone if name.endswith(f".{BIAS}")))
 
     def total(self, field: str) -> int:
         """Sum of "size", "nbytes", "trained" or "trained_nbytes" over all layers."""
@@ -74,7 +80,12 @@ class AdapterReport:
             f"{trained:,} numbers ({self.total('trained_nbytes'):,} bytes) beside {size:,} ({self.total('nbytes'):,} "
             f"bytes) of the base model: {100 * trained / size:.2f}%"
         )
-        titles = {"adapted": "adapted", "saved": "trained whole", "left": "left as they are"}
+        titles = {
+            "adapted": "adapted",
+            "saved": "trained whole",
+            "biases": "biases trained",
+            "left": "left as they are",
+        }
         for state, title in titles.items():
             rows = _rows([layer for layer in self.layers if layer.state == state])
             lines += [f"{title}:", *rows] if rows else []
@@ -128,10 +139,13 @@ def _layer(name, module, head, configs, seen):
         step = "base_layer" if adapts(layer) else "original_module"
         inside, layer = f"{inside}{step}.", layer.get_submodule(step)
     own = dict(layer.named_parameters(recurse=bool(inside)))
-    added = [p for full, p in module.named_parameters() if inside and not full.startswith(inside)]
+    held = {id(p) for p in own.values()}  # an adapter of tokens has the embedding inside itself
+    added = [p for p in module.parameters() if inside and id(p) not in held]
     added = _new(added, seen)
     largest = max(own.values(), key=lambda p: p.numel())
     fresh = _new(own.values(), seen)
+    biases = _biases(own, adapts(module), configs)
+    added += [p for p in fresh if any(p is bias for bias in biases)]
     linear = isinstance(layer, nn.Linear)
     tensors = layer.state_dict() if linear and fresh else {}  # a quantized weight's scales are among them
     quantized = getattr(largest, "quant_state", None)
@@ -145,9 +159,15 @@ def _layer(name, module, head, configs, seen):
         nbytes=sum(tensor.nbytes for tensor in (tensors.values() if linear else fresh)),
         trained=sum(p.numel() for p in added),
         trained_nbytes=sum(p.nbytes for p in added),
-        state="left" if not inside else "adapted" if adapts(module) else "saved",
-        reason="" if inside else _reason(name, module, largest, head, configs, not fresh),
+        state=("adapted" if adapts(module) else "saved") if inside else "biases" if biases else "left",
+        reason="" if inside or biases else _reason(name, module, largest, head, configs, not fresh),
     )
+
+
+def _biases(own, adapted, configs):
+    """Parameters that peft trains in place because a configuration's `bias` says so: "all", or those it adapts."""
+    said = {getattr(config, "bias", "none") for config in configs.values()} - {"none"}
+    return [p for part, p in own.items() if part == BIAS and ("all" in said or (said and adapted))]
 
 
 def _new(parameters, seen):

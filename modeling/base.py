@@ -159,12 +159,7 @@ class ZooModel(ZooPreTrainedModel):
         plan = arrange(x.shape[:2], x.device, counts, attention_mask, position_ids, cu_seq_lens_q, seq_idx, seen)
         if past_key_values is None and plan.layout.cu_seqlens is not None:
             cache = None  # documents that end in a row have no state to hand on
-        layout = plan.layout
-        if shard is not None:
-            shard.check(x.shape, layout, seen)
-            layout = replace(layout, positions=layout.positions + shard.start, shard=shard)
-            for layer in () if cache is None else cache.layers:
-                layer.skip(shard.start)
+        layout = plan.layout if shard is None else _slice(plan.layout, shard, x.shape, seen, cache)
         layout = self.locate(layout, x.dtype)
         x = plan.enter(self.embed(x))
         if self.config.residual_in_fp32:
@@ -231,6 +226,14 @@ class ZooModel(ZooPreTrainedModel):
             outs, sums = zip(*outs, strict=True)
             notes.append(sum(sums))
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+
+def _slice(layout, shard, shape, seen, cache):
+    """The layout of one rank's columns; the cache counts those before them."""
+    shard.check(shape, layout, seen)
+    for layer in () if cache is None else cache.layers:
+        layer.skip(shard.start)
+    return replace(layout, positions=layout.positions + shard.start, shard=shard)
 
 
 def causal_lm_loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs):

@@ -179,7 +179,8 @@ def shard_sequence(batch: dict, group: Any = None) -> dict:
         tells the model so.
 
     Raises:
-        ValueError: padding, packed documents, a filled cache, fewer columns than ranks, a tensor of another length.
+        ValueError: no rows of tokens, padding, packed documents, a filled cache, fewer columns than ranks, a tensor of
+            another length.
         RuntimeError: without an initialised process group.
     """
     if not dist.is_available() or not dist.is_initialized():
@@ -187,7 +188,10 @@ def shard_sequence(batch: dict, group: Any = None) -> dict:
     if dist.get_rank(group) < 0:
         raise ValueError("This process is not in the group that the sequence is to be sharded over.")
     batch, ranks = dict(batch), dist.get_world_size(group)
-    x = batch["input_ids"] if batch.get("inputs_embeds") is None else batch["inputs_embeds"]
+    x = batch.get("input_ids") if batch.get("inputs_embeds") is None else batch["inputs_embeds"]
+    if x is None or x.ndim < 2:
+        got = f"got {sorted(batch)}" if x is None else f"got shape {tuple(x.shape)}"
+        raise ValueError(f"shard_sequence needs input_ids (B, T) or inputs_embeds (B, T, D); {got}.")
     length = x.shape[1]
     if length < ranks:
         raise ValueError(f"A sequence of {length} columns cannot be split over {ranks} ranks: each needs one at least.")

@@ -58,13 +58,17 @@ class Notes:
         notes = cls(**merged)
         for name in names[:3]:
             value = getattr(notes, name)
-            if not isinstance(value, str | None) or any(mark in (value or "") for mark in (BEGIN, END)):
+            if not isinstance(value, str | None) or _marked(value):
                 raise ValueError(f"card: {name} must be text without the marks of this card, or None; got {value!r}.")
         results = {} if notes.evaluation is None else notes.evaluation
         if not isinstance(results, dict) or not all(
-            isinstance(key, str) and isinstance(value, str | int | float) for key, value in results.items()
+            isinstance(key, str) and isinstance(value, str | int | float) and not _marked(key, value)
+            for key, value in results.items()
         ):
-            raise ValueError(f"card: evaluation must be {{what was measured: number or text}}; got {results!r}.")
+            raise ValueError(
+                "card: evaluation must be {what was measured: number or text}, without the marks of this card; got "
+                f"{results!r}."
+            )
         return notes
 
     def given(self) -> dict:
@@ -149,6 +153,10 @@ def _part(model, folder, notes, license_name, place) -> Iterable[str]:
     yield f"Weights: {license_name or NOT_GIVEN}. Code files: {CODE_LICENSE}."
     yield "## Code"
     yield _code(folder, place)
+
+
+def _marked(*values):
+    return any(mark in str(value) for value in values for mark in (BEGIN, END))
 
 
 def _kind(model):

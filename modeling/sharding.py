@@ -28,7 +28,8 @@ def shard_model(
     """Shard a model of the zoo in place: each block, then what is left. Its parameters become DTensors.
 
     Call it on every process of an initialised process group, before the optimizer is made, and after gradient
-    checkpointing was turned on. `save_pretrained` of a sharded model, called on every process, writes it whole.
+    checkpointing was turned on. `save_pretrained` of a sharded model, called on every process, writes it whole; that of
+    a model with an adapter needs `save_pretrained(folder, state_dict=whole_state(model))`.
 
     Args:
         model: with parameters in one dtype: that of the optimizer's weights and states, float32 as a rule.
@@ -39,13 +40,16 @@ def shard_model(
         offload_policy: `CPUOffloadPolicy()` keeps the shards in the memory of the CPU.
 
     Raises:
-        ValueError: no process group, a model that names no blocks, or parameters of several dtypes.
+        ValueError: no process group, a model that is sharded already or names no blocks, or parameters of several
+            dtypes.
     """
     if mesh is None and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise ValueError(
             "shard_model needs a process group: start the script with torchrun or `accelerate launch` and call "
             "torch.distributed.init_process_group() first, or pass mesh=."
         )
+    if isinstance(model, FSDPModule):
+        raise ValueError("This model is sharded already. Call shard_model once, on a model that is whole.")
     kept = _kept(model)
     frozen = {p for p in kept if not p.requires_grad}  # small and never changed: every process has them whole
     dtypes = {p.dtype for p in model.parameters() if p not in frozen}

@@ -192,6 +192,9 @@ class Handler(BaseHTTPRequestHandler):
         """The Hub's check of a card's metadata."""
         content = json.loads(self.body())["content"]
         wrong = [] if content.startswith("---\n") else [{"message": "no metadata"}]
+        for base in re.findall(r"^base_model: *(\S+)", content, re.MULTILINE):
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+                wrong.append({"message": f"base_model {base} is no name on a Hub"})
         self.give({"errors": wrong, "warnings": []}, 400 if wrong else 200)
 
     def create(self) -> None:

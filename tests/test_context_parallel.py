@@ -179,6 +179,8 @@ def test_embeddings_and_shifted_labels_are_cut_as_they_are():
         (dict(past_key_values=object()), "cannot continue a cache"),
         (dict(labels=tokens(2, 5)), r"shift_labels must have 6 columns as the input has; got shape \(2, 5\)"),
         (dict(input_ids=tokens(2, 2)), "2 columns cannot be split over 3 ranks"),
+        (dict(input_ids=tokens(2, 6)[0]), r"input_ids \(B, T\) or inputs_embeds \(B, T, D\); got shape \(6,\)"),
+        (dict(input_ids=None), r"needs input_ids .* or inputs_embeds .*; got \['input_ids'\]"),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )

@@ -1,6 +1,7 @@
 """Reading and writing of checkpoints: damaged files, interrupts, a full disk, memory, shards, progress."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -37,9 +38,25 @@ def sharded(folder, kind, limit):
     """A small mamba_ssm folder of several files."""
     tensors = mamba_ssm(folder)
     (folder / "pytorch_model.bin").unlink()
-    entries = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    write_weights(folder, entries, tensors.__getitem__, kind=kind, max_shard_size=limit)
+    write_shards(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.get, kind, limit)
     return tensors
+
+
+def write_shards(folder, shapes, make, kind, limit):
+    """float32 tensors in files of at most `limit` bytes, and their index, as torch and safetensors write them."""
+    shards = [[]]
+    for name, shape in shapes.items():
+        if shards[-1] and 4 * sum(math.prod(shapes[n]) for n in shards[-1]) + 4 * math.prod(shape) > limit:
+            shards.append([])
+        shards[-1].append(name)
+    stem, suffix = ("model", ".safetensors") if kind == "safetensors" else ("pytorch_model", ".bin")
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}{suffix}" for i in range(len(shards))]
+    for file, members in zip(names, shards, strict=True):
+        tensors = {name: make(name).clone() for name in members}
+        (save_file if kind == "safetensors" else torch.save)(tensors, folder / file)
+    listed = {member: file for file, members in zip(names, shards, strict=True) for member in members}
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    return [folder / file for file in names]
 
 
 @pytest.mark.parametrize("size", ["5GB", 100])
@@ -61,7 +78,7 @@ def test_written_files_are_what_other_readers_expect(tmp_path, kind, size):
             header = json.loads(file.read_bytes()[8:].split(b"}}")[0] + b"}}")
             starts = {name: entry["data_offsets"][0] for name, entry in header.items() if name in TENSORS}
             assert all(start % TENSORS[name].element_size() == 0 for name, start in starts.items())  # can be mapped
-    if size == 100 and kind != "consolidated":
+    if size == 100 and kind == "safetensors":
         index = json.loads(next(tmp_path.glob("*.index.json")).read_text())
         assert index["metadata"] == {
             "total_size": sum(t.numel() * t.element_size() for t in TENSORS.values()),
@@ -96,6 +113,8 @@ def test_sources_and_results_in_shards(tmp_path, kind):
     assert len(list((tmp_path / "new").glob("model-*.safetensors"))) > 3
     convert(tmp_path / "new", tmp_path / "back", to="mamba_ssm", max_shard_size="10KB")
     assert_same(stored(tmp_path / "back"), tensors)
+    names = {path.name for path in (tmp_path / "back").iterdir()}
+    assert {name for name in names if "pytorch_model" in name} == {"pytorch_model.bin"}  # mamba_ssm reads no index
 
 
 def test_pickles_of_the_old_form_are_read(tmp_path):
@@ -243,13 +262,12 @@ def test_memory_stays_within_the_largest_file(tmp_path, kind):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"n_layer": LARGE["L"]}))
     (source / "pytorch_model.bin").unlink()
-    entries = {name: (shape, torch.float32) for name, shape in shapes.items()}
 
     def values_of(name):  # the head repeats the embedding
         seed = 0 if shapes[name][0] == LARGE["V"] else len(name)
         return torch.rand(shapes[name], generator=torch.Generator().manual_seed(seed))
 
-    files = write_weights(source, entries, values_of, kind=kind, max_shard_size=SHARD)
+    files = write_shards(source, shapes, values_of, kind, SHARD)
     sizes = [file.stat().st_size for file in files]
     assert len(sizes) > 4
     grown = memory(source, "scrubjay", tmp_path / "ours", source, "transformers", tmp_path / "theirs")

@@ -54,6 +54,42 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(tmp_path):
     assert "unknown: backbone.layers.0.mixer.gate.weight [3]" in error
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2, 2, 2), (0, 3)])
+@pytest.mark.parametrize(
+    "name", ["backbone.embedding.weight", "backbone.layers.0.mixer.conv1d.weight", "backbone.norm_f.weight"]
+)
+def test_a_tensor_of_other_dimensions_is_named(tmp_path, name, shape):
+    mamba_ssm(tmp_path / "source")
+    rewrite(tmp_path / "source", lambda tensors: tensors.update({name: torch.zeros(shape)}))
+    ours = {"embedding": "model.embed_tokens", "norm_f": "backbone.norm_f"}.get(name.split(".")[1], "mixer.conv1d")
+    assert f"{ours}.weight is {list(shape)}, needed" in refused(tmp_path / "source", "wrong shape: ")
+
+
+def test_numbers_that_a_dtype_does_not_hold_are_refused_and_do_not_become_infinite(tmp_path):
+    mamba_ssm(tmp_path / "source")
+    name = "backbone.norm_f.weight"
+    rewrite(tmp_path / "source", lambda tensors: tensors[name][3:4].fill_(-7e4))
+    refused(tmp_path / "source", "model.norm.weight has numbers up to 7e.04, beyond the range", dtype=torch.float16)
+    convert(tmp_path / "source", tmp_path / "new", dtype=torch.bfloat16, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.complex64])
+def test_tensors_that_hold_no_floating_point_numbers_are_refused(tmp_path, dtype):
+    mamba_ssm(tmp_path / "source")
+    name = "backbone.layers.0.mixer.A_log"
+    rewrite(tmp_path / "source", lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    refused(tmp_path / "source", f"1 tensors .*\n  wrong dtype: {name} is {dtype}, needed a floating-point one")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vocab_size": "many"}, {"pad_vocab_size_multiple": 0}, {"ssm_cfg": "Mamba2"}], ids=str
+)
+def test_a_value_of_the_wrong_kind_in_the_configuration_is_an_error_of_that_file(tmp_path, changes):
+    mamba_ssm(tmp_path / "source")
+    configure(tmp_path / "source", **changes)
+    refused(tmp_path / "source", r"config.json has a value of the wrong kind: .*a published one of mamba_ssm")
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -183,8 +219,11 @@ def test_a_mixer_with_an_mlp_inside_is_refused(tmp_path):
 def test_an_unknown_layout_says_what_was_looked_for(tmp_path):
     (tmp_path / "source").mkdir()
     save_file({"weight": torch.zeros(3)}, tmp_path / "source" / "model.safetensors")
-    error = refused(tmp_path / "source", "layout of .* is unknown. Looked for")
+    error = refused(tmp_path / "source", "layout of .* is unknown, or no other has it. Looked for")
     assert all(name in error for name in ("backbone.embedding.weight", "model_type mamba2", "codefuse", "llama"))
+    for family in ("ssd", "rodimus", "adore", "recycled"):
+        assert f"scrubjay ({family}): model_type scrubjay_{family} in config.json" in error
+    assert "taipan" not in error  # of which no other library has a layout
 
 
 def test_a_checkpoint_without_configuration_is_read_by_its_shapes(tmp_path):
@@ -204,6 +243,20 @@ def test_settings_decide_what_shapes_leave_open_and_may_not_contradict_them(tmp_
     convert(tmp_path / "source", tmp_path / "two", settings={"n_groups": 2, "state_size": 4})
     assert SSDConfig.from_pretrained(tmp_path / "two").n_groups == 2
     refused(tmp_path / "source", "wrong shape: .*in_proj.weight is .148, 32., needed", settings={"n_groups": 2})
+
+
+def test_a_destination_that_cannot_be_replaced_is_refused_at_once_and_a_link_is_followed(tmp_path, monkeypatch):
+    mamba_ssm(tmp_path / "source")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for place in (".", tmp_path / "here"):
+        with pytest.raises(ValueError, match="is the working folder, whose place no other can take"):
+            convert(tmp_path / "source", place, progress=False)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    convert(tmp_path / "source", tmp_path / "link", progress=False)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "config.json").is_file()
 
 
 def test_the_destination_must_be_free(tmp_path):

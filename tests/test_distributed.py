@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from distributed_steps import EVEN, STEPS, adamw, steps, weights
+from peft import LoraConfig, PeftModel, get_peft_model
 from processes import results
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 from zoo import ZOO, relative
 
-from scrubjay.modeling.sharding import shard_model
+from scrubjay import shard_model, whole_state
 
 pytestmark = pytest.mark.slow
 
@@ -258,3 +260,30 @@ def test_tensor_parallel_by_its_short_name(tp):
 def test_sharding_needs_a_process_group():
     with pytest.raises(ValueError, match="needs a process group"):
         shard_model(ZOO[0].build())
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+def test_an_adapter_of_a_sharded_model_is_saved_whole(entry, tmp_path):
+    tuned = shard_model(get_peft_model(entry.build(), LoraConfig(target_modules="all-linear", init_lora_weights=False)))
+    state = whole_state(tuned)
+    assert all(isinstance(p, DTensor) for p in tuned.parameters() if p.requires_grad)
+    tuned.save_pretrained(tmp_path, state_dict=state)
+    again = PeftModel.from_pretrained(entry.build(), tmp_path).state_dict()
+    assert set(again) == set(state)
+    assert any("lora_B" in name for name in state)
+    assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+@pytest.mark.usefixtures("group")
+def test_a_model_is_sharded_once():
+    model = shard_model(ZOO[0].build())
+    with pytest.raises(ValueError, match="sharded already"):
+        shard_model(model)

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from zoo import ZOO, tokens
 
-from scrubjay.modeling.model_card import BEGIN, OLDEST_TRANSFORMERS, Notes
+from scrubjay.modeling.model_card import BEGIN, END, OLDEST_TRANSFORMERS, Notes
 
 ROOT = Path(__file__).parent.parent
 SSD = ZOO[0]
@@ -184,6 +184,8 @@ def test_what_was_given_is_shown_kept_and_changed(entry, tmp_path):
         ({"training_data": f"x {BEGIN}"}, "training_data must be text without the marks"),
         ({"evaluation": {"bits": [1]}}, "evaluation must be"),
         ({"evaluation": [1]}, "evaluation must be"),
+        ({"evaluation": {f"bits {END}": 1}}, "without the marks of this card"),
+        ({"evaluation": {"bits": BEGIN}}, "without the marks of this card"),
     ],
 )
 def test_notes_that_the_card_has_no_place_for_are_refused(card, said, tmp_path):

@@ -189,6 +189,24 @@ def test_export_pushes_models_of_the_zoo_alone(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": '{"tokenizer_class": "PreTrained'},
+        {"tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}', "tokenizer.json": '{"version"'},
+        {"tokenizer_config.json": '{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", null]}}'},
+    ],
+    ids=["configuration cut off", "tokenizer cut off", "code not trusted"],
+)
+def test_export_leaves_no_tokenizer_behind_in_silence(saved, tmp_path_factory, files):
+    for name, text in files.items():
+        (saved / name).write_text(text)
+    new = tmp_path_factory.mktemp("exports") / "new"
+    with pytest.raises(ValueError, match=r"The tokenizer of .* cannot be read, and the model would go without it"):
+        export(str(saved), new)
+    assert not new.exists()
+
+
 def test_verify_agrees_with_what_was_saved(entry, tmp_path, capsys):
     entry.build().save_pretrained(tmp_path)
     found = verify(str(tmp_path))

@@ -151,8 +151,12 @@ def test_what_is_pushed_is_all_that_a_stranger_needs(tmp_path):
     assert whole <= set(files["jay/tuned"]) & set(files["jay/tuned-base"])
     adapter = json.loads(files["jay/tuned-lora"]["adapter_config.json"].content)
     assert adapter["base_model_name_or_path"] == "jay/tuned-base"
-    assert str(tmp_path) not in files["jay/tuned-lora"]["README.md"].content.decode()
-    assert "by LoRA of rank 4 on 4 bits" in files["jay/tuned"]["README.md"].content.decode()
+    about = files["jay/tuned-lora"]["README.md"].content.decode()
+    assert "\nbase_model: jay/tuned-base\n" in about  # and no path
+    assert "\n- base_model:adapter:jay/tuned-base\n" in about
+    card = files["jay/tuned"]["README.md"].content.decode()
+    assert "by LoRA of rank 4 on 4 bits" in card
+    assert "python examples/qlora.py --smoke --kind ssd" in card
     difference = float(done.stdout.split()[-1])
     assert difference < 1e-4  # 5e-7 here
 

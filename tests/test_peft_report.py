@@ -44,6 +44,29 @@ def test_every_number_is_counted_once(entry, target, tied):
     assert f"{trained[0]:,} numbers ({trained[1]:,} bytes) beside" in str(report)
 
 
+@pytest.mark.parametrize("biases", ["all", "lora_only"])
+def test_biases_that_are_trained_in_place_are_counted_and_named(entry, biases):
+    base = entry.build()
+    names = {id(p): name for name, p in base.named_parameters()}
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", r=4, bias=biases))
+    report = adapter_report(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert (report.total("trained"), report.total("trained_nbytes")) == counted(trained)
+    assert {names[id(p)] for p in trained if id(p) in names} <= set(report.touched)
+    assert ("biases trained:" in str(report)) == any(layer.state == "biases" for layer in report.layers)
+    around = {name for name, module in model.get_base_model().named_modules() if "base_layer" in module._modules}
+    assert all(name.rpartition(".")[0] in around or "bias" in name for name in report.touched)
+
+
+def test_tokens_that_are_trained_count_alone(entry):
+    model = get_peft_model(entry.build(), LoraConfig(target_modules="all-linear", r=4, trainable_token_indices=[1, 2]))
+    trained = counted(p for p in model.parameters() if p.requires_grad)
+    report = adapter_report(model)
+    assert (report.total("trained"), report.total("trained_nbytes")) == trained
+    (saved,) = [layer for layer in report.layers if layer.state == "saved" and layer.trained]
+    assert (saved.name, saved.trained) == ("model.embed_tokens", 2 * model.config.hidden_size)
+
+
 def test_what_is_left_has_its_reason(entry):
     base = entry.build(tie_word_embeddings=True)
     linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
