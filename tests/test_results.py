@@ -111,3 +111,13 @@ def test_conversions():
         assert row(TEXT, cut["name"]) == [f"{weights / 1e6:.0f} MB", f"{difference:.1e}", f"{above / 1e6:.0f} MB"]
         assert difference < 1e-4
         assert above < 1.3 * weights
+
+
+def test_qlora():
+    record = recorded("qlora.json")
+    for name, loss in record["loss"].items():
+        if name != "merged into 4 bits":
+            assert row(TEXT, name) == [f"{loss:.3f}"]
+    assert f"adapter on 4 bits, {record['adapter']['bytes'] / 1e6:.2f} MB" in TEXT
+    assert record["command"].startswith("python examples/qlora.py --minutes 5")
+    assert record["loss"]["adapter on 4 bits"] < record["loss"]["base in 4 bits"]
