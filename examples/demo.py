@@ -33,7 +33,7 @@ from scrubjay.examples.corpus import Corpus, encode, joined, load_corpus, num_by
 from scrubjay.examples.measure import cache_growth, decode_rate, full_cache_nbytes, stream_bits
 from scrubjay.examples.recipe import Recipe
 from scrubjay.examples.report import commit, figure, machine, summary, versions
-from scrubjay.examples.training import Log, Windows, build_model, find_pace, plan_steps, train
+from scrubjay.examples.training import Log, Windows, build_model, find_pace, plan_steps, save, train
 
 PROMPTS = ("def ", "import ", "class ")
 
@@ -77,8 +77,10 @@ def demo(
             bits = {**score_ngrams(data), **score_lzma(data, compression)}
     network, training, bits[model] = fit(model, data, recipe, minutes, output, seed)
     with section("save, and load where scrubjay is absent"):
-        network.save_pretrained(output)
-        data.tokenizer.save_pretrained(output)
+        about = {"training_data": corpus.name, "training_command": command}
+        save(
+            network, data.tokenizer, output, **about, evaluation={"bits per byte, held-out text": round(bits[model], 3)}
+        )
         completions = complete_in_isolation(output, recipe.new_tokens, seed)
     with section("cache and speed"):
         cache, speed = weigh(network.eval(), data, recipe)

@@ -117,9 +117,11 @@ def pretrain(args: argparse.Namespace) -> dict:
     loss = trainer.evaluate()["eval_loss"]
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = use_cache  # training turns it off, and it would be saved so
-    model.save_pretrained(args.out / "model")
     if settings.should_save:
-        tokenizer.save_pretrained(args.out / "model")
+        tokenizer.save_pretrained(args.out / "model")  # first: the model's card says whether there is one
+    if hasattr(model, "describe"):  # of the zoo
+        model.describe(training_data=corpus.name)
+    model.save_pretrained(args.out / "model")
     trainer.accelerator.wait_for_everyone()
     bits = loss / math.log(2) * (len(streams[1]) - 1) / num_bytes(corpus.heldout)
     return {

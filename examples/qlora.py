@@ -34,7 +34,7 @@ from scrubjay.examples.docstrings import pairs_of
 from scrubjay.examples.qlora_memory import load, measured_apart
 from scrubjay.examples.recipe import MODELS, Recipe
 from scrubjay.examples.report import FULL, GRAY, OURS, commit, machine, size, table, versions
-from scrubjay.examples.training import Windows, build_model, find_pace, plan_steps, train
+from scrubjay.examples.training import Windows, build_model, find_pace, plan_steps, save, train
 from scrubjay.modeling.base import ZooPreTrainedModel
 
 MAMBA2_130M = {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50288}  # the published sizes
@@ -74,8 +74,7 @@ def make_base(run: Run, corpus: Corpus, recipe: Recipe, folder: Path) -> None:
     pace = find_pace(network, windows, recipe, folder)
     plan = plan_steps(recipe, len(windows), run.minutes, pace.seconds, 0.0)
     train(network, windows, recipe, plan.steps, bfloat16=pace.bfloat16, output=folder, seed=run.seed)
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save(network, tokenizer, folder, training_data=corpus.name)
 
 
 def instructions(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, str]]:
@@ -141,8 +140,7 @@ def fine_tune(run: Run, base: str, tokenizer: PreTrainedTokenizerBase, pairs: li
 def merge(base: str, adapter: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The adapter merged into the float32 base, and saved."""
     merged = PeftModel.from_pretrained(load(base, 32), adapter).merge_and_unload()
-    merged.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save(merged, tokenizer, folder)
     return merged
 
 

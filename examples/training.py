@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -198,6 +199,14 @@ def train(
     model.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved so
     log.losses = torch.stack(trainer.losses).tolist()
     return log
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **notes) -> None:
+    """Write a model with its tokenizer. notes: for the card of a model of the zoo, as its `describe` takes them."""
+    tokenizer.save_pretrained(folder)  # first: the card says whether there is one
+    if hasattr(model, "describe"):
+        model.describe(**notes)
+    model.save_pretrained(folder)
 
 
 def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:

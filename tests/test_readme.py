@@ -1,7 +1,10 @@
 """Every Python block of the README, run in order as one program, and every file that it names."""
 
+import inspect
 import re
 from pathlib import Path
+
+from scrubjay.examples.demo import demo
 
 ROOT = Path(__file__).parent.parent
 TASKS = ROOT / "examples" / "lm_eval_tasks"
@@ -30,6 +33,7 @@ def test_commands_exist():
         assert target in ("makes",) or re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for script in re.findall(r"python (examples/\w+\.py)", TEXT):
         assert (ROOT / script).exists()
+    assert f"pretrained={inspect.signature(demo).parameters['output'].default} " in TEXT
     (tasks,) = re.findall(r"--tasks (\S+)", TEXT)
     named = {re.search(r"^task: (\S+)$", file.read_text(), re.MULTILINE)[1] for file in TASKS.glob("*.yaml")}
     assert set(tasks.split(",")) == named
