@@ -355,7 +355,7 @@ def test_demo_smoke_end_to_end(name, tmp_path, capfd):
         assert result["completions"]["module"].startswith("transformers_modules.")  # the saved code, not scrubjay's
         assert len(set(result["cache"]["ours"].values())) == 1
         card = (tmp_path / "out" / "README.md").read_text()
-        measured = f"| bits per byte, held-out text | {result['bits_per_byte'][name]:.3f} |"
+        measured = f"| bits per byte, held-out text | {round(result['bits_per_byte'][name], 3)} |"
         for line in ("Data: text", "scrubjay demo --smoke", measured, "tokenizer = AutoTokenizer.from_pretrained"):
             assert line in card
     first, *_, last = [value for _, value in result["training"]["heldout"]]
