@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from zoo import ZOO
@@ -27,3 +29,13 @@ def uninitialised_memory_is_nan():
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def transformers_log(caplog, monkeypatch):
+    """caplog of what transformers logs, each record once: its logger hands them on to the root only where CI is set."""
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)

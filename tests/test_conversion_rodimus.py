@@ -105,15 +105,12 @@ def test_flas_folders_load_as_they_are(name, tmp_path):
     assert far(loaded(folder), meaning_of_fla(tensors, config)) < BOUND
 
 
-def test_loading_theirs_warns_of_nothing(tmp_path, caplog):
+def test_loading_theirs_warns_of_nothing(tmp_path, transformers_log):
     """transformers says of another model_type that it is not supported: this one is."""
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
     for folder, *_ in (official("plus, odd window", tmp_path / "theirs"), fla("plus", tmp_path / "fla")):
         loaded(folder)
-    logger.warning("heard")
-    logger.removeHandler(caplog.handler)
-    assert [record.message for record in caplog.records] == ["heard"]
+    logging.getLogger("transformers").warning("heard")
+    assert [record.message for record in transformers_log.records] == ["heard"]
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

@@ -1,6 +1,5 @@
 """Published models: their configurations, the shapes of their parameters and how many numbers those are."""
 
-import logging
 import math
 
 import pytest
@@ -53,28 +52,19 @@ def test_published_sizes_have_their_number_of_parameters(name):
         assert sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) == count
 
 
-@pytest.fixture
-def log(caplog):
-    """What transformers logs: its logger hands nothing on to the root's."""
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 @pytest.mark.parametrize(
     ("sizes", "derived", "parameters"),
     MAMBA2.values(),
     ids=[name.replace("codestral-7b", "Mamba-Codestral-7B") for name in MAMBA2],
 )
-def test_published_mamba2_configurations_load(sizes, derived, parameters, tmp_path, log):
+def test_published_mamba2_configurations_load(sizes, derived, parameters, tmp_path, transformers_log):
     """From what transformers' own class writes, and with the number of parameters that the authors' code has."""
     defaults = {"n_groups": 1, "vocab_size": 50288, "tie_word_embeddings": True, "eos_token_id": 0, "pad_token_id": 0}
     theirs = Mamba2Config(num_heads=sizes["hidden_size"] // 32, **defaults | sizes)
     theirs.save_pretrained(tmp_path)
     config = SSDConfig.from_pretrained(tmp_path)
-    assert "`mamba2`" in log.text
-    assert "`scrubjay_ssd`" in log.text
+    assert "`mamba2`" in transformers_log.text
+    assert "`scrubjay_ssd`" in transformers_log.text
     shared = set(own_fields(SSDConfig)) & set(theirs.to_dict()) - {"chunk_size", "time_step_limit"}
     assert len(shared) > 20
     assert {name: getattr(config, name) for name in shared} == {name: getattr(theirs, name) for name in shared}
