@@ -154,6 +154,7 @@ def add_convert(commands) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the new configuration; repeatable"
     )
+    parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -175,6 +176,7 @@ def convert(arguments: argparse.Namespace) -> None:
         max_shard_size=arguments.max_shard_size,
         progress=not arguments.quiet,
         settings=settings,
+        revision=arguments.revision,
     )
     print(report.text())
 

@@ -27,7 +27,7 @@ from scrubjay.conversion.report import Report
 from scrubjay.conversion.source import carried_files, local_path
 from scrubjay.conversion.weights import Entries, parse_size, raw, write_weights
 from scrubjay.modeling.key_names import same
-from scrubjay.modeling.model_card import Place, write_card
+from scrubjay.modeling.model_card import CARD, Place, read_card, write_card
 from scrubjay.modeling.remote_code import auto_map, write_code
 
 ZOO = "scrubjay"
@@ -44,6 +44,7 @@ def convert(
     max_shard_size: str | int = "5GB",
     progress: bool = True,
     settings: dict[str, Any] | None = None,
+    revision: str | None = None,
 ) -> Report:
     """Write a checkpoint of one layout as a folder of another.
 
@@ -62,6 +63,7 @@ def convert(
             file, whatever its size.
         progress: a bar on stderr, where that is a terminal.
         settings: fields of our configuration that differ from what the source says or leaves open.
+        revision: branch, tag or commit of a source on the Hub.
 
     Returns: what was read, written and left out.
 
@@ -74,7 +76,7 @@ def convert(
     destination = Path(destination).resolve()  # a link to an empty folder stays, and is filled
     check_destination(destination)
     parse_size(max_shard_size)
-    checkpoint = Checkpoint(local_path(source))
+    checkpoint = Checkpoint(local_path(source, revision))
     theirs, target = choose_formats(checkpoint, to)
     config, notes = _read_config(theirs, checkpoint, dict(settings or {}))
     work = _Work.of(checkpoint, theirs, target, config, dtype)
@@ -294,6 +296,5 @@ def _write_config(folder, target, work, checkpoint):
     if not (folder / "generation_config.json").is_file():
         GenerationConfig.from_model_config(config).save_pretrained(folder)
     write_code(type(model), folder)
-    old = checkpoint.folder / "README.md"
-    text = old.read_text(encoding="utf-8") if old.is_file() else None
-    write_card(model.to(config.dtype), folder, text, Place(tokenizer=(folder / "tokenizer_config.json").is_file()))
+    old = read_card(checkpoint.folder / CARD)
+    write_card(model.to(config.dtype), folder, old, Place(tokenizer=(folder / "tokenizer_config.json").is_file()))

@@ -38,14 +38,19 @@ PLAIN_TOKENIZERS = {
 WEIGHTS = (("model*.safetensors", "model*.safetensors.index.json"), ("pytorch_model*",), ("consolidated*.safetensors",))
 
 
-def local_path(source: str | Path) -> Path:
+def local_path(source: str | Path, revision: str | None = None) -> Path:
     """The path itself where it exists; otherwise the snapshot of a repository on the Hub, downloaded.
 
+    Args:
+        revision: branch, tag or commit on the Hub.
+
     Raises:
-        ValueError: neither a path that exists nor owner/name.
+        ValueError: neither a path that exists nor owner/name, or a revision of a path.
     """
     path = Path(source)
     if path.exists():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} was given with the path {source}, which has no revisions.")
         return path
     name = str(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -53,10 +58,11 @@ def local_path(source: str | Path) -> Path:
     validate_repo_id(name)
     small = [*CARRIED, "config.json", "params.json", "README.md"]
     for weights in WEIGHTS:
-        folder = Path(snapshot_download(name, allow_patterns=[*small, *weights]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*small, *weights]))
         if any(fnmatch(file.name, pattern) for file in folder.iterdir() for pattern in weights):
             return folder
-    raise ValueError(f"{name} has no weights that are known: {', '.join(p for kind in WEIGHTS for p in kind)}.")
+    at = "" if revision is None else f" at {revision}"
+    raise ValueError(f"{name}{at} has no weights that are known: {', '.join(p for kind in WEIGHTS for p in kind)}.")
 
 
 def carried_files(source: Path, destination: Path) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from scrubjay.modeling.model_card import CARD, pinned
+from scrubjay.modeling.model_card import CARD, pinned, read_card
 from scrubjay.modeling.publishing import CONFIG, Published
 from scrubjay.modeling.remote_code import auto_map, code_files, digest
 
@@ -71,7 +71,7 @@ def verify(source: str, *, revision: str | None = None, token: bool | str | None
     elif revision is not None:
         raise ValueError(f"revision={revision!r} was given with the folder {source}. A folder has no revisions.")
     model_class = _class_of(folder)
-    pins = pinned((folder / CARD).read_bytes().decode()) if (folder / CARD).is_file() else {}
+    pins = pinned(read_card(folder / CARD) or "")
     if not pins:
         raise ValueError(f"{source} has no {CARD} with sha256 of code files. Save the model again to get one.")
     own = {name: digest(text.encode()) for name, text in code_files(model_class).items()}

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from scrubjay.kernels.triton_tools import interpreted, triton
+from scrubjay.kernels.triton_tools import interpreted, triton, works
 
 BACKENDS = ("torch", "triton")
 
@@ -38,7 +38,9 @@ def choose(backend: str | None, op: str, *tensors: torch.Tensor, fused: bool = F
                 "Pass backend=None to let it choose."
             )
         return "triton"
-    return "triton" if backend is None and fused and triton is not None and devices == ["cuda"] else "torch"
+    wanted = backend is None and fused and triton is not None and devices == ["cuda"]
+    # torch.compile, whose own code for a GPU is Triton's, must not trace the question.
+    return "triton" if wanted and (torch.compiler.is_compiling() or works()) else "torch"
 
 
 def without_autocast(function):

@@ -3,6 +3,8 @@
 A kernel file is imported on machines without Triton too: it takes `tl`, `triton` and `jit` from here.
 """
 
+import functools
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -14,6 +16,22 @@ try:
     import triton.language as tl
 except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=None)
+
+
+@functools.cache
+def works() -> bool:
+    """Whether Triton reaches this machine's GPU. Where it does not, a warning says why, once.
+
+    At its first use Triton compiles its driver, with a C compiler and Python's headers: many machines lack one of them.
+    """
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # of Triton, of the compiler, of the system
+        reason = f"{type(error).__name__}: {error}"
+        text = "Triton is installed and does not work here, so PyTorch's operations run in place of the kernels."
+        warnings.warn(f"{text} Triton needs a C compiler, such as gcc, and Python's headers. {reason}", stacklevel=2)
+        return False
+    return True
 
 
 def jit(function):

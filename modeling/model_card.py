@@ -123,6 +123,20 @@ def write_card(model: Any, folder: Path, old: str | None, place: Place = Place()
     (folder / CARD).write_bytes(card.content.encode())
 
 
+def read_card(path: Path) -> str | None:
+    """Text of a README.md as it stands; None where there is none.
+
+    Raises:
+        ValueError: a file that is not UTF-8.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8, or remove it.") from None
+
+
 def pinned(text: str) -> dict[str, str]:
     """{code file: sha256} as a card says."""
     return {name: sha for part in PART.findall(text) for sha, name in PINNED.findall(part)}

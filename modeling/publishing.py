@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.modeling_utils import PreTrainedModel
 
-from scrubjay.modeling.model_card import CARD, Notes, Place, pinned, write_card
+from scrubjay.modeling.model_card import CARD, Notes, Place, pinned, read_card, write_card
 from scrubjay.modeling.remote_code import auto_map, check_folder, write_code, written_class
 from scrubjay.modeling.sharding import is_sharded, whole_state
 
@@ -143,7 +143,7 @@ class Published(PreTrainedModel):
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
             held = [path.name for path in folder.iterdir() if path.is_file()]
-            old = (folder / CARD).read_bytes().decode() if CARD in held else None
+            old = read_card(folder / CARD)
             write_card(self, new, old, Place(tokenizer=tokenizer is not None or TOKENIZER in held))
             gone = _leftovers(held, _files(new), old, kwargs.get("variant"))
             (folder / CONFIG).unlink(missing_ok=True)
@@ -191,7 +191,7 @@ class _Repository:
             return None
         with tempfile.TemporaryDirectory(dir=folder) as place:
             path = self.api.hf_hub_download(self.name, CARD, revision=self.head, local_dir=place)
-            return Path(path).read_bytes().decode()
+            return read_card(Path(path))
 
     def commit(self, folder, gone, **about):
         """All files of a folder, without the files `gone`, on what was there when this object was made."""

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from distributed_steps import finish, start
+from peft_cases import adapted
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -120,10 +121,23 @@ def compare(model, length, patch=None, **more):
         return differences(out, gradients, batch["shard"], want)
 
 
+@contextmanager
+def of_any_transformers():
+    """Names that 5.17 alone has and 5.23 deprecates may be used, by peft too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def with_lora(name):
+    with of_any_transformers():
+        model = adapted(build(name), "all-linear").train()
+        return compare(model, LENGTH)
+
+
 def checkpointed(name):
     model = build(name).train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # 5.17 knows only this name of it, which 5.23 deprecates
+    with of_any_transformers():
         model.gradient_checkpointing_enable()
         return compare(model, LENGTH)
 
@@ -327,6 +341,8 @@ def results(folder):
             found[f"{name} with {'weak' if strength < 0 else 'strong'} decays"] = compare(model, LENGTH)
         found[f"{name} as a part of 500 labels"] = compare(build(name).train(), LENGTH, num_items_in_batch=500)
         found[f"{name} checkpointed"] = checkpointed(name)
+        found[f"{name} with LoRA"] = with_lora(name)
+        found[f"{name} in bfloat16"] = compare(build(name, torch.bfloat16).train(), LENGTH)
         found[f"{name} in DDP"] = wrapped(name, DistributedDataParallel, lambda g: g)
         found[f"{name} in FSDP2"] = wrapped(name, fully_sharded, lambda g: g.full_tensor())
         found[f"{name} trained"] = trained(name)

@@ -20,7 +20,8 @@ from distributed_steps import (
 )
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from zoo import ZOO, tokens
 
@@ -154,12 +155,15 @@ def refusals(by_name):
 def main():
     rank, processes, out = start()
     found = {}
+    replicas = init_device_mesh("cpu", (processes, 1), mesh_dim_names=("replicate", "shard"))
     for entry in ZOO:
         mine = found[entry.name] = {"alone": alone(entry), "processes": processes}
         model, mine["sharded"] = trained(entry, rank, processes)
         model.save_pretrained(out / f"{entry.name}_saved")
         mine["checkpointed"] = trained(entry, rank, processes, lambda model: model.gradient_checkpointing_enable())[1]
         mine["wrapped"] = trained(entry, rank, processes, wrapped)[1]
+        mine["replicated"] = trained(entry, rank, processes, mesh=replicas)[1]
+        mine["offloaded"] = trained(entry, rank, processes, offload_policy=CPUOffloadPolicy(pin_memory=False))[1]
         mine["dcp"] = resumed(entry, rank, processes, out / f"{entry.name}_dcp")
         mine["bfloat16"] = in_bfloat16(entry, rank, processes)
         mine["accelerate"] = by_accelerate(entry, rank, processes)

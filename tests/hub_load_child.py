@@ -124,6 +124,7 @@ def after_faults() -> dict:
         "jay/grown": difference(load("jay/grown"), "grown"),
         "jay/broken": difference(load("jay/broken"), "broken"),
         "jay/once": difference(load("jay/once"), "once"),
+        "jay/trained": difference(load("jay/trained"), "trained"),
         "jay/never": error_of(lambda: load("jay/never")),
     }
     for kind in ("cut", "shrink"):

@@ -16,11 +16,12 @@ from urllib.request import Request, urlopen
 import torch
 from huggingface_hub import HfApi
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.utils import logging
 from zoo import VOCAB, ZOO, tokens
 
 from scrubjay import cli
+from scrubjay.conversion.verify_hub import verify
 from scrubjay.modeling import publishing
 
 OUT = Path(sys.argv[1])
@@ -151,6 +152,31 @@ def commands() -> dict:
     }
 
 
+def converted() -> dict:
+    """A branch of a repository in another library's layout."""
+    told = command("convert", "jay/ssd", str(OUT / "official"), "--to", "mamba_ssm", "--revision", "v2")
+    with torch.no_grad():
+        logits = ENTRIES["ssd"].model.from_pretrained(OUT / "official").eval()(tokens(2, 12)).logits
+    return told | {"difference": float((logits - torch.load(OUT / "v2.pt")).abs().max())}
+
+
+def trained() -> dict:
+    """What Trainer pushes, and the model after it."""
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(2, 12)]
+    about = {"hub_model_id": "jay/trained", "push_to_hub": True, "hub_token": os.environ["HF_TOKEN"]}
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    arguments = TrainingArguments(str(OUT / "trained"), max_steps=1, **about, **quiet)
+    trainer = Trainer(ENTRIES["rodimus"].build(seed=11), arguments, train_dataset=rows, processing_class=tokenizer())
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train()
+        trainer.push_to_hub(blocking=True)
+    with torch.no_grad():
+        torch.save(trainer.model.eval()(tokens(2, 12)).logits, OUT / "trained.pt")
+    unpinned = error_of(lambda: verify("jay/trained"))
+    trainer.model.push_to_hub("jay/trained")
+    return {"unpinned": unpinned, "verify": command("verify", "jay/trained")}
+
+
 def main() -> None:
     logging.disable_progress_bar()
     time.sleep = lambda seconds: None  # the client waits between its attempts
@@ -159,7 +185,7 @@ def main() -> None:
     over_another_model()
     found |= {"broken": broken(), "overtaken": overtaken()}
     altered()
-    found["commands"] = commands()
+    found |= {"commands": commands(), "converted": converted(), "trained": trained()}
     (OUT / "pushed.json").write_text(json.dumps(found))
 
 

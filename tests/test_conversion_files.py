@@ -308,8 +308,8 @@ def test_a_name_on_the_hub_is_downloaded_once_and_without_what_is_not_read(tmp_p
     (tmp_path / "repository" / "modeling_evil.py").write_text("raise SystemExit")
     asked = []
 
-    def snapshot_download(name, allow_patterns):
-        asked.append(name)
+    def snapshot_download(name, revision, allow_patterns):
+        asked.append((name, revision))
         folder = tmp_path / "cache" / str(len(asked))
         folder.mkdir(parents=True)
         for file in (tmp_path / "repository").iterdir():
@@ -318,8 +318,8 @@ def test_a_name_on_the_hub_is_downloaded_once_and_without_what_is_not_read(tmp_p
         return str(folder)
 
     monkeypatch.setattr(source_module, "snapshot_download", snapshot_download)
-    convert("owner/name", tmp_path / "new")
-    assert asked == ["owner/name"]
+    convert("owner/name", tmp_path / "new", revision="v2")
+    assert asked == [("owner/name", "v2")]
     assert {path.name for path in (tmp_path / "cache" / "1").iterdir()} == {"config.json", "model.safetensors"}
     assert_same(
         load_file(tmp_path / "cache" / "1" / "model.safetensors"),
@@ -328,6 +328,9 @@ def test_a_name_on_the_hub_is_downloaded_once_and_without_what_is_not_read(tmp_p
     (tmp_path / "repository" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"layout of .* is unknown"):  # now it is the pickle that is read
         convert("owner/name", tmp_path / "other")
+    assert {revision for _, revision in asked[1:]} == {None}
+    with pytest.raises(ValueError, match=r"revision='v2' was given with the path .*, which has no revisions"):
+        convert(tmp_path / "repository", tmp_path / "other", revision="v2")
 
 
 def test_mistral_files_are_read_beside_a_copy_for_transformers(tmp_path):

@@ -134,6 +134,24 @@ def test_fsdp2_with_activation_checkpointing_has_the_same_bits(entry, way, fsdp)
             assert apart(unwrapped(mine[way][what]), mine["sharded"][what])[0] == 0
 
 
+def test_fsdp2_over_two_axes_averages_over_the_replicas(entry, fsdp):
+    """Each process has the whole of each parameter, as a DTensor of a mesh of replicas."""
+    for found in fsdp:
+        mine, alone = found[entry.name]["replicated"], found[entry.name]["alone"]
+        assert mine["spread"].keys() == found[entry.name]["sharded"]["spread"].keys()
+        assert set(mine["spread"].values()) == {1.0}
+        trained_alike(mine, alone)
+        assert apart(mine["gradients"], alone["gradients"]) < (GRADIENTS,)
+    assert apart(*(found[entry.name]["replicated"]["weights"] for found in fsdp))[0] == 0
+
+
+def test_fsdp2_with_offloaded_weights_has_the_same_bits(entry, fsdp):
+    for rank, found in enumerate(fsdp):
+        mine = found[entry.name]
+        shared(mine["offloaded"], rank)
+        assert apart(mine["offloaded"]["weights"], mine["sharded"]["weights"])[0] == 0
+
+
 def test_fsdp2_computes_in_bfloat16(entry, fsdp):
     for found in fsdp:
         mine, alone = found[entry.name]["bfloat16"], found[entry.name]["alone"]

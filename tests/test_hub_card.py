@@ -226,6 +226,13 @@ def test_metadata_that_cannot_be_read_are_left_for_the_user_to_repair(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
+def test_a_readme_that_is_not_utf8_is_left_for_the_user_to_repair(tmp_path):
+    (tmp_path / "README.md").write_bytes("Häher".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"README.md is not UTF-8 text .* Save it as UTF-8, or remove it"):
+        SSD.build().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
 def test_blocks_of_a_folders_card_run_in_it(entry, tmp_path, monkeypatch):
     text = card_of(entry.build(), tmp_path)
     monkeypatch.chdir(tmp_path)

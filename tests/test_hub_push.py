@@ -199,6 +199,20 @@ def test_export_pushes_where_it_is_told_to(story):
     assert story.loaded["access"]["exported"] == 0
 
 
+def test_a_branch_on_the_hub_is_converted(story):
+    assert (story.pushed["converted"]["code"], story.pushed["converted"]["difference"]) == (0, 0)
+
+
+def test_what_trainer_pushes_loads_and_the_models_own_push_gives_it_its_card(story):
+    """Trainer writes a card of its own, which pins no code, over the model's."""
+    assert "jay/trained has no README.md with sha256 of code files" in story.pushed["trained"]["unpinned"]
+    assert story.pushed["trained"]["verify"]["code"] == 0
+    trainers, models = commits(story, "jay/trained")[-2:]
+    assert {"training_args.bin", "modeling_rodimus.py"} | TOKENIZER <= set(trainers)
+    assert (BEGIN in text(trainers, "README.md"), BEGIN in text(models, "README.md")) == (False, True)
+    assert story.loaded["after"]["jay/trained"] == 0
+
+
 def test_log_of_a_round_trip(story):
     """Every request of one model, from its making to its loading; -s prints them."""
     back = [line for line in story.stranger if "/jay/rodimus/" in line]

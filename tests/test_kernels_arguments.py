@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import KERNELS, RECURRENT, SEQUENCE, draw
 
-from scrubjay.kernels import dispatch
+from scrubjay.kernels import dispatch, triton_tools
 from scrubjay.kernels.conv import causal_conv
 from scrubjay.kernels.dispatch import choose
 from scrubjay.kernels.window import window_attention
@@ -32,6 +32,7 @@ def test_backends_are_obeyed_or_refused_with_a_reason(kernel):
 def test_choose_obeys_or_refuses_and_never_replaces(monkeypatch):
     monkeypatch.setattr(dispatch, "triton", object())  # as where it is installed
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    monkeypatch.setattr(dispatch, "works", lambda: True)
     cpu, cuda = (SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda"))
     assert choose(None, "op", cpu) == choose(None, "op", cpu, fused=True) == "torch"
     assert choose(None, "op", cuda) == choose(None, "op", cuda, cpu, fused=True) == "torch"
@@ -53,6 +54,31 @@ def test_without_triton_a_gpu_takes_pytorch_and_a_request_is_refused(monkeypatch
     assert choose(None, "op", cuda, fused=True) == "torch"
     with pytest.raises(ValueError, match=r"op: .*needs Triton, which is not installed: pip install 'scrubjay\[gpu\]'"):
         choose("triton", "op", cuda, fused=True)
+
+
+@pytest.mark.skipif(triton_tools.triton is None, reason="Triton is not installed")
+def test_where_triton_finds_no_gpu_or_no_compiler_pytorch_runs_and_one_warning_says_why(monkeypatch):
+    def no_compiler(driver):
+        asked.append(driver)
+        raise RuntimeError("Failed to find C compiler.")
+
+    asked, cuda = [], SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(type(triton_tools.triton.runtime.driver), "active", property(no_compiler))
+    triton_tools.works.cache_clear()
+    with pytest.warns(
+        UserWarning, match=r"PyTorch's operations .* needs a C compiler.* Failed to find C compiler"
+    ) as said:
+        assert [choose(None, "op", cuda, fused=True) for _ in range(3)] == ["torch"] * 3
+    assert len(said) == len(asked) == 1
+    assert choose("triton", "op", cuda, fused=True) == "triton"  # obeyed: Triton itself says what is missing
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choose(None, "op", cuda, fused=True) == "triton"
+    target = SimpleNamespace(get_current_target=lambda: "sm_90")
+    monkeypatch.setattr(type(triton_tools.triton.runtime.driver), "active", target)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+    triton_tools.works.cache_clear()
+    assert choose(None, "op", cuda, fused=True) == "triton"
+    triton_tools.works.cache_clear()
 
 
 def bad(kernel, options=None, **shapes):

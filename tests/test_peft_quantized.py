@@ -151,6 +151,24 @@ def test_gradients_after_generating_are_those_before(folder):
     assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
 
 
+def test_gradients_of_an_adapter_and_of_biases_are_those_on_plain_layers(entry, folder):
+    """bias="all" trains vectors of the base model in place, beside 4 bits that are not trained."""
+    ids, found = tokens(2, 12), []
+    quantized = load(folder)
+    for base in (quantized, unquantized(folder, quantized)):
+        model = adapted(base, "all-linear", bias="all").train()
+        torch.manual_seed(0)
+        model(ids, labels=ids).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    got, want = found
+    assert got.keys() == want.keys()
+    assert any("lora_" not in name for name in got) == entry.recurrent  # the others have none but the controller's
+    largest = max(gradient.abs().max() for gradient in want.values())
+    for name in got:
+        assert (got[name] - want[name]).abs().max() < 1.5e-5 * largest, name  # 2.7e-6 was the most seen
+        assert want[name].abs().max() > 0, name
+
+
 def test_qlora_trains_generates_saves_loads_and_merges(entry, folder, tmp_path):
     model = prepare_model_for_kbit_training(load(folder), gradient_checkpointing_kwargs={"use_reentrant": False})
     model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, lora_alpha=16))
