@@ -21,7 +21,7 @@ from scrubjay.modeling.modeling_recycled import RecycledForCausalLM, RecycledMod
 from scrubjay.modeling.modeling_rodimus import RodimusForCausalLM, RodimusModel
 from scrubjay.modeling.modeling_ssd import SSDForCausalLM, SSDModel
 from scrubjay.modeling.modeling_taipan import TaipanForCausalLM, TaipanModel
-from scrubjay.modeling.sharding import shard_model, whole_state
+from scrubjay.modeling.sharding import save_adapter, shard_model, whole_state
 
 __version__ = "0.1.0"
 
@@ -59,6 +59,7 @@ __all__ = [
     "TaipanModel",
     "adapter_report",
     "average_gradients",
+    "save_adapter",
     "shard_model",
     "shard_sequence",
     "whole_state",

@@ -6,8 +6,11 @@ Thin: each command parses its arguments and calls one function, and imports what
 import argparse
 import json
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +30,39 @@ def fail(message: str) -> NoReturn:
     """One line on stderr, exit code 2."""
     print(f"scrubjay: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+class Ended(BaseException):
+    """A signal that ends the process arrived; its number is the argument."""
+
+
+@contextmanager
+def ended_cleanly() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end what runs inside as an error does, so that it removes what it began.
+
+    The exit code is 128 + the signal's number. A signal that is ignored (nohup) or that a caller handles stays so.
+    """
+
+    def end(number, frame):
+        for one in heard:  # a terminal that closes sends it twice, and the second would end the removal
+            signal.signal(one, signal.SIG_IGN)
+        raise Ended(number)
+
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    possible = threading.current_thread() is threading.main_thread()
+    heard = [number for number in known if possible and signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in heard:
+            signal.signal(number, end)
+        yield
+    except Ended as ended:
+        number = ended.args[0]
+        with suppress(OSError):  # the terminal may be gone
+            print(f"scrubjay: ended by {signal.Signals(number).name}", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,17 +203,18 @@ def convert(arguments: argparse.Namespace) -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # that a Mamba-2 file is read by another class is the purpose here
-    report = run(
-        arguments.source,
-        arguments.destination,
-        to=arguments.to,
-        check=arguments.check,
-        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
-        max_shard_size=arguments.max_shard_size,
-        progress=not arguments.quiet,
-        settings=settings,
-        revision=arguments.revision,
-    )
+    with ended_cleanly():
+        report = run(
+            arguments.source,
+            arguments.destination,
+            to=arguments.to,
+            check=arguments.check,
+            dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+            max_shard_size=arguments.max_shard_size,
+            progress=not arguments.quiet,
+            settings=settings,
+            revision=arguments.revision,
+        )
     print(report.text())
 
 
@@ -208,7 +245,8 @@ def export(arguments: argparse.Namespace) -> None:
     from scrubjay.conversion.export_hub import export as run
 
     hub = {"push": arguments.push, "private": arguments.private, "revision": arguments.revision}
-    files = run(arguments.source, arguments.destination, trust_remote_code=arguments.trust_remote_code, **hub)
+    with ended_cleanly():
+        files = run(arguments.source, arguments.destination, trust_remote_code=arguments.trust_remote_code, **hub)
     print(f"{arguments.destination}: {', '.join(files)}")
     if arguments.push:
         print(f"pushed to {arguments.push}")

@@ -7,6 +7,15 @@ from transformers import CONFIG_MAPPING
 from transformers.configuration_utils import PreTrainedConfig
 
 BASES = ("llama", "qwen2", "qwen3", "mistral")
+# What peft looks for in the dictionary of any configuration.
+SHOWN = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+    "vocab_size",
+)
 
 
 class WrappedConfig(PreTrainedConfig):
@@ -41,6 +50,9 @@ class WrappedConfig(PreTrainedConfig):
             self.base_config = copy.deepcopy(given)  # a model may hold it
             kwargs.setdefault("attn_implementation", given._attn_implementation)
         kwargs.pop("model_type", None)
+        for name in SHOWN:  # of a dictionary that `to_dict` made
+            if name in kwargs and kwargs[name] == getattr(self.base_config, name):
+                kwargs.pop(name)
         # no property: transformers 5.17 assigns to it where embeddings are tied
         self.base_model_tp_plan = self.base_config.base_model_tp_plan
         super().__post_init__(**kwargs)
@@ -53,10 +65,14 @@ class WrappedConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self):
-        """As in transformers; the dtype stands in one place."""
+        """As in transformers; the dtype stands in one place, and the sizes that others read in sight."""
         output = super().to_dict()
         output["base_config"].pop("dtype", None)
-        return output
+        return output | {name: output["base_config"][name] for name in SHOWN}
+
+    def to_diff_dict(self):
+        """As in transformers, for the file: what the base says is not said twice."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in SHOWN}
 
     def get_text_config(self, decoder=None, encoder=None):
         """The decoder's configuration: sizes, token ids."""
@@ -67,6 +83,15 @@ class WrappedConfig(PreTrainedConfig):
         if name.startswith(("_", "rope_")) or not isinstance(base, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(base, name)
+
+    @property
+    def tie_word_embeddings(self):
+        """The decoder's, for those who ask and for those who untie."""
+        return self.base_config.tie_word_embeddings
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value):
+        self.base_config.tie_word_embeddings = value
 
     @property
     def base_model_pp_plan(self):

@@ -167,6 +167,12 @@ def config_for(layout: str, config: Any) -> dict[str, Any]:
         if layout == "fla":  # its norm takes all channels together; the second name is what its older versions read
             fixed["n_groups"] = 1
             theirs |= {"time_step_limit": config.time_step_limit, "num_heads": config.num_heads}
+        # transformers' class rescales weights that it has loaded where this is true: a folder for it says false, and
+        # one for fla, which that class reads where fla is absent, leaves fla's default unsaid
+        if layout == "transformers":
+            theirs["rescale_prenorm_residual"] = False
+        elif config.rescale_prenorm_residual:
+            del theirs["rescale_prenorm_residual"]
     else:
         theirs |= {"rms_norm": True, "fused_add_norm": True}
         theirs["pad_vocab_size_multiple"] = next(m for m in (16, 8, 1) if config.vocab_size % m == 0)

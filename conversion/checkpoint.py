@@ -5,9 +5,11 @@ Nothing is held beyond one tensor and some pages of one mapped file. Pickles are
 
 import json
 import pickle
+import re
 import zipfile
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,7 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 FILES = ("model.safetensors", INDEXES[0], "pytorch_model.bin", INDEXES[1], "consolidated.safetensors")
 RESIDENT = 1 << 26  # bytes read after which a file is mapped anew, so that its pages do not count up
 CONFIGS = ("config.json", "params.json")
+PICKLED = (".bin", ".pt", ".pth")
 
 
 class Checkpoint:
@@ -28,6 +31,7 @@ class Checkpoint:
     Raises:
         ValueError: no weights, a damaged or incomplete file, an index that does not fit its files, a pickle that holds
             anything but tensors; each names the file.
+        OSError: a file that cannot be opened.
     """
 
     def __init__(self, path: str | Path):
@@ -40,6 +44,7 @@ class Checkpoint:
         self._open: tuple[Path, _Safetensors | _Pickle] | None = None
         self._read = 0  # bytes of it
         for file in self.files:
+            _check_sums(file)
             for name, (shape, dtype) in self._weights(file).entries.items():
                 if name in self._file_of:
                     raise ValueError(f"{name} is in {self._file_of[name].name} and in {file.name}. Remove one of them.")
@@ -58,13 +63,12 @@ class Checkpoint:
         """The configuration, empty where there is no file of it."""
         if self.config_file is None:
             return {}
-        try:
-            config = json.loads(self.config_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self.config_file} is not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{self.config_file} must hold an object; it holds a {type(config).__name__}.")
-        return config
+        return read_object(self.config_file)
+
+    @property
+    def place(self) -> Path:
+        """What to name in an error: the file of weights, or the folder of several."""
+        return self.files[0] if len(self.files) == 1 else self.folder
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +77,7 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor; its memory may be a mapped file's."""
-        if self._read > RESIDENT:
+        if self._read > RESIDENT and self._open is not None and self._open[1].mapped:
             self.close()
         tensor = self._weights(self._file_of[name]).read(name)
         self._read += tensor.numel() * tensor.element_size()
@@ -86,7 +90,7 @@ class Checkpoint:
     def _weights(self, file):
         if self._open is None or self._open[0] != file:
             self.close()  # before the next is mapped
-            self._open = (file, _Safetensors(file) if file.suffix == ".safetensors" else _Pickle(file))
+            self._open = (file, _reader(file)(file))
         return self._open[1]
 
     def _check_index(self, listed):
@@ -112,12 +116,28 @@ def _weight_files(path):
     raise ValueError(f"No weights in {path}: none of {', '.join(FILES)} is there.")
 
 
-def _sharded(index):
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a file of JSON.
+
+    Raises:
+        ValueError: names a file that holds no JSON, or something else than an object.
+    """
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(listed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is not an index of shards: it needs an object weight_map.") from None
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must hold an object; it holds a {type(found).__name__}.")
+    return found
+
+
+def _sharded(index):
+    listed = read_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(
+            f"{index} is no index of shards: it needs an object weight_map, from tensors to names of files."
+        )
+    names = sorted(set(listed.values()))
     files = [index.parent / name for name in names]
     if outside := [name for name in names if Path(name).name != name]:
         raise ValueError(f"{index} names files outside of its folder: {', '.join(outside)}.")
@@ -126,17 +146,68 @@ def _sharded(index):
     return files, listed
 
 
+def _reader(file):
+    """By the contents: a file in the Hub's cache has no suffix. By the suffix where they are damaged."""
+    with open(file, "rb") as stream:
+        head = stream.read(9)
+    if head.startswith(b"version h"):
+        raise ValueError(f"{file} is a pointer of Git LFS, not the weights. Get them with: git lfs pull")
+    if head[4:] == b"\0\0\0\0{":  # behind the length of a header of less than 4 GB
+        return _Safetensors
+    if head.startswith((b"PK", b"\x80")):
+        return _Pickle
+    if file.suffix not in (".safetensors", *PICKLED):
+        raise ValueError(f"{file} holds no weights: it is neither safetensors nor of torch.save. Pass a file that is.")
+    return _Pickle if file.suffix in PICKLED else _Safetensors
+
+
+def _is_archive(file):
+    """Whether torch.save wrote it in the form it has since torch 1.6: an archive, which can be mapped."""
+    with open(file, "rb") as stream:
+        return stream.read(4) == b"PK\3\4"
+
+
+def _check_sums(file):
+    """Refuse an archive whose records are not what was written: torch does not look at their checksums."""
+    if not _is_archive(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            program = any(name.endswith("/constants.pkl") for name in archive.namelist())
+            for record in archive.infolist():
+                if record.CRC:  # writers may leave them out
+                    with archive.open(record) as stream:
+                        while stream.read(1 << 20):
+                            pass
+    except Exception as error:  # of as many kinds as there are bytes to be wrong
+        raise _damaged(file, error) from None
+    if program:
+        raise ValueError(f"{file} is a TorchScript program, no file of weights. Save its state_dict().")
+
+
+def _damaged(file, error):
+    lines = str(error).splitlines() or [""]
+    return ValueError(f"{file} is damaged or incomplete: {type(error).__name__}: {lines[0]}")
+
+
 class _Safetensors:
+    mapped = True
+
     def __init__(self, file):
+        self.file = file
         try:
             self.handle = safe_open(file, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or incomplete: {error}") from None
+            raise _damaged(file, error) from None
 
     @cached_property
     def entries(self):
         slices = {name: self.handle.get_slice(name) for name in self.handle.keys()}  # noqa: SIM118  not a dictionary
-        return {name: (tuple(s.get_shape()), _dtype(s.get_dtype())) for name, s in slices.items()}
+        found = {name: s.get_dtype() for name, s in slices.items()}
+        if other := sorted(set(found.values()) - set(SAFETENSORS_NAMES)):
+            known = ", ".join(SAFETENSORS_NAMES)
+            raise ValueError(f"{self.file} has tensors of dtype {', '.join(other)}; known are {known}.")
+        return {name: (tuple(s.get_shape()), SAFETENSORS_NAMES[found[name]]) for name, s in slices.items()}
 
     def read(self, name):
         return self.handle.get_tensor(name)
@@ -144,20 +215,18 @@ class _Safetensors:
 
 class _Pickle:
     def __init__(self, file):
+        self.mapped = _is_archive(file)
         try:
-            # files of before torch 1.6 are no archives and cannot be mapped
-            self.tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except pickle.UnpicklingError as error:
-            reason = str(error).split("\n")[0]
+            self.tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=self.mapped)
+        except Exception as error:  # a damaged one makes torch do anything
+            if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in str(error):
+                raise _damaged(file, error) from None
             raise ValueError(
-                f"{file} was not read: it is no pickle of tensors alone, and loading anything else could run code of "
-                f"its author. {reason}"
-            ) from None
-        except (RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{file} is damaged or incomplete: {str(error).splitlines()[0]}") from None
+                f"{file} was not read: {_no_tensors(error)}"
+            ) from None  # torch's own text tells to trust it
         if not isinstance(self.tensors, dict):
             raise ValueError(f"{file} must hold a dictionary of tensors; it holds a {type(self.tensors).__name__}.")
-        if other := [f"{name} ({type(x).__name__})" for name, x in self.tensors.items() if not torch.is_tensor(x)]:
+        if other := [f"{name} ({kind})" for name, x in self.tensors.items() if (kind := _no_weight(name, x))]:
             raise ValueError(f"{file} must hold tensors alone; it also holds {', '.join(other[:8])}.")
 
     @property
@@ -165,7 +234,26 @@ class _Pickle:
         return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()}
 
     def read(self, name):
-        return self.tensors[name]
+        return self.tensors[name].detach().resolve_neg()
+
+
+def _no_tensors(error):
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    what = f"it names {found[1]}, so it" if found else "it is damaged, or"
+    return (
+        f"{what} is no pickle of tensors alone, and loading anything else could run code of its author. Look for the "
+        "same weights in safetensors, or save the tensors alone."
+    )
+
+
+def _no_weight(name, value):
+    """Why an entry of a pickle is no plain tensor of that name; "" if it is one."""
+    if not isinstance(name, str):
+        return f"a name of type {type(name).__name__}"
+    if not torch.is_tensor(value):
+        return type(value).__name__
+    plain = value.layout == torch.strided and value.device.type == "cpu"
+    return "" if plain else f"a tensor of {value.layout} on {value.device}"
 
 
 SAFETENSORS_NAMES = {
@@ -182,9 +270,3 @@ SAFETENSORS_NAMES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-
-
-def _dtype(name):
-    if name not in SAFETENSORS_NAMES:
-        raise ValueError(f"The checkpoint has tensors of dtype {name}; known are {', '.join(SAFETENSORS_NAMES)}.")
-    return SAFETENSORS_NAMES[name]

@@ -2,15 +2,12 @@
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,18 +17,28 @@ from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.convert_decoder import DECODERS
 from scrubjay.conversion.convert_mamba2 import MAMBA2
 from scrubjay.conversion.convert_rodimus import RODIMUS
+from scrubjay.conversion.destination import check_destination, whole_or_nothing
 from scrubjay.conversion.formats import Format
 from scrubjay.conversion.keymap import Plan, plan_in, plan_out, refuse
 from scrubjay.conversion.parity import compare
 from scrubjay.conversion.report import Report
-from scrubjay.conversion.source import carried_files, local_path
+from scrubjay.conversion.source import carried_files, local_path, tokenizer_config
 from scrubjay.conversion.weights import Entries, parse_size, raw, write_weights
 from scrubjay.modeling.key_names import same
 from scrubjay.modeling.model_card import CARD, Place, read_card, write_card
 from scrubjay.modeling.remote_code import auto_map, write_code
 
 ZOO = "scrubjay"
+# What code does that meets a text for a number, the name of nothing, a size of 0, and the like
+MISLED = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
 FORMATS: tuple[Format, ...] = (*MAMBA2, *RODIMUS, *DECODERS)
+# Fields of a configuration that a conversion fills in itself.
+WRITTEN = {
+    "architectures": "it is the class of the model that is made",
+    "base_config": "it is the decoder's configuration, which comes with the source",
+    "dtype": "say to what tensors are cast with dtype= (--dtype)",
+    "transformers_version": "it is the version that writes",
+}
 
 
 def convert(
@@ -53,16 +60,16 @@ def convert(
 
     Args:
         source: folder, file of weights, or owner/name on the Hub.
-        destination: folder to make. It appears when all is in it, and not at all after an error or an interrupt.
+        destination: folder to make, or an empty one to fill: all at the end, nothing after an error or an interrupt.
         to: None for a folder of this library, with its code; or the name of a layout ("transformers", "mamba_ssm",
             ...), or of the model to make of a decoder ("adore", "recycled").
         check: compare logits with another implementation on the source's own tensors, and write what was found into
             conversion.json and conversion.md of the destination. Needs memory for one model in float32 at a time.
         dtype: of all floating-point tensors but those that the model keeps in float32. None keeps each one's own.
-        max_shard_size: bytes of one file of weights, as a number or such as "5GB". "mamba_ssm" and "codestral" have one
-            file, whatever its size.
+        max_shard_size: bytes of a file, a number or such as "5GB". "mamba_ssm" and "codestral" have one, of any size.
         progress: a bar on stderr, where that is a terminal.
-        settings: fields of our configuration that differ from what the source says or leaves open.
+        settings: fields of our configuration that differ from what the source says or leaves open; of a decoder's own,
+            tie_word_embeddings and sliding_window=None.
         revision: branch, tag or commit of a source on the Hub.
 
     Returns: what was read, written and left out.
@@ -70,25 +77,26 @@ def convert(
     Raises:
         ValueError: an unknown or ambiguous layout, tensors that do not fit (all of them are listed), a configuration
             that contradicts the tensors (both values are said), a damaged file, a pickle that holds more than tensors,
-            a destination that is not empty or the working folder, numbers beyond the range of `dtype`, or a check that
-            failed. Nothing is left at the destination then.
+            a destination that is not empty, numbers that are NaN, infinite or beyond the range of `dtype`, or a check
+            that failed. Each names its file. Nothing is left at the destination then.
+        OSError: a file that cannot be read or written.
     """
     destination = Path(destination).resolve()  # a link to an empty folder stays, and is filled
     check_destination(destination)
     parse_size(max_shard_size)
     checkpoint = Checkpoint(local_path(source, revision))
     theirs, target = choose_formats(checkpoint, to)
-    config, notes = _read_config(theirs, checkpoint, dict(settings or {}))
-    work = _Work.of(checkpoint, theirs, target, config, dtype)
-    with whole_or_nothing(destination) as folder:
+    settings = _settings(theirs, settings or {})
+    config, notes, work, card = _prepared(checkpoint, theirs, target, settings, dtype)
+    with whole_or_nothing(destination) as folder, _naming(checkpoint):
         how: dict[str, Any] = {"kind": target.weights, "max_shard_size": max_shard_size, "progress": progress}
         files = write_weights(folder, work.entries, work.make, **how)
-        notes += carried_files(checkpoint.folder, folder)
-        _write_config(folder, target, work, checkpoint)
+        notes += [*(target.remarks(config) if target.remarks else ()), *carried_files(checkpoint.folder, folder)]
+        _write_config(folder, target, work, card)
         report = Report.of(source, theirs, target, checkpoint, work.entries, files, notes, work.plan, work.out)
         if check:
             new = {*work.plan.new, *work.out.left_out}
-            report.check = compare(checkpoint, theirs, folder, target, config, dtype, new)
+            report.check = compare(checkpoint, theirs, folder, target, config, dtype, settings, new)
             report.write(folder)
     checkpoint.close()
     return report
@@ -107,7 +115,7 @@ class _Work:
 
     @classmethod
     def of(cls, checkpoint, theirs, target, config, dtype):
-        with torch.device("meta"):
+        with torch.device("meta"), _reading(theirs, checkpoint):
             model = theirs.model_class(config)
         shapes = own_shapes(model)
         plan = plan_in(_rows(theirs, config, shapes), checkpoint.shapes, shapes)
@@ -133,7 +141,9 @@ def choose_formats(checkpoint: Checkpoint, to: str | None) -> tuple[Format, Form
         ValueError: a layout that is unknown or ambiguous, a target that the source's model does not have or already is.
     """
     own = tuple(zoo_format(family, cls) for family, cls in {f.family: f.model_class for f in FORMATS}.items())
-    found = [f for f in (*own, *FORMATS) if f.recognises(checkpoint.config, checkpoint.shapes)]
+    config, shapes = checkpoint.config, checkpoint.shapes
+    # a configuration of this library leaves no doubt, whatever the tensors are called
+    found = [f for f in own if f.recognises(config, shapes)] or [f for f in FORMATS if f.recognises(config, shapes)]
     if not found:
         known = "".join(f"\n  {f.name} ({f.family}): {f.looks_for}" for f in (*own, *FORMATS))
         raise ValueError(f"The layout of {checkpoint.folder} is unknown, or no other has it. Looked for:{known}")
@@ -182,49 +192,67 @@ def own_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if first[id(tensor)] == name}
 
 
-def check_destination(destination: Path) -> None:
-    """Refuse a destination that already holds something, or could not be put in place at the end."""
-    if destination == Path.cwd():
-        raise ValueError(f"{destination} is the working folder, whose place no other can take. Name a new folder.")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"{destination} already exists and is not an empty folder. Name a new folder.")
+def _settings(theirs, given):
+    """Those given, with whole numbers as floats where the field is one."""
+    config_class = theirs.model_class.config_class
+    kinds = {field.name: field.type for field in fields(config_class)} | dict.fromkeys(theirs.more_settings)
+    if unknown := sorted(set(given) - set(kinds)):
+        raise ValueError(f"{', '.join(unknown)}: no such field in {config_class.__name__}.")
+    if fixed := sorted(set(given) & set(WRITTEN)):
+        raise ValueError(" ".join(f"{name} is no setting: {WRITTEN[name]}." for name in fixed))
+
+    def wanted(name, value):
+        allowed = {kinds[name], *get_args(kinds[name])}
+        return float(value) if type(value) is int and float in allowed and int not in allowed else value
+
+    return {name: wanted(name, value) for name, value in given.items()}
+
+
+def _prepared(checkpoint, theirs, target, settings, dtype):
+    """Configuration, notes, work and the source's card: all that can be wrong, but for numbers, is found here."""
+    with _naming(checkpoint):
+        config, notes = _read_config(theirs, checkpoint, settings)
+        work = _Work.of(checkpoint, theirs, target, config, dtype)
+    tokenizer_config(checkpoint.folder)
+    return config, notes, work, read_card(checkpoint.folder / CARD) if work.written is None else None
 
 
 def _read_config(theirs, checkpoint, settings):
-    known = {field.name for field in fields(theirs.model_class.config_class)} | set(theirs.more_settings)
-    if unknown := sorted(set(settings) - known):
-        raise ValueError(f"{', '.join(unknown)}: no such field in {theirs.model_class.config_class.__name__}.")
-    try:
-        return theirs.read_config(checkpoint.config, checkpoint.shapes, settings)
-    except StrictDataclassError as error:
-        raise ValueError(f"The configuration, with the settings given, is no valid one. {error}") from None
-    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a text for a number, and the like
+    if quantized := checkpoint.config.get("quantization_config"):
+        method = quantized.get("quant_method", "unnamed") if isinstance(quantized, dict) else quantized
         raise ValueError(
-            f"{checkpoint.config_file or 'The configuration'} has a value of the wrong kind: {error}. Compare it with "
-            f"a published one of {theirs.name}."
-        ) from error
+            f"{checkpoint.config_file} says that the weights are quantized (quantization_config, method {method}); "
+            "converted are plain ones alone. Dequantize and save them, or, where they are plain already, take "
+            "quantization_config out of that file."
+        )
+    with _reading(theirs, checkpoint):
+        return theirs.read_config(checkpoint.config, checkpoint.shapes, settings)
 
 
 @contextmanager
-def whole_or_nothing(destination: Path) -> Iterator[Path]:
-    """A folder beside the destination that takes its place at the end, and goes away on any error or interrupt."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent.resolve()))
+def _naming(checkpoint: Checkpoint) -> Iterator[None]:
+    """Errors of what a checkpoint holds say which one it is."""
     try:
-        yield folder
-        folder.chmod(0o777 & ~_umask())
-        if destination.is_dir():
-            destination.rmdir()  # empty, or this refuses
-        os.rename(folder, destination)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        yield
+    except ValueError as error:
+        if str(checkpoint.folder) in str(error):
+            raise
+        raise ValueError(f"{checkpoint.place}: {error}") from error
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextmanager
+def _reading(theirs: Format, checkpoint: Checkpoint) -> Iterator[None]:
+    """Errors of what a configuration's values do to code that trusts them say which file it is."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"The configuration, with the settings given, is no valid one. {error}") from None
+    except MISLED as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"{checkpoint.config_file or 'The configuration'} has a value of the wrong kind: {what}. Compare it with "
+            f"a published one of {theirs.name}."
+        ) from error
 
 
 def _rows(layout, config, shapes):
@@ -240,10 +268,12 @@ def _initial(theirs, config, plan: Plan):
 
 
 def _check_dtypes(checkpoint: Checkpoint, plan: Plan):
-    """All our tensors hold floating-point numbers; integers are a quantized checkpoint's, whose scales are apart."""
+    """All our tensors hold floating-point numbers; integers and those of 8 bits are a quantized checkpoint's, whose
+    scales are apart."""
     found = {name: checkpoint.dtypes[name] for name in sorted(plan.used)}
-    wrong = {name: dtype for name, dtype in found.items() if not dtype.is_floating_point}
-    refuse([f"wrong dtype: {name} is {d}, needed a floating-point one" for name, d in wrong.items()], "the checkpoint")
+    wrong = {name: dtype for name, dtype in found.items() if not dtype.is_floating_point or dtype.itemsize < 2}
+    needed = "needed a floating-point one of 16 bits or more"
+    refuse([f"wrong dtype: {name} is {dtype}, {needed}" for name, dtype in wrong.items()], "the checkpoint")
 
 
 def _check_copies(checkpoint: Checkpoint, plan: Plan):
@@ -283,7 +313,7 @@ def _main_dtype(entries: Entries):
     return max(counts, key=lambda dtype: counts[dtype])
 
 
-def _write_config(folder, target, work, checkpoint):
+def _write_config(folder, target, work, card):
     """All that stands beside the weights."""
     model, config = work.model, work.model.config
     if work.written is not None:
@@ -296,5 +326,4 @@ def _write_config(folder, target, work, checkpoint):
     if not (folder / "generation_config.json").is_file():
         GenerationConfig.from_model_config(config).save_pretrained(folder)
     write_code(type(model), folder)
-    old = read_card(checkpoint.folder / CARD)
-    write_card(model.to(config.dtype), folder, old, Place(tokenizer=(folder / "tokenizer_config.json").is_file()))
+    write_card(model.to(config.dtype), folder, card, Place(tokenizer=(folder / "tokenizer_config.json").is_file()))

@@ -6,6 +6,7 @@ starts from its initial values, which a seed makes the same every time, and is l
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ from scrubjay.modeling.wrapped import decoder_of
 
 SEED = 0
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-BASE_SETTINGS = ("sliding_window",)
+BASE_SETTINGS = ("sliding_window", "tie_word_embeddings")
 CONTROLLER = "model.controller."
 ROTARY = Ignore("model.layers.*.self_attn.rotary_emb.inv_freq", "a buffer of older versions of transformers")
 
@@ -61,7 +62,8 @@ def read_config(
     change `BASE_SETTINGS`.
 
     Raises:
-        ValueError: no configuration, one that contradicts the shapes, a decoder with a window of its own.
+        ValueError: no configuration, one that contradicts the shapes, a decoder with a window of its own, a setting of
+            a field that the decoder does not have.
     """
     sizes = sizes_from(shapes)
     if not theirs:
@@ -70,8 +72,7 @@ def read_config(
             f"the weights: one of model_type {', '.join(BASES)}."
         )
     own = {name: value for name, value in settings.items() if name not in BASE_SETTINGS}
-    changed = {name: settings[name] for name in BASE_SETTINGS if name in settings}
-    base = CONFIG_MAPPING[theirs["model_type"]].from_dict(theirs | changed)
+    base = _base(theirs, settings)
     decoder_of(SimpleNamespace(config=base))
     head = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
     widths = {"query_width": head * base.num_attention_heads, "key_width": head * base.num_key_value_heads}
@@ -86,7 +87,9 @@ def read_config(
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config_class)}
     defaults = {name: fields[name] for name in fields if name in _own_fields(config_class) and name not in own}
     said = ", ".join(f"{name} {value!r}" for name, value in defaults.items())
-    notes = [f"the decoder's configuration, {theirs['model_type']}, stays as it is", f"the defaults: {said}"]
+    changed = ", ".join(f"{name} {value!r}" for name, value in settings.items() if name in BASE_SETTINGS)
+    stays = f"the decoder's configuration, {theirs['model_type']}, stays as it is"
+    notes = [f"{stays} but for {changed}" if changed else stays, f"the defaults: {said}"]
     if config_class is AdoreConfig:
         notes.append("the controller is new, with initial values: train one and give it to set_controller")
     return config, notes
@@ -95,9 +98,7 @@ def read_config(
 def write_config(config: PreTrainedConfig) -> dict[str, Any]:
     """The decoder's own."""
     base = config.base_config
-    with torch.device("meta"):
-        name = type(AutoModelForCausalLM.from_config(base)).__name__
-    return base.to_diff_dict() | {"architectures": [name], "model_type": base.model_type}
+    return base.to_diff_dict() | {"architectures": [_class_of(base).__name__], "model_type": base.model_type}
 
 
 def key_names(model_class: Any, config: PreTrainedConfig) -> tuple[Row, ...]:
@@ -120,10 +121,35 @@ def new_controller(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     return {f"{CONTROLLER}{name}": tensor for name, tensor in controller.state_dict().items()}
 
 
+def _base(theirs, settings):
+    """The decoder's own configuration, with what `settings` change of it."""
+    changed = {name: settings[name] for name in BASE_SETTINGS if name in settings}
+    config_class = CONFIG_MAPPING[theirs["model_type"]]
+    if absent := sorted(set(changed) - {field.name for field in dataclasses.fields(config_class)}):
+        raise ValueError(f"{', '.join(absent)}: no such field in {config_class.__name__}.")
+    if (window := changed.get("sliding_window")) is not None:
+        raise ValueError(f"sliding_window may be set to None alone, which takes a decoder's own off; got {window!r}.")
+    return config_class.from_dict(theirs | changed)
+
+
+def _class_of(base):
+    with torch.device("meta"):
+        return type(AutoModelForCausalLM.from_config(base))
+
+
 @torch.no_grad()
-def decoder_logits(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
-    """(B, T) ids to (B, T, V) logits by transformers' own model in float32."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+def decoder_logits(checkpoint: Checkpoint, ids: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+    """(B, T) ids to (B, T, V) logits by transformers' own model in float32, of the checkpoint's tensors."""
+    base = _base(checkpoint.config, settings)
+    tensors = {name: checkpoint.read(name) for name in checkpoint.shapes}
+    model = _class_of(base).from_pretrained(None, config=base, state_dict=tensors, dtype=torch.float32)
+    return model.eval()(ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def loaded(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """(B, T) ids to (B, T, V) logits of what transformers makes of a folder, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval()(ids, use_cache=False).logits
 
 
@@ -147,6 +173,7 @@ def _layout(family, config_class, model_class, initial=None):
         write_config=write_config,
         rows=partial(key_names, model_class),
         reference=decoder_logits,
+        loaded=loaded,
         more_settings=BASE_SETTINGS,
         initial=initial,
     )

@@ -1,6 +1,7 @@
 """Mamba-2 checkpoints of other libraries: the authors' (mamba_ssm), transformers', fla's and Mistral's."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ from scrubjay.conversion.keymap import Shapes, our_shapes, require
 from scrubjay.modeling.key_names import layer_of
 from scrubjay.modeling.modeling_ssd import KEY_NAMES, SSDForCausalLM
 
+# By how the tensors are named: the configurations that may lie beside them.
+CONFIGS_OF = {
+    "mamba_ssm": ("mamba_ssm", "codestral"),
+    "codestral": ("mamba_ssm", "codestral"),
+    "transformers": ("transformers", "fla"),
+}
 STATE_SIZE = 128  # of every published model; shapes tell only the product of groups and state size
 
 
@@ -60,10 +67,15 @@ def read_config(layout: str, theirs: dict, shapes: Shapes, settings: dict) -> tu
     if not theirs:
         fields, notes = _without_file(sizes, product, KEY_NAMES[layout][-1].theirs in shapes)
         return SSDConfig(**fields | settings), notes
-    known, fields = layout_of(theirs) or layout, fields_from(theirs)
-    name_of = partial(their_name, known)
+    known = layout_of(theirs)
+    if known is None or known not in CONFIGS_OF[layout]:
+        raise ValueError(
+            f"The configuration is {known or 'no Mamba-2 one'}, and the tensors are named as {layout} names them. Put "
+            "the configuration that belongs to these weights beside them, or none."
+        )
+    fields, name_of = fields_from(theirs), partial(their_name, known)
     faults = [
-        f"{name_of(name)} {fields[name]!r}{_origin(theirs, name_of(name))}, the tensors say {found!r}"
+        f"{name_of(name)} {_said(theirs, name_of(name), fields[name])}, the tensors say {found!r}"
         for name, found in sizes.items()
         if fields.get(name, found) != found
     ]
@@ -78,12 +90,29 @@ def read_config(layout: str, theirs: dict, shapes: Shapes, settings: dict) -> tu
     notes = [f"sizes: read off the tensors; the configuration ({known}) agrees"]
     if known == "codestral":
         notes.append("bos_token_id 1 and eos_token_id 2: of Mistral's tokenizers, params.json does not say")
+    if known == "transformers" and fields["rescale_prenorm_residual"]:
+        notes.append(
+            "rescale_prenorm_residual is true: transformers' own from_pretrained divides every out_proj.weight by the "
+            "root of num_hidden_layers after it has loaded it; here the weights are those of the file"
+        )
     return SSDConfig(**fields | settings), notes
 
 
-def _origin(theirs, name):
-    given = name in theirs or name in (theirs.get("ssm_cfg") or {})
-    return "" if given else " (the default, as nothing is given)"
+def _said(theirs, name, value):
+    given = theirs | (theirs.get("ssm_cfg") or {})
+    if name not in given:
+        return f"{value!r} (the default, as nothing is given)"
+    return f"{value!r}" if name != "vocab_size" or given[name] == value else f"{given[name]!r}, padded to {value!r}"
+
+
+def remarks(config: SSDConfig) -> list[str]:
+    """Of a folder for transformers."""
+    if not config.rescale_prenorm_residual:
+        return []
+    return [
+        "rescale_prenorm_residual false instead of true: it is of initial values alone, and transformers would divide "
+        "the weights that it loads as well"
+    ]
 
 
 def _without_file(sizes, product, has_head):
@@ -98,21 +127,17 @@ def _without_file(sizes, product, has_head):
     return fields, notes
 
 
-def reference(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
+def reference(checkpoint: Checkpoint, ids: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
     """(B, T) ids to (B, T, V) logits by transformers' Mamba-2 in float32, from the checkpoint's own names and sizes.
 
-    Without a configuration file, groups are those of the published models.
+    Without a configuration file and settings, groups are those of the published models.
     """
     tensors = {_plain(name): name for name in checkpoint.shapes}
     shapes = {plain: checkpoint.shapes[name] for plain, name in tensors.items()}
     vocab, hidden = shapes["backbone.embeddings.weight"]
     heads, inner = shapes["backbone.layers.0.mixer.D"][0], shapes["backbone.layers.0.mixer.norm.weight"][0]
-    rest = {}
-    if checkpoint.config:
-        config = fields_from(checkpoint.config) if layout_of(checkpoint.config) else checkpoint.config
-        rest = {
-            n: config[n] for n in ("n_groups", "time_step_limit", "layer_norm_epsilon") if config.get(n) is not None
-        }
+    told = (fields_from(checkpoint.config) if checkpoint.config else {}) | settings
+    rest = {n: told[n] for n in ("n_groups", "time_step_limit", "layer_norm_epsilon") if told.get(n) is not None}
     if "time_step_limit" in rest:
         rest["time_step_limit"] = tuple(numbers("time_step_limit", rest["time_step_limit"]))
     product = (shapes["backbone.layers.0.mixer.conv1d.weight"][0] - inner) // 2
@@ -135,16 +160,28 @@ def reference(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
     )
     with torch.device("meta"):
         model = Mamba2ForCausalLM(sizes)
-    if groups > 1 and not hasattr(model.backbone.layers[0].mixer.norm, "group_size"):
-        raise ValueError(
-            f"The check needs a transformers whose Mamba-2 normalises each group of channels; this one gives other "
-            f"logits where n_groups is {groups}. 5.23 does it."
-        )
+    _check_groups(model)
     weights = {plain: checkpoint.read(name).float() for plain, name in tensors.items()}
     weights.setdefault("lm_head.weight", weights["backbone.embeddings.weight"])
     model.load_state_dict(weights, assign=True)
     with torch.no_grad():
         return model.eval()(ids).logits.float()
+
+
+@torch.no_grad()
+def loaded(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """(B, T) ids to (B, T, V) logits of what transformers makes of a folder, in float32."""
+    model = Mamba2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    _check_groups(model)
+    return model.eval()(ids).logits
+
+
+def _check_groups(model):
+    if model.config.n_groups > 1 and not hasattr(model.backbone.layers[0].mixer.norm, "group_size"):
+        raise ValueError(
+            f"The check needs a transformers whose Mamba-2 normalises each group of channels; this one gives other "
+            f"logits where n_groups is {model.config.n_groups}. 5.23 does it."
+        )
 
 
 def _plain(name):
@@ -156,11 +193,9 @@ def _layout(name, weights, names, looks_for, config_name="config.json"):
     embedding = "embeddings" if names == "transformers" else "embedding"
 
     def recognises(config, shapes):
-        kinds = {"transformers": ("transformers",), "fla": ("fla",)}.get(name, ("mamba_ssm", "codestral"))
-        if config and layout_of(config) not in kinds:
-            return False
         mine = f"{head}backbone.{embedding}.weight" in shapes and f"{head}backbone.layers.0.mixer.A_log" in shapes
-        return mine and (name != "fla" or bool(config))  # named as transformers', and told apart by the configuration
+        # named alike, and told apart by the configuration
+        return mine and (names != "transformers" or (name == "fla") == (layout_of(config) == "fla"))
 
     return Format(
         name=name,
@@ -174,6 +209,8 @@ def _layout(name, weights, names, looks_for, config_name="config.json"):
         weights=weights,
         config_name=config_name,
         reference=reference,
+        loaded=loaded if name == "transformers" else None,
+        remarks=remarks if name == "transformers" else None,
     )
 
 

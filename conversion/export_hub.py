@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import has_file
 
+from scrubjay.conversion.destination import check_destination, whole_or_nothing
 from scrubjay.modeling.publishing import TOKENIZER_FILES
 
 
@@ -22,7 +23,7 @@ def export(
 
     Args:
         source: folder or Hub name.
-        destination: folder to make.
+        destination: folder to make. It is there when all is in it, and not at all after an error or an interrupt.
         trust_remote_code: run code that comes with `source`.
         push: owner/name on the Hub that gets the same in one commit.
         private, revision: of that repository: whether to make it private; the branch to commit to.
@@ -33,18 +34,18 @@ def export(
         ValueError: a destination that already holds something, a push of a model that is not the zoo's, options of a
             push without one, or a tokenizer that cannot be read; nothing is written then.
     """
-    destination = Path(destination)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"{destination} already exists and is not an empty folder. Name a new folder.")
+    destination = Path(destination).resolve()  # a link to an empty folder stays, and is filled
+    check_destination(destination)
     if push is None and (private or revision):
         raise ValueError("private and revision belong to a push: say to which owner/name.")
     model: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code)
     if push is not None and not hasattr(model, "describe"):  # of the zoo, or loaded from code of the zoo
         raise ValueError(f"push writes models of scrubjay; {source} is a {type(model).__name__}. Call its push_to_hub.")
     tokenizer = _tokenizer(source, trust_remote_code)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(destination)  # first: the card says whether there is one
-    model.save_pretrained(destination)
+    with whole_or_nothing(destination) as folder:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)  # first: the card says whether there is one
+        model.save_pretrained(folder)
     if push is not None:
         model.push_to_hub(push, tokenizer=tokenizer, private=private, revision=revision)
     return sorted(path.name for path in destination.iterdir())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +30,12 @@ class Format:
         rows: (our configuration) -> names of the tensors.
         weights: "safetensors", "bin" (pickled) or "consolidated" (one file of safetensors): how theirs are stored.
         config_name: file of the configuration.
-        reference: (checkpoint, ids (B, T)) -> (B, T, V) logits by another implementation, which reads their own names
-            and not `rows`. None: there is none.
+        reference: (checkpoint, ids (B, T), settings) -> (B, T, V) logits by another implementation, which reads the
+            checkpoint's own names and not `rows`. `settings` as for `read_config`: they hold before what the
+            configuration says. None: there is none.
+        loaded: (folder, ids (B, T)) -> (B, T, V) logits, in float32, of what the other library's own `from_pretrained`
+            makes of a folder that was written. None: that library is not at hand, and `reference` has to do.
+        remarks: (our configuration) -> what to say, in words, of a folder of this layout that is written of it.
         more_settings: names that `settings` may have beside the fields of our configuration.
         initial: (our configuration) -> values of the tensors that they do not have, by our names.
     """
@@ -45,6 +50,8 @@ class Format:
     rows: Callable[[PreTrainedConfig], tuple[Row, ...]]
     weights: str = "safetensors"
     config_name: str = "config.json"
-    reference: Callable[[Checkpoint, torch.Tensor], torch.Tensor] | None = None
+    reference: Callable[[Checkpoint, torch.Tensor, dict[str, Any]], torch.Tensor] | None = None
+    loaded: Callable[[Path, torch.Tensor], torch.Tensor] | None = None
+    remarks: Callable[[PreTrainedConfig], list[str]] | None = None
     more_settings: tuple[str, ...] = ()
     initial: Callable[[PreTrainedConfig], dict[str, torch.Tensor]] | None = None

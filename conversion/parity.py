@@ -11,7 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.formats import Format
 from scrubjay.conversion.keymap import theirs_of
-from scrubjay.modeling.key_names import layer_of
+from scrubjay.modeling.key_names import layer_of, same
 
 TOKENS = 96  # crosses a chunk of every model
 # float32 against float32 of another implementation, and of logits of the scale of 10 and less. The worst of the models
@@ -44,19 +44,21 @@ def compare(
     target: Format,
     config: PreTrainedConfig,
     dtype: torch.dtype | None,
+    settings: dict[str, Any],
     new: set[str],
 ) -> dict[str, Any]:
-    """Of a conversion to `folder`: {tokens, bound, scale, max_logit_difference, why_not, config_differences, sha256}.
+    """Of a conversion to `folder`: {tokens, bound, scale, allowed, max_logit_difference, why_not, config_differences,
+    sha256}. scale: of the largest logit; allowed: what they may differ by, bound * max(1, scale).
 
     The source's logits come from an implementation that reads the source's own names; where there is none, and for a
     source of this library, from this library's model. They are held against this library's model loaded from `folder`
-    and, where the target's layout has another implementation, against that too. `dtype`: to which tensors were cast;
-    `new`: tensors of ours that one of the sides does not have.
+    and, where the target's layout has another implementation, against that too: as the other library loads the folder,
+    where that library is at hand. `config`: ours; `dtype`: to which tensors were cast; `settings`: fields that hold
+    before what the source's configuration says; `new`: tensors of ours that one of the sides does not have.
 
     Raises:
-        ValueError: logits that differ by more than `BOUND` of their scale, with the numbers.
+        ValueError: logits that differ by more than is allowed, with the numbers.
     """
-    kept = tuple(theirs.model_class._keep_in_fp32_modules_strict or ())
     ids = torch.randint(0, config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     written = Checkpoint(folder)
     differences: dict[str, float] = {}
@@ -64,19 +66,21 @@ def compare(
     if theirs.name != "scrubjay" and theirs.reference is None:
         why_not = f"there is no other implementation of {theirs.name}"
     else:
-        spared = theirs_of(theirs.rows(config), kept)
-        want = _source_logits(source, theirs, ids, dtype, (spared, kept), new)
+        want = _source_logits(source, theirs, ids, config, dtype, settings, new)
         gc.collect()  # models hold themselves in circles, and two of them would be in memory
         scale = float(want.abs().max())
-        differences["this library's model on the result"] = _far(_own_logits(target, folder, ids, new), want)
-        if target.reference is not None:
-            found = target.reference(written, ids)
+        differences["this library's model on the result"] = _far(_result_logits(target, ids, new, written), want)
+        if target.loaded is not None:
+            differences[f"{target.name} itself, which loads the result"] = _far(target.loaded(folder, ids), want)
+        elif target.reference is not None:
+            found = target.reference(written, ids, {})
             differences[f"another implementation of {target.name} on the result"] = _far(found, want)
-    if wrong := {what: x for what, x in differences.items() if not x <= BOUND * max(1.0, scale)}:
+    allowed = BOUND * max(1.0, scale)
+    if wrong := {what: x for what, x in differences.items() if not x <= allowed}:
         said = "; ".join(f"{what}: {x:.3g}" for what, x in wrong.items())
         raise ValueError(
             f"The check failed: logits differ from the source's by {said}, with logits up to {scale:.3g}. At most "
-            f"{BOUND:g} times that is rounding. Nothing was written."
+            f"{allowed:.3g} is rounding. Nothing was written."
         )
     again, _ = target.read_config(written.config, written.shapes, {})
     written.close()
@@ -84,6 +88,7 @@ def compare(
         "tokens": TOKENS,
         "bound": BOUND,
         "scale": scale,
+        "allowed": allowed,
         "max_logit_difference": differences,
         "why_not": why_not,
         "config_differences": config_differences(config, again),
@@ -99,31 +104,32 @@ def config_differences(first: PreTrainedConfig, second: PreTrainedConfig) -> dic
     return {name: [a.get(name), b.get(name)] for name in names if a.get(name) != b.get(name)}
 
 
-def _source_logits(source, theirs, ids, dtype, kept, new):
-    if theirs.reference is not None:
-        return theirs.reference(source if dtype is None else Rounded(source, dtype, kept[0]), ids)
-    return _own_logits(theirs, source.folder, ids, new, dtype, kept[1])
+def _source_logits(source, theirs, ids, config, dtype, settings, new):
+    if dtype is not None:
+        rows = theirs.rows(config) or same(*source.shapes)  # this library's own names
+        source = Rounded(source, dtype, theirs_of(rows, theirs.model_class._keep_in_fp32_modules_strict or ()))
+    if theirs.reference is None:
+        return _own_logits(theirs, ids, new, None, source, config)
+    return theirs.reference(source, ids, settings)
+
+
+def _result_logits(layout, ids, new, written):
+    """Of this library's model, loaded from a folder as a user loads it."""
+    if layout.config_name == "config.json":
+        return _own_logits(layout, ids, new, written.folder)
+    config, _ = layout.read_config(written.config, written.shapes, {})  # transformers finds no configuration there
+    return _own_logits(layout, ids, new, None, written, config)
 
 
 @torch.no_grad()
-def _own_logits(layout, folder, ids, new, dtype=None, kept=()):
-    """Of this library's model, whose key mapping reads the layout's names as they are."""
-    if layout.config_name == "config.json":
-        place, more = folder, {}
-    else:  # transformers finds no configuration there
-        checkpoint = Checkpoint(folder)
-        config, _ = layout.read_config(checkpoint.config, checkpoint.shapes, {})
-        place, more = (
-            None,
-            {"config": config, "state_dict": {name: checkpoint.read(name) for name in checkpoint.shapes}},
-        )
-    load = layout.model_class.from_pretrained
-    model, info = load(place, dtype=torch.float32, output_loading_info=True, **more)
+def _own_logits(layout, ids, new, folder, checkpoint=None, config=None):
+    """Of this library's model, whose key mapping reads the layout's names as they are: of a folder, or of the tensors
+    of a checkpoint with a configuration."""
+    tensors = None if checkpoint is None else {name: checkpoint.read(name) for name in checkpoint.shapes}
+    options = dict(dtype=torch.float32, output_loading_info=True)
+    model, info = layout.model_class.from_pretrained(folder, config=config, state_dict=tensors, **options)
     if lost := {kind: sorted(set(info[kind]) - new) for kind in KEYS if set(info[kind]) - new}:
-        raise ValueError(f"The check failed: the model does not load whole from the result: {lost}.")
-    for name, parameter in model.named_parameters() if dtype is not None else ():
-        if not any(part in kept for part in name.split(".")):
-            parameter.copy_(parameter.to(dtype))
+        raise ValueError(f"The check failed: the model does not load whole from {folder or 'the tensors'}: {lost}.")
     logits = model.eval()(ids, use_cache=False).logits  # a cache that releases tokens is meant to change them
     del model
     gc.collect()

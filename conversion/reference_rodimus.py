@@ -20,8 +20,8 @@ ROWS = 8192  # of the head that are multiplied at a time: in float64 a whole one
 
 
 @torch.no_grad()
-def codefuse_logits(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
-    """(B, T) ids to (B, T, V) float64 logits, from the authors' names and config.json."""
+def codefuse_logits(checkpoint: Checkpoint, ids: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+    """(B, T) ids to (B, T, V) float64 logits, from the authors' names and config.json, before which `settings` hold."""
     config = _config(checkpoint)
     mixer, attention = config.get("mixer_cfg") or {}, config.get("attn_cfg") or {}
     window, heads = attention.get("window_size"), attention.get("num_heads") or config["d_model"] // 128
@@ -29,14 +29,18 @@ def codefuse_logits(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
     sizes = SimpleNamespace(
         layers=config["n_layer"],
         plus=config.get("block_type") == "rodimus_plus",
-        eps=config.get("norm_epsilon", 1e-5),
-        key_eps=mixer.get("normalize_epsilon") or 1e-12,
+        rms_norm_eps=config.get("norm_epsilon", 1e-5),
+        k_norm_eps=mixer.get("normalize_epsilon") or 1e-12,
         heads=heads,
-        window=window // 2 + 1 if window and window > 0 else ids.shape[1],
-        theta=attention.get("rotary_emb_base", 10000.0),
-        turned=config["d_model"] // max(heads, 1) if rotary < 0 else rotary,
-        neighbours=attention.get("rotary_emb_interleaved", False),
+        sliding_window=window // 2 + 1 if window and window > 0 else ids.shape[1],
+        rope_theta=attention.get("rotary_emb_base", 10000.0),
+        rotary_dim=config["d_model"] // max(heads, 1) if rotary < 0 else rotary,
+        rope_interleaved=attention.get("rotary_emb_interleaved", False),
+        scale_embedding=config.get("use_scale_embedding", False),
+        norm_embedding=config.get("use_norm_embedding", False),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
     )
+    _set(sizes, settings)
 
     def part(i):
         def of(name):
@@ -61,29 +65,32 @@ def codefuse_logits(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
         return SimpleNamespace(**values)
 
     x = _embedded(checkpoint, ids)
-    if config.get("use_scale_embedding", False):
+    if sizes.scale_embedding:
         x = x * mixer.get("mem_size", 64) ** 0.5
-    if config.get("use_norm_embedding", False):
-        x = _rms(x, checkpoint.read("model.embed_norm.weight").double(), sizes.eps)
-    return _head(checkpoint, _blocks(x, part, sizes), "model.norm_f.weight", sizes.eps, _tied(checkpoint, False))
+    if sizes.norm_embedding:
+        x = _rms(x, checkpoint.read("model.embed_norm.weight").double(), sizes.rms_norm_eps)
+    return _head(checkpoint, _blocks(x, part, sizes), "model.norm_f.weight", sizes)
 
 
 @torch.no_grad()
-def fla_logits(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
-    """(B, T) ids to (B, T, V) float64 logits, from fla's names and config.json."""
+def fla_logits(checkpoint: Checkpoint, ids: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+    """(B, T) ids to (B, T, V) float64 logits, from fla's names and config.json, before which `settings` hold."""
     config = _config(checkpoint)
     attention = config.get("ska_attn") or {"num_heads": 1}
     sizes = SimpleNamespace(
         layers=config["num_hidden_layers"],
         plus=config.get("block_type", "rodimus_plus") == "rodimus_plus",
-        eps=config.get("norm_eps", 1e-5),
-        key_eps=config.get("k_norm_eps") or 1e-12,
+        rms_norm_eps=config.get("norm_eps", 1e-5),
+        k_norm_eps=config.get("k_norm_eps") or 1e-12,
         heads=attention["num_heads"],
-        window=attention.get("window_size", 1024) or ids.shape[1],
-        theta=attention.get("rope_theta", 10000.0),
-        turned=config["hidden_size"] // attention["num_heads"],
-        neighbours=False,
+        sliding_window=attention.get("window_size", 1024) or ids.shape[1],
+        rope_theta=attention.get("rope_theta", 10000.0),
+        rotary_dim=config["hidden_size"] // attention["num_heads"],
+        rope_interleaved=False,
+        scale_embedding=False,
+        tie_word_embeddings=config.get("tie_word_embeddings", True),
     )
+    _set(sizes, settings)
 
     def part(i):
         def of(*names):
@@ -106,19 +113,21 @@ def fla_logits(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
             values["up_gate_down"] = of(*(f"mlp.{name}_proj.weight" for name in ("up", "gate", "down")))
         return SimpleNamespace(**values)
 
-    x = _blocks(_embedded(checkpoint, ids), part, sizes)
-    return _head(checkpoint, x, "model.norm.weight", sizes.eps, _tied(checkpoint, True))
+    x = _embedded(checkpoint, ids)
+    if sizes.scale_embedding:
+        x = x * config["expand_ratio"] ** 0.5
+    return _head(checkpoint, _blocks(x, part, sizes), "model.norm.weight", sizes)
 
 
 def _blocks(x: torch.Tensor, part: Any, sizes: SimpleNamespace) -> torch.Tensor:
     """All layers. part: number of a layer -> its weights."""
     for i in range(sizes.layers):
         w = part(i)
-        x = x + _mixer(_rms(x, w.norms[0], sizes.eps), w, sizes)
+        x = x + _mixer(_rms(x, w.norms[0], sizes.rms_norm_eps), w, sizes)
         if sizes.plus:
-            y = x + _attention(_rms(x, w.norms[2], sizes.eps), w, sizes)
+            y = x + _attention(_rms(x, w.norms[2], sizes.rms_norm_eps), w, sizes)
             up, gate, down = w.up_gate_down
-            h = _rms(y, w.norms[3], sizes.eps)
+            h = _rms(y, w.norms[3], sizes.rms_norm_eps)
             x = x + (F.silu(h @ gate.T) * (h @ up.T)) @ down.T
     return x
 
@@ -132,31 +141,32 @@ def _mixer(h, w, sizes):
     q, k = (seen @ weight.T for weight in w.q_k)
     select, temperature = (seen @ weight.T + b for weight, b in zip(w.gates, w.gates_bias, strict=True))
     g, tau = torch.logaddexp(select, torch.zeros_like(select)), torch.sigmoid(temperature)
-    k = k / k.square().sum(-1, keepdim=True).sqrt().clamp(min=sizes.key_eps) * (tau * g.log()).exp()
+    k = k / k.square().sum(-1, keepdim=True).sqrt().clamp(min=sizes.k_norm_eps) * (tau * g.log()).exp()
     down, up, up_bias = w.rank
     v = torch.sigmoid(x @ down.T @ up.T + up_bias) * x
     o, _ = ddts_reference(q / q.shape[-1] ** 0.5, k, v, -g * tau)
     y = (o + w.through * seen) * F.silu(z)
-    return _rms(y, w.norms[1], sizes.eps) @ w.out.T
+    return _rms(y, w.norms[1], sizes.rms_norm_eps) @ w.out.T
 
 
 def _attention(h, w, sizes):
     size = h.shape[-1] // sizes.heads
     *projections, out = w.attention
     q, k, v = ((h @ weight.T).unflatten(-1, (-1, size)) for weight in projections)
-    o = window_attention_reference(_turn(q, sizes), _turn(k, sizes), v, sizes.window)
+    o = window_attention_reference(_turn(q, sizes), _turn(k, sizes), v, sizes.sliding_window)
     return o.flatten(2) @ out.T
 
 
 def _turn(x, sizes):
-    """Each pair of channels of x (B, T, heads, P) as one complex number, times exp(i t theta^(-2 j / turned))."""
-    if not sizes.turned:
+    """Each pair of channels of x (B, T, heads, P) as one complex number, times exp(i t rope_theta^(-2 j / turned))."""
+    turned = x.shape[-1] if sizes.rotary_dim is None else sizes.rotary_dim
+    if not turned:
         return x
-    pairs = sizes.turned // 2
-    rates = sizes.theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    pairs = turned // 2
+    rates = sizes.rope_theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
     angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None, None] * rates
-    first = slice(0, 2 * pairs, 2) if sizes.neighbours else slice(0, pairs)
-    second = slice(1, 2 * pairs, 2) if sizes.neighbours else slice(pairs, 2 * pairs)
+    first = slice(0, 2 * pairs, 2) if sizes.rope_interleaved else slice(0, pairs)
+    second = slice(1, 2 * pairs, 2) if sizes.rope_interleaved else slice(pairs, 2 * pairs)
     turned, result = (
         torch.complex(x[..., first], x[..., second]) * torch.polar(torch.ones_like(angles), angles),
         x.clone(),
@@ -178,13 +188,13 @@ def _embedded(checkpoint, ids):
     return checkpoint.read("model.embeddings.weight")[ids].double()
 
 
-def _tied(checkpoint, default):
-    return checkpoint.config.get("tie_word_embeddings", default)
+def _set(sizes, settings):
+    vars(sizes).update({name: settings[name] for name in settings if name in vars(sizes)})
 
 
-def _head(checkpoint, x, norm, eps, tied):
-    x = _rms(x, checkpoint.read(norm).double(), eps)
-    head = checkpoint.read("model.embeddings.weight" if tied else "lm_head.weight")
+def _head(checkpoint, x, norm, sizes):
+    x = _rms(x, checkpoint.read(norm).double(), sizes.rms_norm_eps)
+    head = checkpoint.read("model.embeddings.weight" if sizes.tie_word_embeddings else "lm_head.weight")
     return torch.cat([x @ rows.double().T for rows in head.split(ROWS)], -1)
 
 

@@ -109,8 +109,8 @@ def _grouped(what, reasons):
 
 def _check_lines(check):
     yield from ("", f"Checked on {check['tokens']} random tokens, in float32:", "")
+    bound = f"bound {check['allowed']:.2e}, of {check['bound']:g} * max(1, largest logit {check['scale']:.3g})"
     for what, value in check["max_logit_difference"].items():
-        bound = f"bound {check['bound']:g}, largest logit {check['scale']:.3g}"
         yield f"- {what}: logits differ by at most {value:.2e} ({bound})"
     if not check["max_logit_difference"]:
         yield f"- no comparison of logits: {check['why_not']}"

@@ -4,9 +4,13 @@ import json
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
+
+from scrubjay.conversion.checkpoint import read_object
+from scrubjay.modeling.publishing import TOKENIZER
 
 CARRIED = (
     "tokenizer*.json",
@@ -76,11 +80,24 @@ def carried_files(source: Path, destination: Path) -> list[str]:
     return notes + _without_code(destination)
 
 
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """What a folder says of its tokenizer; empty where it says nothing.
+
+    Raises:
+        ValueError: names a file that cannot be read, or has something else than a name as the tokenizer's class.
+    """
+    path = folder / TOKENIZER
+    config = read_object(path) if path.is_file() else {}
+    name = config.get("tokenizer_class")
+    if not isinstance(name, str | None):
+        raise ValueError(f"{path} needs a name as tokenizer_class; it has {name!r}. Repair it, or remove the file.")
+    return config
+
+
 def _without_code(folder):
     """Let transformers' own class read a tokenizer whose class is known to compute nothing of its own."""
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    known = PLAIN_TOKENIZERS.get(config.get("tokenizer_class", ""))
+    path, config = folder / TOKENIZER, tokenizer_config(folder)
+    known = PLAIN_TOKENIZERS.get(config.get("tokenizer_class"))
     if known is None or not (folder / "tokenizer.json").is_file():
         return []
     config = known | {name: value for name, value in config.items() if name != "auto_map"}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from scrubjay.modeling.model_card import CARD, pinned, read_card
@@ -23,6 +24,7 @@ class Verification:
         extra: there, neither pinned nor needed.
         foreign: other than in this library, whatever the card says: of another version of it, or changed by somebody.
         elsewhere: entries of an "auto_map", "file: what it says", that name code which this library would not.
+        apart: folders inside that hold a model of their own (a Trainer's checkpoints), which was not looked at.
     """
 
     files: list[str]
@@ -31,6 +33,7 @@ class Verification:
     extra: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)
+    apart: list[str] = field(default_factory=list)
 
     @property
     def agrees(self) -> bool:
@@ -47,8 +50,9 @@ class Verification:
             "elsewhere": "names other code than this model's",
         }
         found = [f"{name}: {what}" for kind, what in text.items() for name in getattr(self, kind)]
+        found += [f"{name}: a model of its own, to be verified by itself" for name in self.apart]
         if self.agrees:
-            return [f"{len(self.files)} code files are as the card pins them, and this library's own source"]
+            return [f"{len(self.files)} code files are as the card pins them, and this library's own source", *found]
         return [*found, "Do not load this with trust_remote_code=True before you know why."]
 
 
@@ -73,17 +77,30 @@ def verify(source: str, *, revision: str | None = None, token: bool | str | None
     model_class = _class_of(folder)
     pins = pinned(read_card(folder / CARD) or "")
     if not pins:
-        raise ValueError(f"{source} has no {CARD} with sha256 of code files. Save the model again to get one.")
+        advice = "Go online to have it looked for." if _only_cached(source) else "Save the model again to get one."
+        raise ValueError(f"{source} has no {CARD} with sha256 of code files. {advice}")
+    apart = [path.parent for path in sorted(folder.rglob(CONFIG)) if path.parent != folder]
+    files = [path for path in sorted(folder.rglob("*")) if not set(path.parents).intersection(apart)]
     own = {name: digest(text.encode()) for name, text in code_files(model_class).items()}
-    there = {path.relative_to(folder).as_posix(): digest(path.read_bytes()) for path in sorted(folder.rglob("*.py"))}
+    there = {_name(path, folder): digest(path.read_bytes()) for path in files if path.suffix == ".py"}
     return Verification(
         files=list(there),
         altered=[name for name in there if name in pins and there[name] != pins[name]],
         missing=sorted((set(pins) | set(own)) - set(there)),
         extra=[name for name in there if name not in pins and name not in own],
         foreign=[name for name in there if (name in pins or name in own) and there[name] != own.get(name)],
-        elsewhere=_elsewhere(folder, auto_map(model_class)),
+        elsewhere=_elsewhere(folder, files, auto_map(model_class)),
+        apart=[_name(path, folder) for path in apart],
     )
+
+
+def _name(path, folder):
+    return path.relative_to(folder).as_posix()
+
+
+def _only_cached(source):
+    """Whether a repository was looked for in the cache alone, which holds what somebody has needed of it."""
+    return HF_HUB_OFFLINE and not Path(source).is_dir()
 
 
 def _class_of(folder):
@@ -92,7 +109,10 @@ def _class_of(folder):
         raise ValueError(
             f"no {CONFIG} in {folder}. Pass a folder that save_pretrained wrote, or owner/name on the Hub."
         )
-    kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    try:
+        kind = json.loads(path.read_bytes()).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no configuration: {error}") from None
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[kind], None) if kind in CONFIG_MAPPING else None
     if not (isinstance(found, type) and issubclass(found, Published)):
         raise ValueError(
@@ -101,12 +121,15 @@ def _class_of(folder):
     return found
 
 
-def _elsewhere(folder, own):
+def _elsewhere(folder, files, own):
     found = []
-    for path in sorted(folder.rglob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    for path in (path for path in files if path.suffix == ".json"):
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError:  # then it names nothing, to transformers either
+            continue
         named = content.get("auto_map") if isinstance(content, dict) else None
         for key, value in (named or {}).items() if isinstance(named, dict | None) else [("auto_map", named)]:
             if value != own.get(key):
-                found.append(f"{path.relative_to(folder).as_posix()}: {key} is {value}")
+                found.append(f"{_name(path, folder)}: {key} is {value}")
     return found

@@ -1,6 +1,7 @@
 """Write weights tensor by tensor: each file is laid out, then filled, so that one tensor at a time is in memory."""
 
 import json
+import math
 import struct
 import zipfile
 import zlib
@@ -54,7 +55,8 @@ def write_weights(
     Returns: the files written.
 
     Raises:
-        ValueError: a tensor that does not have the shape of its entry, or has numbers beyond the range of its dtype.
+        ValueError: a tensor that does not have the shape of its entry; or, all of them in one error, those that have
+            NaN, infinities or numbers beyond the range of their dtype.
     """
     stem, suffix = {"bin": ("pytorch_model", ".bin"), "safetensors": ("model", ".safetensors")}.get(
         kind, ("consolidated", ".safetensors")
@@ -64,12 +66,15 @@ def write_weights(
     names = [f"{stem}-{i:05d}-of-{count:05d}{suffix}" if count > 1 else stem + suffix for i in range(1, count + 1)]
     lay_out = _lay_out_pickle if kind == "bin" else _lay_out_safetensors
     total = sum(nbytes(*entry) for entry in entries.values())
+    faults: list[str] = []
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None if progress else True) as bar:
         for name, members in zip(names, shards, strict=True):
             offsets = lay_out(folder / name, {member: entries[member] for member in members})
-            sums = _fill(folder / name, offsets, entries, make, bar)
+            sums = _fill(folder / name, offsets, entries, make, bar, faults)
             if kind == "bin":
                 _set_checksums(folder / name, sums)
+    if faults:
+        raise ValueError("\n  ".join([f"{len(faults)} tensors have numbers that cannot be written.", *faults]))
     files = [folder / name for name in names]
     if count > 1:
         weight_map = {member: name for name, members in zip(names, shards, strict=True) for member in members}
@@ -127,33 +132,44 @@ def _lay_out_pickle(file, entries):
     return {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in tensors.items()}
 
 
-def _fill(file, offsets, entries, make, bar):
-    """Write the tensors to their places; returns the checksum of what stands at each."""
+def _fill(file, offsets, entries, make, bar, faults):
+    """Write the tensors to their places; returns the checksum of what stands at each. Of a fault on, only look."""
     sums = {}
     with open(file, "r+b") as stream:
         for name, offset in offsets.items():
             shape, dtype = entries[name]
-            tensor = _cast(name, make(name), dtype)
+            tensor = make(name)
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{name} has shape {list(tensor.shape)} in the file, {list(shape)} was expected.")
-            data, sum_ = raw(tensor), 0
-            stream.seek(offset)
-            for start in range(0, len(data), PIECE):
-                piece = data[start : start + PIECE]
-                stream.write(piece)
-                sum_ = zlib.crc32(piece, sum_)
-                bar.update(len(piece))
-            sums[offset] = sum_
+            faults += _faults(name, tensor, dtype)
+            if not faults:
+                stream.seek(offset)
+                sums[offset] = _write(stream, raw(tensor.to(dtype)), bar)
     return sums
 
 
-def _cast(name, tensor, dtype):
-    narrower = tensor.is_floating_point() and torch.finfo(tensor.dtype).max > torch.finfo(dtype).max
-    if narrower and tensor.numel():
-        largest = max(abs(float(x)) for x in tensor.aminmax())
-        if largest > torch.finfo(dtype).max:
-            raise ValueError(f"{name} has numbers up to {largest:.3g}, beyond the range of {dtype}. Take bfloat16.")
-    return tensor.to(dtype)
+def _write(stream, data, bar):
+    """In pieces, for the bar; returns their checksum."""
+    sum_ = 0
+    for start in range(0, len(data), PIECE):
+        piece = data[start : start + PIECE]
+        stream.write(piece)
+        sum_ = zlib.crc32(piece, sum_)
+        bar.update(len(piece))
+    return sum_
+
+
+def _faults(name, tensor, dtype):
+    """What a file of weights should not hold: numbers that are none, or would be none in `dtype`."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return []
+    largest = max(abs(float(x)) for x in tensor.aminmax())
+    if largest <= torch.finfo(dtype).max:
+        return []
+    if math.isfinite(largest):
+        return [f"{name} has numbers up to {largest:.3g}, beyond the range of {dtype}. Take bfloat16."]
+    count = tensor.numel() - int(tensor.isfinite().sum())
+    return [f"{name} has {count:,} NaN or infinite of {tensor.numel():,} numbers."]
 
 
 def _set_checksums(file, sums):

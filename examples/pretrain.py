@@ -6,12 +6,14 @@
     accelerate launch --config_file examples/accelerate/64_gpus.yaml ... examples/pretrain.py --checkpointing
     ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/pretrain.py --smoke         two processes of a CPU
 
-Text is the source of Python's standard library, or --text. --out gets the tokenizer, checkpoints, and in the end
-`model`, a folder that `from_pretrained` loads anywhere. The same command goes on from the last checkpoint. How many
-devices there are, how they share the work and in which precision is the launcher's business: see examples/accelerate/.
+Text is the source of Python's standard library, or --text. --out gets the tokenizer, the configuration, checkpoints,
+and in the end `model`, a folder that `from_pretrained` loads anywhere. The same command goes on from the last
+checkpoint; where all steps are done, it evaluates and writes `model` again. How many devices there are, how they share
+the work and in which precision is the launcher's business: see examples/accelerate/.
 """
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -20,7 +22,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from scrubjay.examples.corpus import Corpus, encode, load_corpus, num_bytes, train_tokenizer
@@ -46,6 +55,31 @@ def tokenizer_of(corpus: Corpus, vocab_size: int, folder: Path) -> PreTrainedTok
     return tokenizer
 
 
+def checkpoint_of(config: PreTrainedConfig, folder: Path, writes: bool = True) -> str | None:
+    """The last checkpoint in the folder of a run. Without one the run starts, and the process that writes leaves the
+    configuration in `config`.
+
+    Raises:
+        ValueError: the checkpoints are of another model or configuration.
+    """
+    last, asked = get_last_checkpoint(folder), json.loads(config.to_json_string())
+    file = folder / "config" / "config.json"
+    if last is None and writes:
+        config.save_pretrained(file.parent)
+    elif last is not None and file.is_file():
+        held = json.loads(file.read_text(encoding="utf-8"))
+        names = {name for name in held.keys() | asked.keys() if held.get(name) != asked.get(name)}
+        names -= {"transformers_version"}
+        if names:
+            names = {"model_type"} if "model_type" in names else names
+            was, now = (", ".join(f"{name} {of.get(name)!r}" for name in sorted(names)) for of in (held, asked))
+            raise ValueError(
+                f"{last} is of a run with {was}; asked for is one with {now}. Name another --out, or repeat the "
+                "arguments of that run."
+            )
+    return last
+
+
 def arguments(args: argparse.Namespace, recipe: Recipe) -> TrainingArguments:
     """The Trainer's settings; the launcher adds devices and precision to them."""
     return TrainingArguments(
@@ -68,11 +102,23 @@ def arguments(args: argparse.Namespace, recipe: Recipe) -> TrainingArguments:
     )
 
 
+class Finished(Exception):
+    """A checkpoint has all the steps that were asked for."""
+
+
+class NoStepTooMany(TrainerCallback):
+    """Ends a training that goes on from its last step, when weights are loaded: a Trainer would take one more."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise Finished
+
+
 class Pretrainer(Trainer):
     """A Trainer with the recipe's optimizer and schedule, made when the weights are where they stay."""
 
     def __init__(self, *args, recipe: Recipe, **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, callbacks=[NoStepTooMany()], **kwargs)
         self.recipe = recipe
 
     def create_optimizer(self, model=None):
@@ -95,7 +141,11 @@ def keep_precision(accelerator: Accelerator) -> None:
 
 
 def pretrain(args: argparse.Namespace) -> dict:
-    """Train, save, and return what there is to tell: processes, precision, tokens, losses in nats per token."""
+    """Train, save, and return what there is to tell: processes, precision, tokens, losses in nats per token.
+
+    Raises:
+        ValueError: --out holds a run of another model, configuration or size of vocabulary.
+    """
     recipe = Recipe.of(args.model, max_steps=args.steps)
     sizes = ("hidden_size", "num_hidden_layers", "vocab_size", "batch_size", "length", "learning_rate")
     given = {name: value for name in sizes if (value := getattr(args, name)) is not None}
@@ -106,6 +156,7 @@ def pretrain(args: argparse.Namespace) -> dict:
     with settings.main_process_first():
         tokenizer = tokenizer_of(corpus, recipe.vocab_size, args.out / "tokenizer")
     model = build_model(args.model, recipe, len(tokenizer), tokenizer.eos_token_id)
+    last = checkpoint_of(model.config, args.out, settings.should_save)
     use_cache = model.config.use_cache
     if args.checkpointing:
         model.gradient_checkpointing_enable()
@@ -113,7 +164,11 @@ def pretrain(args: argparse.Namespace) -> dict:
     train, heldout = (Windows(stream, recipe.length) for stream in streams)
     trainer = Pretrainer(model=model, args=settings, train_dataset=train, eval_dataset=heldout, recipe=recipe)
     keep_precision(trainer.accelerator)
-    done = trainer.train(resume_from_checkpoint=get_last_checkpoint(args.out))
+    try:
+        found = {"training_loss": trainer.train(resume_from_checkpoint=last).training_loss}
+    except Finished:
+        found = {}
+        trainer.accelerator.print(f"{last} has all of the {args.steps} steps that were asked for: nothing is trained.")
     loss = trainer.evaluate()["eval_loss"]
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = use_cache  # training turns it off, and it would be saved so
@@ -128,7 +183,7 @@ def pretrain(args: argparse.Namespace) -> dict:
         "processes": trainer.accelerator.num_processes,
         "precision": trainer.accelerator.mixed_precision,
         "tokens": args.steps * recipe.batch_size * args.accumulate * settings.world_size * recipe.length,
-        "training_loss": done.training_loss,
+        **found,
         "heldout_loss": loss,
         "heldout_bits_per_byte": bits,
     }
@@ -158,7 +213,7 @@ def main(argv: list[str] | None = None) -> dict:
     if int(os.environ.get("RANK", 0)) == 0:
         for name, value in found.items():
             print(f"{name}: {value}")
-        print(f"In {args.out}: model (a folder to load), tokenizer, checkpoints.")
+        print(f"In {args.out}: model (a folder to load), tokenizer, config, checkpoints.")
     return found
 
 

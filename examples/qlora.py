@@ -137,27 +137,19 @@ def fine_tune(run: Run, base: str, tokenizer: PreTrainedTokenizerBase, pairs: li
     return {"losses": losses, "adapter": {"parameters": report.total("trained"), "bytes": file.stat().st_size}}
 
 
-def merge(base: str, adapter: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The adapter merged into the float32 base, and saved."""
-    merged = PeftModel.from_pretrained(load(base, 32), adapter).merge_and_unload()
-    save(merged, tokenizer, folder)
-    return merged
-
-
 def publish(
     name: str,
     base: str,
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     adapter: Path,
-    card: dict,
 ) -> None:
     """The merged model as `name`, the adapter as `name`-lora, and its base, where that is a folder, as `name`-base."""
-    push_whole(name, network, tokenizer, card)
+    push_whole(name, network, tokenizer)
     model = load(base, 32)
     if Path(base).is_dir():
         base = f"{name}-base"
-        push_whole(base, model, tokenizer, {})
+        push_whole(base, model, tokenizer)
     model.name_or_path = model.config.name_or_path = base  # the adapter's card has it, and a Hub takes no path there
     tuned = PeftModel.from_pretrained(model, adapter)
     for config in tuned.peft_config.values():
@@ -168,10 +160,10 @@ def publish(
         upload_folder(repo_id=f"{name}-lora", folder_path=folder)
 
 
-def push_whole(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: dict) -> None:
+def push_whole(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """A model with its tokenizer: in one commit and with a card, where the model knows how to."""
     if isinstance(model, ZooPreTrainedModel):
-        model.push_to_hub(name, tokenizer=tokenizer, card=card)
+        model.push_to_hub(name, tokenizer=tokenizer)
     else:
         model.push_to_hub(name)
         tokenizer.push_to_hub(name)
@@ -223,16 +215,16 @@ def qlora(
         loaded = PeftModel.from_pretrained(load(base, 4), adapter)
         loss["adapter on 4 bits"] = docstring_loss(loaded, tokenizer, heldout)
         loss["merged into 4 bits"] = docstring_loss(loaded.merge_and_unload(), tokenizer, heldout)
-        network = merge(base, adapter, merged, tokenizer)
+        network = PeftModel.from_pretrained(load(base, 32), adapter).merge_and_unload()
         loss["merged into float32"] = docstring_loss(network, tokenizer, heldout)
+        about = f"{len(pairs)} docstrings of {corpus.name}, by LoRA of rank {run.rank} on 4 bits"
+        measured = {"nats per token of held-out docstrings": round(loss["merged into float32"], 3)}
+        save(network, tokenizer, merged, training_data=about, training_command=command, evaluation=measured)
     with section("memory, each in a process of its own"):
         bytes_of = memory(run, base)
     if push:
-        about = f"{len(pairs)} docstrings of {corpus.name}, by LoRA of rank {run.rank} on 4 bits"
-        measured = {"nats per token of held-out docstrings": round(loss["merged into float32"], 3)}
-        card = {"training_data": about, "training_command": command, "evaluation": measured}
         with section(f"push to {push}, its base and its adapter beside it"):
-            publish(push, base, network, tokenizer, adapter, card)
+            publish(push, base, network, tokenizer, adapter)
     record = {"run": asdict(run), "parameters": network.num_parameters(), "loss": loss, **tuned, "memory": bytes_of}
     record["examples"] = {"trained": len(pairs), "tested": len(heldout)}
     return record | {"seconds": round(time.perf_counter() - started, 1)}

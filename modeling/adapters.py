@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from scrubjay.modeling.layers import Linear
@@ -14,7 +15,7 @@ class WholeLinear(nn.Linear):
     """A linear layer that no quantizer replaces."""
 
 
-def make_replaceable(model: nn.Module, quantization_config) -> None:
+def make_replaceable(model: PreTrainedModel, quantization_config) -> None:
     """Leave plain `torch.nn.Linear` layers, which quantizers replace, where they may, and subclasses where not.
 
     Not in 4 bits are layers whose inputs are no multiple of 64: on a CPU bitsandbytes takes the scale of another block
@@ -22,11 +23,13 @@ def make_replaceable(model: nn.Module, quantization_config) -> None:
     """
     settings = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
     in_blocks = settings.get("load_in_4bit", False)
-    whole = []
+    head, whole = model.get_output_embeddings(), []
     for name, module in model.named_modules():
         if type(module) not in (Linear, nn.Linear):
             continue
-        if in_blocks and module.in_features % BLOCK:
+        if module is head:  # quantizers leave it out as long as nobody gives them a list of their own
+            module.__class__ = WholeLinear
+        elif in_blocks and module.in_features % BLOCK:
             module.__class__ = WholeLinear
             whole.append(f"{name} ({module.in_features})")
         else:
@@ -53,6 +56,12 @@ def adapts(value: object) -> bool:
     return isinstance(value, nn.Module) and "base_layer" in value._modules
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward method: FSDP gathers weights and accelerate fetches them
+    (by a forward method of its own, which it marks so), peft chooses adapters."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or hasattr(module, "_hf_hook"))
+
+
 def in_use(module):
     """A module, or where `modules_to_save` wraps it the one that acts: the copy that is trained, or the original."""
     if "original_module" not in getattr(module, "_modules", ()):
@@ -65,13 +74,11 @@ def in_use(module):
 
 def give_own_weight(model, adapter: nn.Module) -> None:
     """Untie the embedding or the head that `adapter` wraps: merged, it would change the other one as well."""
-    texts = (model.config, model.config.get_text_config())
-    if not any(config.tie_word_embeddings for config in texts):
+    if not model.config.tie_word_embeddings:
         return
     layer = adapter.get_submodule("base_layer")
     while adapts(layer):  # an adapter of another kind around it
         layer = layer.get_submodule("base_layer")
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]
     layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-    for config in texts:
-        config.tie_word_embeddings = False
+    model.config.tie_word_embeddings = False

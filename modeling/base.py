@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from scrubjay.kernels.loss import cross_entropy
@@ -241,6 +242,11 @@ def causal_lm_loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_i
     `num_items_in_batch`."""
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if shift_labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must have shape {tuple(logits.shape[:-1])}, one for each token that logits are computed of; got "
+            f"{tuple(shift_labels.shape)}. With labels, leave logits_to_keep at 0."
+        )
     targets = shift_labels.reshape(-1).to(logits.device)
     nats = cross_entropy(logits.reshape(-1, vocab_size), targets, ignore_index)
     count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
@@ -248,12 +254,20 @@ def causal_lm_loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_i
 
 
 class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
-    """A `ZooModel` and its language-model head. Subclasses set `model_class`."""
+    """A `ZooModel` and its language-model head. Subclasses set `model_class`, and have GenerationMixin among their own
+    bases: of a class that was loaded with a folder and has not, transformers makes a second, which cannot be pickled.
+    """
 
     model_class: type[ZooModel]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init_subclass__(cls, **kwargs):
+        """Trainer shifts the labels, where it smooths them itself, of models whose names stand in a list."""
+        super().__init_subclass__(**kwargs)
+        if cls.config_class is not None:
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(cls.config_class.model_type, cls.__name__)
 
     def __init__(self, config):
         super().__init__(config)

@@ -195,7 +195,7 @@ def shard_sequence(batch: dict, group: Any = None) -> dict:
     length = x.shape[1]
     if length < ranks:
         raise ValueError(f"A sequence of {length} columns cannot be split over {ranks} ranks: each needs one at least.")
-    _check_plain(batch)
+    _check_plain(batch, length)
     labels = batch.pop("labels", None)
     if labels is not None and batch.get("shift_labels") is None:
         batch["shift_labels"] = F.pad(labels, (0, 1), value=-100)[..., 1:]
@@ -223,7 +223,7 @@ def average_gradients(model: nn.Module, group: Any = None) -> None:
             parameter.grad /= dist.get_world_size(group)
 
 
-def _check_plain(batch):
+def _check_plain(batch, length):
     """Refuse padding, packed documents and caches, and take out what says that there are none."""
     mask, positions = batch.pop("attention_mask", None), batch.pop("position_ids", None)
     if mask is not None and not bool(mask.all()):
@@ -231,8 +231,11 @@ def _check_plain(batch):
             "shard_sequence cannot split a padded batch. Pass rows that are full: cut them to one length, or put "
             "padding after the text and -100 into its labels, without an attention_mask."
         )
+    if positions is not None and positions.shape[-1:] != (length,):
+        got = tuple(positions.shape)
+        raise ValueError(f"position_ids must have {length} columns as the input has; got shape {got}.")
     marks = [name for name in PACKED if batch.get(name) is not None]
-    if positions is not None and bool((positions.diff(dim=1) <= 0).any()):
+    if positions is not None and bool((positions.diff(dim=-1) <= 0).any()):
         marks.append("position_ids that restart")
     if marks:
         raise ValueError(f"shard_sequence cannot split packed documents ({', '.join(marks)}): pass one a row.")

@@ -20,7 +20,7 @@ CARD = "README.md"
 BEGIN = "<!-- scrubjay: every save writes this part anew; text above and below it stays -->"
 END = "<!-- scrubjay: end -->"
 PART = re.compile(rf"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)})[\s\S])*?{re.escape(END)}")
-PINNED = re.compile(r"^([0-9a-f]{64})  (\S+\.py)$", re.MULTILINE)
+PINNED = re.compile(r"^([0-9a-f]{64})  (\S+\.py)\r?$", re.MULTILINE)
 OLDEST_TRANSFORMERS = "5.17"
 CODE_LICENSE = "Apache-2.0"
 NOT_GIVEN = "not given"
@@ -149,8 +149,9 @@ def _part(model, folder, notes, license_name, place) -> Iterable[str]:
     yield f"A language model for Transformers, `{kind}`, and the code that runs it. The paper: {link}."
     yield _sizes(model, folder)
     yield "## How to load"
+    needed = ", ".join(["torch", *_quantizer(model)])
     yield (
-        f"With torch and transformers {OLDEST_TRANSFORMERS} or newer; nothing else has to be installed. "
+        f"With {needed} and transformers {OLDEST_TRANSFORMERS} or newer; nothing else has to be installed. "
         "`trust_remote_code=True` runs the code files listed below."
     )
     yield _loading(kind, place)
@@ -177,15 +178,22 @@ def _kind(model):
     return written_class(type(model)).__name__
 
 
+def _quantizer(model):
+    """The library that quantized the model, or nothing."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return []
+    method = model.hf_quantizer.quantization_config.quant_method
+    return [getattr(method, "value", method)]
+
+
 def _sizes(model, folder):
     config = model.config
     once, each = model.cache_class.row_bytes(config, model.dtype)
     cache = f"{once:,} bytes" + (f" and {each:,} bytes more for each token" if each else ", whatever its length")
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     kind = str(model.dtype).removeprefix("torch.")
-    if getattr(model, "hf_quantizer", None) is not None:
-        method = model.hf_quantizer.quantization_config.quant_method
-        kind = f"quantized by {getattr(method, 'value', method)}, computing in {kind}"
+    for library in _quantizer(model):
+        kind = f"quantized by {library}, computing in {kind}"
     rows = {
         "parameters": f"{model.num_parameters():,}",
         "weights": f"{weights:,} bytes, {kind}",

@@ -7,6 +7,8 @@ The language-model loss does not train the controller, so its parameters ask for
 examples/train_adore_controller.py.
 """
 
+from transformers.generation import GenerationMixin
+
 from scrubjay.configuration.configuration_adore import AdoreConfig
 from scrubjay.modeling.adapters import in_use
 from scrubjay.modeling.cache_adore import AdoreCache
@@ -67,7 +69,7 @@ class AdoreModel(FrozenController, ZooWrapperModel):
         held.sizes = dict(controller.sizes)
 
 
-class AdoreForCausalLM(FrozenController, ZooWrapperForCausalLM):
+class AdoreForCausalLM(FrozenController, ZooWrapperForCausalLM, GenerationMixin):
     """The decoder, its head, and the controller."""
 
     config_class = AdoreConfig

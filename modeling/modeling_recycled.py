@@ -2,6 +2,8 @@
 checkpoints load as they are, with a `RecycledCache` as the cache that generate() and forward make.
 """
 
+from transformers.generation import GenerationMixin
+
 from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.modeling.attention_recycled import NAMES
 from scrubjay.modeling.cache_recycled import RecycledCache
@@ -43,7 +45,7 @@ class RecycledModel(ZooWrapperModel):
         return settings, config.full_layers
 
 
-class RecycledForCausalLM(ZooWrapperForCausalLM):
+class RecycledForCausalLM(ZooWrapperForCausalLM, GenerationMixin):
     """The decoder and its head."""
 
     config_class = RecycledConfig

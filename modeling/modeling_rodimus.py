@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_rodimus import RodimusConfig
@@ -38,6 +39,7 @@ from scrubjay.modeling.layers import (
     rotary_table,
     rotate,
 )
+from scrubjay.modeling.sharding import spread
 
 BUFFERS = (
     "mixer.inner_mixer.conv_state_*",
@@ -251,8 +253,11 @@ class RodimusPreTrainedModel(ZooPreTrainedModel):
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=config.initializer_range)
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
-                init.zeros_(module.weight[module.padding_idx])
+                row = torch.arange(len(module.weight), device=module.weight.device).eq(module.padding_idx)
+                module.weight.masked_fill_(spread(row[:, None].expand(module.weight.shape), module.weight), 0)
         elif isinstance(module, nn.Linear):
+            if module is getattr(self, "lm_head", None) and module.weight is self.model.embed_tokens.weight:
+                return  # tied already: it is filled, and has its row of zeros
             rescaled = config.rescale_prenorm_residual and hasattr(module, "ends_branch")
             branches = (3 if config.has_attention else 1) * config.num_hidden_layers
             init.normal_(module.weight, std=config.initializer_range * (branches**-0.5 if rescaled else 1))
@@ -270,7 +275,7 @@ class RodimusPreTrainedModel(ZooPreTrainedModel):
             init.xavier_uniform_(proj.weight, gain=2**-2.5)
         selection = inverse_softplus(log_uniform(mixer.n, 0.001, 0.1, 1e-4))
         temperature = torch.empty(mixer.n).uniform_(1 / 16, 0.9).logit()
-        init.copy_(mixer.mem_gate_bias, torch.cat([selection, temperature]))
+        init.copy_(mixer.mem_gate_bias, spread(torch.cat([selection, temperature]), mixer.mem_gate_bias))
         init.ones_(mixer.residual_weight)
 
 
@@ -297,7 +302,7 @@ class RodimusModel(RodimusPreTrainedModel, ZooModel):
         return layout.with_rotary(table)
 
 
-class RodimusForCausalLM(RodimusPreTrainedModel, ZooForCausalLM):
+class RodimusForCausalLM(RodimusPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """Rodimus or Rodimus+ language model."""
 
     model_class = RodimusModel

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_ssd import SSDConfig
@@ -22,6 +23,7 @@ from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.cache import SSDCache
 from scrubjay.modeling.key_names import Copy, Rename, as_mapping
 from scrubjay.modeling.layers import CausalConv, GatedRMSNorm, Linear, RMSNorm, inverse_softplus, log_uniform
+from scrubjay.modeling.sharding import spread
 
 LEAVES = (
     "norm.weight",
@@ -152,8 +154,9 @@ class SSDPreTrainedModel(ZooPreTrainedModel):
     def _init_mixer(self, mixer):
         config = self.config
         steps = log_uniform(mixer.heads, config.time_step_min, config.time_step_max, config.time_step_floor)
-        init.copy_(mixer.dt_bias, inverse_softplus(steps))
-        init.copy_(mixer.A_log, torch.empty(mixer.heads).uniform_(*config.A_initializer_range).log())
+        init.copy_(mixer.dt_bias, spread(inverse_softplus(steps), mixer.dt_bias))
+        rates = torch.empty(mixer.heads).uniform_(*config.A_initializer_range)
+        init.copy_(mixer.A_log, spread(rates.log(), mixer.A_log))
         init.ones_(mixer.D)
         if config.rescale_prenorm_residual:
             bound = (config.inner_size * config.num_hidden_layers) ** -0.5
@@ -167,7 +170,7 @@ class SSDModel(SSDPreTrainedModel, ZooModel):
     norm_eps_name = "layer_norm_epsilon"
 
 
-class SSDForCausalLM(SSDPreTrainedModel, ZooForCausalLM):
+class SSDForCausalLM(SSDPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """SSD language model."""
 
     model_class = SSDModel

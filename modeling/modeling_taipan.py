@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -33,6 +34,7 @@ from scrubjay.modeling.cache_taipan import TaipanCache
 from scrubjay.modeling.layers import GatedMLP, RMSNorm, rotary_table
 from scrubjay.modeling.modeling_ssd import SSDBlock, SSDMixer, SSDPreTrainedModel
 from scrubjay.modeling.selective import Gate, SelectiveAttention
+from scrubjay.modeling.sharding import spread
 
 
 @dataclass
@@ -112,7 +114,7 @@ class TaipanPreTrainedModel(SSDPreTrainedModel):
             init.normal_(module.weight, std=config.initializer_range)
             # half on each logit: delta starts at logit(C)
             bias = torch.tensor(config.capacity).logit() / 2 if config.gate_bias_init == "capacity" else torch.zeros(())
-            init.copy_(module.bias, torch.stack([-bias, bias]))
+            init.copy_(module.bias, spread(torch.stack([-bias, bias]), module.bias))
             if module.hidden_weight is not None:
                 init.normal_(module.hidden_weight, std=config.initializer_range)
                 init.zeros_(module.hidden_bias)
@@ -154,7 +156,7 @@ class TaipanModel(TaipanPreTrainedModel, ZooModel):
         return TaipanModelOutput(**fields, budget_loss=budget, selection=selection)
 
 
-class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM):
+class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """Taipan language model."""
 
     model_class = TaipanModel

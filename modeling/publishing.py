@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.hub import create_and_tag_model_card
 
 from scrubjay.modeling.model_card import CARD, Notes, Place, pinned, read_card, write_card
 from scrubjay.modeling.remote_code import auto_map, check_folder, write_code, written_class
@@ -59,16 +60,17 @@ class Published(PreTrainedModel):
             Others: those of transformers, and with `push_to_hub` those of `push_to_hub`.
 
         Raises:
-            ValueError: a path that is a file, a folder with an adapter that would be loaded on top, wrong notes, or a
-                README.md whose metadata cannot be read.
+            ValueError: a path that is a file, a folder with an adapter that would be loaded on top, wrong notes, notes
+                for an adapter (`add_adapter`), which is saved alone, or a README.md whose metadata cannot be read.
         """
         check_folder(save_directory)
         self._note(card)
         hub = {name: kwargs.pop(name) for name in PUSHED if name in kwargs}
+        written = {key: value for key, value in kwargs.items() if key != "token"} | {"state_dict": state_dict}
         folder = Path(save_directory)
         writes = self.should_save_on_this_rank(is_main_process)
-        if getattr(self, "_hf_peft_config_loaded", False):  # then transformers writes the adapter alone
-            super().save_pretrained(folder, is_main_process, state_dict, **kwargs)
+        if self._is_adapter:
+            self._write_adapter(folder, tokenizer if writes else None, is_main_process, state_dict, **kwargs)
         elif not writes or kwargs.get("distributed_checkpoint"):  # every rank has to come to the same folder
             self._write_model(folder, is_main_process, state_dict, **kwargs)
         else:
@@ -76,8 +78,7 @@ class Published(PreTrainedModel):
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
         if push_to_hub and (writes or together):  # parts of a sharded model are gathered from all processes
             name = hub.pop("repo_id", folder.resolve().name)
-            passed = {key: kwargs[key] for key in ("token", "max_shard_size") if key in kwargs}
-            self.push_to_hub(name, tokenizer=tokenizer, **passed, **hub)
+            self._push(name, written, tokenizer=tokenizer, token=kwargs.get("token"), **hub)
 
     def push_to_hub(
         self,
@@ -97,7 +98,8 @@ class Published(PreTrainedModel):
         """Put weights, configuration, code, card and tokenizer (if given) onto the Hub in one commit.
 
         A push that fails leaves the repository as it was. Shards and code files of an earlier push go; other files,
-        and text of your own in README.md, stay. Of several processes the first one uploads; all must call this.
+        and text of your own in README.md, stay. Of several processes the first one uploads; all must call this. A model
+        with an adapter (`add_adapter`) pushes the adapter alone.
 
         Args:
             card, tokenizer: see `save_pretrained`.
@@ -107,30 +109,79 @@ class Published(PreTrainedModel):
         Returns: what huggingface_hub says of the commit; None on other processes than the first.
 
         Raises:
-            ValueError: private=True for a repository that is public, an adapter in it, wrong notes or metadata.
+            ValueError: private=True for a repository that is public, an adapter where a whole model is to go or the
+                other way round, wrong notes or metadata.
             HfHubHTTPError: what the Hub refused, or a commit of somebody else's that came in between.
         """
         self._note(card)
-        if getattr(self, "_hf_peft_config_loaded", False):
-            about = {"commit_message": commit_message, "commit_description": commit_description, "tags": tags}
-            target = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
-            return super().push_to_hub(repo_id, max_shard_size=max_shard_size, **about, **target)
+        return self._push(
+            repo_id,
+            {"max_shard_size": max_shard_size},
+            tokenizer=tokenizer,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            tags=tags,
+        )
+
+    def _push(
+        self,
+        repo_id: str,
+        written: dict,
+        *,
+        tokenizer: Any = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        tags: list[str] | None = None,
+        token: bool | str | None = None,
+        **target,
+    ) -> CommitInfo | None:
+        """See `push_to_hub`. written: arguments of what writes the files."""
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
-            self._write_model(folder, max_shard_size=max_shard_size)
+            write = self._write_adapter if self._is_adapter else self._write_model
+            write(folder, **written)
             if not self.should_save_on_this_rank(True):
                 return None
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            hub = _Repository(repo_id, private, token, revision, create_pr)
-            there = Place(hub.name, revision, tokenizer is not None or TOKENIZER in hub.files, tuple(tags or ()))
-            old = hub.card(made)
-            write_card(self, folder, old, there)
-            gone = _leftovers(hub.files, _files(folder), old, None)
+            hub = _Repository(repo_id, token, **target)
+            gone: list[str] = []
+            if self._is_adapter:
+                if CONFIG in hub.files:
+                    raise ValueError(
+                        f"{hub.name} holds a whole model, and this is an adapter. Name another repository, or push the "
+                        "adapter merged. Nothing was uploaded."
+                    )
+                create_and_tag_model_card(hub.name, tags, token=token).save(folder / CARD)
+            else:
+                there = Place(
+                    hub.name, hub.revision, tokenizer is not None or TOKENIZER in hub.files, tuple(tags or ())
+                )
+                old = hub.card(made)
+                write_card(self, folder, old, there)
+                gone = _leftovers(hub.files, _files(folder), old, written.get("variant"))
             message = commit_message or f"Upload {written_class(type(self)).__name__}"
             return hub.commit(folder, gone, commit_message=message, commit_description=commit_description)
 
+    @property
+    def _is_adapter(self):
+        """Whether transformers writes an adapter alone."""
+        return getattr(self, "_hf_peft_config_loaded", False)
+
+    def _write_adapter(self, folder, tokenizer=None, is_main_process=True, state_dict=None, **kwargs):
+        super().save_pretrained(folder, is_main_process, self._weights(state_dict), **kwargs)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
     def _note(self, changes):
+        if changes is not None and self._is_adapter:
+            raise ValueError(
+                "card= is for whole models, and an adapter is saved alone. Edit its README.md, or merge it."
+            )
         notes = Notes.of(self.config, changes).given()
         if notes or hasattr(self.config, "model_card"):
             self.config.model_card = notes
@@ -153,13 +204,17 @@ class Published(PreTrainedModel):
                 (folder / name).parent.mkdir(exist_ok=True)
                 os.replace(new / name, folder / name)
 
+    def _weights(self, given):
+        """What to write: all of a sharded model, or a copy of what was given: transformers empties what it writes."""
+        if given is not None:
+            return dict(given)
+        return whole_state(self) if is_sharded(self) else None
+
     def _write_model(self, folder, is_main_process=True, state_dict=None, **kwargs):
         """What transformers writes, and the code."""
         kwargs.setdefault("save_original_format", False)
-        if state_dict is None and is_sharded(self):
-            state_dict = whole_state(self)
         self.config.auto_map = auto_map(type(self))
-        super().save_pretrained(folder, is_main_process, state_dict, **kwargs)
+        super().save_pretrained(folder, is_main_process, self._weights(state_dict), **kwargs)
         if self.should_save_on_this_rank(is_main_process):
             write_code(type(self), folder)
 
@@ -167,8 +222,8 @@ class Published(PreTrainedModel):
 class _Repository:
     """A repository at a revision, made if it is not there; `files` and `head` are what it holds now."""
 
-    def __init__(self, repo_id, private, token, revision, create_pr):
-        self.api = HfApi(token=token)
+    def __init__(self, repo_id, token, private=None, revision=None, create_pr=False):
+        self.api, self.revision = HfApi(token=token), revision
         self.name = self.api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         self.target = {"revision": revision, "create_pr": create_pr}
         if revision is not None and not revision.startswith("refs/"):

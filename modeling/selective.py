@@ -18,6 +18,7 @@ from scrubjay.kernels.gate import (
     straight_through,
 )
 from scrubjay.kernels.select_attention import pack, select_attention, select_attention_step, steps_by_mask
+from scrubjay.modeling.adapters import adapts, hooked, in_use
 from scrubjay.modeling.layers import Linear, RMSNorm, ends_branch, rotate
 
 
@@ -92,11 +93,12 @@ class SelectiveAttention(nn.Module):
 
     def _norm_and_gate(self, h):
         """x (B, T, D), in float32 or the layer's dtype, and delta (B, T)."""
-        norm, gate = self.norm, self.gate
-        if in_one_pass(h, norm.weight, gate.weight, gate.bias, gate.hidden_weight):
+        norm, gate = in_use(self.norm), in_use(self.gate)
+        plain = type(norm) is RowNorm and type(gate) is Gate and not (hooked(self.norm) or hooked(self.gate))
+        if plain and in_one_pass(h, norm.weight, gate.weight, gate.bias, gate.hidden_weight):
             return norm_gate(h, norm.weight, norm.eps, gate.weight, gate.bias, normed=self.config.gate_norm)
-        x = norm(h)
-        return x, gate(x if self.config.gate_norm else h)
+        x = self.norm(h)
+        return x, self.gate(x if self.config.gate_norm else h)
 
     def attend(self, x, a, m, layout, ring, dense):
         """(index, o): which of the B * T columns attended, and what they found, (n, D).
@@ -111,7 +113,7 @@ class SelectiveAttention(nn.Module):
             index, o = self._dense_among_selected(x, a, m, layout, ring)
         else:
             index, o = self._among_selected(x, a, m, layout, ring)
-        o = self.o_proj(o.flatten(1))
+        o = _of_rows(self.o_proj, o.flatten(1), m.shape, index)
         return index, o if self.post_norm is None else self.post_norm(o)
 
     def _queries(self, x, a, layout, index):
@@ -119,11 +121,12 @@ class SelectiveAttention(nn.Module):
         x = x.flatten(0, 1)[index] if x.ndim == 3 else x
         if self.config.refine_first:  # on the norm's output: a norm would undo what scales its input
             x = x * (1 - a.flatten()[index])[:, None].to(x.dtype)
-        return self._turn(self.q_proj(x), layout, index)
+        return self._turn(_of_rows(self.q_proj, x, a.shape, index), layout, index)
 
-    def _keys(self, x, layout, index=None):
-        """k, v: (B, T, K, P) of x (B, T, D), or (n, K, P) of the rows x (n, D) that `index` names."""
-        return self._turn(self.k_proj(x), layout, index), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+    def _keys(self, x, layout, shape=None, index=None):
+        """k, v: (B, T, K, P) of x (B, T, D), or (n, K, P) of x (n, D): rows `index` of `shape`, (B, T)."""
+        k, v = (_of_rows(proj, x, shape, index) for proj in (self.k_proj, self.v_proj))
+        return self._turn(k, layout, index), v.unflatten(-1, (-1, self.head_dim))
 
     def _turn(self, x, layout, index):
         x = x.unflatten(-1, (-1, self.head_dim))
@@ -156,7 +159,7 @@ class SelectiveAttention(nn.Module):
         tokens = m.flatten().nonzero()[:, 0]  # row after row
         index = tokens[(lengths.cumsum(0) - lengths)[packed.rows] + packed.columns]
         x = x.flatten(0, 1)[index]
-        k, v = (_spread(t, packed) for t in self._keys(x, layout, index))
+        k, v = (_spread(t, packed) for t in self._keys(x, layout, m.shape, index))
         positions = _spread(layout.positions.flatten()[index], packed)
         past = self._past(k, v, layout, ring, positions, lengths)
         before = torch.arange(live.shape[1], device=m.device).expand(len(m), -1)
@@ -228,7 +231,7 @@ class SelectiveAttention(nn.Module):
         index = torch.arange(len(m), device=m.device) if masked else m[:, 0].nonzero()[:, 0]
         if not len(index) and not every:
             return _nothing(x, self)
-        k, v = self._keys(x, layout) if every or masked else self._keys(x[index, 0], layout, index)
+        k, v = self._keys(x, layout) if every or masked else self._keys(x[index, 0], layout, m.shape, index)
         positions, lengths = layout.positions, None if every else m[:, 0].long()
         if not (every or masked):
             k, v = (t.new_zeros(len(m), 1, *t.shape[1:]).index_copy(0, index, t[:, None]) for t in (k, v))
@@ -261,11 +264,24 @@ def _after(past, k, v):
     return tuple(torch.cat([old.to(new.dtype), new], 1) for old, new in zip(past[:2], (k, v), strict=True))
 
 
+def _of_rows(proj, x, shape, index):
+    """The projection of x (n, D), which are the rows `index` of B * T; None: x is the batch itself, or a column of it.
+
+    Where rows of a batch have adapters of their own, peft tells them by the batch's first axis, which it has to see.
+    """
+    if not (adapts(proj) and hooked(proj)) or x.ndim == 3:
+        return proj(x)
+    batch = x if index is None else x.new_zeros(shape.numel(), x.shape[-1]).index_copy(0, index, x)
+    y = proj(batch.view(*shape, -1)).flatten(0, 1)
+    return y if index is None else y[index]
+
+
 def _nothing(x, layer):
     """No token was selected; every parameter keeps a gradient, zero."""
-    x = x.flatten(0, 1)[:0]  # products of no rows
-    q, k, v = (proj(x).unflatten(-1, (-1, layer.head_dim)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
-    return torch.zeros(0, dtype=torch.int64, device=x.device), q + 0 * (k.sum() + v.sum())
+    index, shape, x = torch.zeros(0, dtype=torch.int64, device=x.device), x.shape[:2], x.flatten(0, 1)[:0]
+    projections = (layer.q_proj, layer.k_proj, layer.v_proj)  # products of no rows
+    q, k, v = (_of_rows(proj, x, shape, index).unflatten(-1, (-1, layer.head_dim)) for proj in projections)
+    return index, q + 0 * (k.sum() + v.sum())
 
 
 def _spread(x, packed):

@@ -139,6 +139,7 @@ class ZooWrapperModel(ZooPreTrainedModel):
 
     def __init__(self, config):
         config.validate()  # from_pretrained changes fields after it has read them
+        _check_devices(config)
         super().__init__(config)
         decoder = AutoModel.from_config(config.base_config)
         for name, child in decoder.named_children():
@@ -220,6 +221,22 @@ class ZooWrapperModel(ZooPreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
+        )
+
+
+def _check_devices(config):
+    """Refuse to split attention over devices that its heads do not divide by (from_pretrained says how many there are).
+
+    Raises:
+        ValueError: what came, what was needed, what to do.
+    """
+    distributed = getattr(config, "distributed_config", None)
+    devices, plan = getattr(distributed, "tp_size", None) or 1, getattr(distributed, "tp_plan", None)
+    heads, keys = config.num_attention_heads, config.num_key_value_heads
+    if (heads % devices or keys % devices) and not isinstance(plan, dict):  # a plan of the caller's own may split less
+        raise ValueError(
+            f"Tensor parallelism splits attention by heads, and {heads} heads with {keys} key heads cannot be shared "
+            f"evenly by {devices} devices. Use a number that divides both, or shard_model, which takes any."
         )
 
 

@@ -31,6 +31,7 @@ from scrubjay.modeling.sharding import shard_model
 NEW = 12
 # cache settings under which keys are released, read in part, or rebuilt within a test's few tokens
 TIGHT = {"adore": dict(cache_size=12, label_k=8, rebuild=2), "recycled": dict(budget=8, stride=3)}
+PADDED = dict(pad_token_id=3)  # Rodimus has a row of zeros for it
 
 
 def trained(entry, rank, processes, before_sharding=lambda model: None, **how):
@@ -139,6 +140,23 @@ def generated(entry, **changes):
     return found
 
 
+def from_nothing(entry, rank):
+    """Parameters and buffers of a model made without memory, sharded, and then filled; the loss that it computes.
+
+    Processes seed apart: on a CPU each draws its own part of a parameter, and parts drawn alike would be alike.
+    """
+    changes = PADDED if entry.name.startswith("rodimus") else {}
+    with torch.device("meta"):
+        model = entry.model(entry.config(**changes))
+    torch.manual_seed(rank)
+    shard_model(model).to_empty(device="cpu").init_weights()
+    found = {"weights": weights(model), "buffers": dict(model.named_buffers()), "spread": spread(model)}
+    found["tied"] = model.lm_head.weight is model.get_input_embeddings().weight
+    torch.manual_seed(0)
+    found["loss"] = model(batch(0), labels=batch(0)).loss.detach()
+    return found
+
+
 def refusals(by_name):
     """What `shard_model` says of what it does not take."""
     said = {}
@@ -168,6 +186,7 @@ def main():
         mine["bfloat16"] = in_bfloat16(entry, rank, processes)
         mine["accelerate"] = by_accelerate(entry, rank, processes)
         mine["generated"] = generated(entry, **TIGHT.get(entry.name, {}))
+        mine["from nothing"] = from_nothing(entry, rank)
     found["refused"] = refusals({entry.name: entry for entry in ZOO})
     finish(found, rank, out)
 

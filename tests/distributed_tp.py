@@ -64,6 +64,20 @@ def stepwise(model):
     return torch.stack(found), getattr(cache, "full_steps", None)
 
 
+UNEVEN = {"heads": dict(num_attention_heads=3), "key heads": dict(num_key_value_heads=1)}
+
+
+def refused(entry, folder):
+    """What is said of heads that two devices cannot share, when the model is loaded."""
+    said = {}
+    for name, changes in UNEVEN.items():
+        try:
+            pair(entry, folder / name.replace(" ", "_"), **changes)
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
 def compared(entry, rank, out):
     """What one device and all of them find: logits, steps, generated tokens, gradients, weights after a step."""
     found, folder = {}, out / f"{entry.name}_saved"
@@ -92,6 +106,7 @@ def main():
     for entry in ZOO:
         found[entry.name] = compared(entry, rank, out)
     by_name = {entry.name: entry for entry in ZOO}
+    found["refused"] = {e.name: refused(e, out / f"{e.name}_refused") for e in ZOO if not e.recurrent}
     found["choosing"] = []
     for i, (name, settings) in enumerate(CHOOSING):
         found["choosing"].append([stepwise(model) for model in pair(by_name[name], out / f"choosing{i}", **settings)])

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import re
 import sys
 import time
@@ -83,6 +84,7 @@ def every_architecture() -> dict:
             "code_before": len(before),
             "code_after": len([file for file in code_here() if name in file.parts]),
             "difference": difference(model, name),
+            "pickled": difference(pickle.loads(pickle.dumps(model)), name),
             "class": f"{type(model).__module__}.{type(model).__name__}",
             "generated": list(generated.shape),
             "headless": type(AutoModel.from_pretrained(f"jay/{name}", trust_remote_code=True)).__name__,
@@ -125,6 +127,7 @@ def after_faults() -> dict:
         "jay/broken": difference(load("jay/broken"), "broken"),
         "jay/once": difference(load("jay/once"), "once"),
         "jay/trained": difference(load("jay/trained"), "trained"),
+        "jay/averaged": difference(load("jay/averaged"), "averaged"),
         "jay/never": error_of(lambda: load("jay/never")),
     }
     for kind in ("cut", "shrink"):

@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 
 import torch
 from huggingface_hub import HfApi
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.utils import logging
@@ -160,6 +161,22 @@ def converted() -> dict:
     return told | {"difference": float((logits - torch.load(OUT / "v2.pt")).abs().max())}
 
 
+def adapters() -> dict:
+    """An adapter alone, where nothing is, where a model is, and where everybody reads; and a model of other weights."""
+    made = model("ssd", "adapted", seed=12)
+    given, other = {"tokenizer": tokenizer()}, {"state_dict": model("ssd", "averaged", seed=13).state_dict()}
+    API.create_repo("jay/public")
+    made.save_pretrained(OUT / "averaged", push_to_hub=True, repo_id="jay/averaged", **other)
+    made.add_adapter(LoraConfig(r=2, target_modules=["in_proj"], init_lora_weights=False))
+    made.push_to_hub("jay/adapter", tags=["small"], **given)
+    made.save_pretrained(OUT / "saved_adapter", push_to_hub=True, repo_id="jay/saved_adapter", **given)
+    return {
+        "over a model": error_of(lambda: made.push_to_hub("jay/ssd")),
+        "private over public": error_of(lambda: made.push_to_hub("jay/public", private=True)),
+        "with notes": error_of(lambda: made.push_to_hub("jay/public", card=NOTES)),
+    }
+
+
 def trained() -> dict:
     """What Trainer pushes, and the model after it."""
     rows = [{"input_ids": ids, "labels": ids} for ids in tokens(2, 12)]
@@ -185,7 +202,7 @@ def main() -> None:
     over_another_model()
     found |= {"broken": broken(), "overtaken": overtaken()}
     altered()
-    found |= {"commands": commands(), "converted": converted(), "trained": trained()}
+    found |= {"commands": commands(), "converted": converted(), "trained": trained(), "adapters": adapters()}
     (OUT / "pushed.json").write_text(json.dumps(found))
 
 

@@ -42,10 +42,10 @@ def found(tmp_path_factory):
     return ranks
 
 
-def assert_within(found, comparison, bounds=None):
+def assert_within(found, comparison, bounds=None, parameters=20):
     for rank in found:
         errors = rank[comparison]
-        assert errors["parameters"] >= 20
+        assert errors["parameters"] >= parameters
         for what, bound in (bounds or BOUNDS).items():
             assert errors[what] <= bound, (comparison, what, rank["group"])
 
@@ -92,7 +92,8 @@ def test_context_parallel_in_bfloat16(name, found):
 
 @by_name
 def test_context_parallel_with_lora(name, found):
-    assert_within(found, f"{name} with LoRA", BOUNDS_LORA)
+    projections = 2 if name == "ssd" else 5  # of each of two layers at least, with two matrices each
+    assert_within(found, f"{name} with LoRA", BOUNDS_LORA, parameters=2 * 2 * projections)
 
 
 @pytest.mark.parametrize("way", ["as a part of 500 labels", "checkpointed", "in DDP", "in FSDP2", "of remote code"])
@@ -163,10 +164,11 @@ def middle_of_three(monkeypatch):
         monkeypatch.setattr(context_parallel.dist, name, lambda *group, value=value: value)
 
 
+@pytest.mark.parametrize("positions", [torch.arange(11)[None], torch.arange(11)], ids=["2-D", "1-D"])
 @pytest.mark.usefixtures("middle_of_three")
-def test_a_shard_is_its_ranks_columns_and_labels_are_shifted_before_the_cut():
+def test_a_shard_is_its_ranks_columns_and_labels_are_shifted_before_the_cut(positions):
     ids = tokens(2, 11)
-    batch = shard_sequence(dict(input_ids=ids, labels=ids, use_cache=False, position_ids=torch.arange(11)[None]))
+    batch = shard_sequence(dict(input_ids=ids, labels=ids, use_cache=False, position_ids=positions))
     assert batch.keys() == {"input_ids", "shift_labels", "use_cache", "shard"}
     assert batch["shard"].lengths == (3, 4, 4)
     assert batch["shard"].start == 3
@@ -189,6 +191,8 @@ def test_embeddings_and_shifted_labels_are_cut_as_they_are():
         (dict(seq_idx=torch.zeros(2, 6)), r"packed documents \(seq_idx\)"),
         (dict(cu_seq_lens_q=torch.tensor([0, 4, 12])), r"packed documents \(cu_seq_lens_q\)"),
         (dict(position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])), "position_ids that restart"),
+        (dict(position_ids=torch.tensor([0, 1, 2, 0, 1, 2])), "position_ids that restart"),
+        (dict(position_ids=torch.arange(5)), r"position_ids must have 6 columns as the input has; got shape \(5,\)"),
         (dict(past_key_values=object()), "cannot continue a cache"),
         (dict(labels=tokens(2, 5)), r"shift_labels must have 6 columns as the input has; got shape \(2, 5\)"),
         (dict(input_ids=tokens(2, 2)), "2 columns cannot be split over 3 ranks"),

@@ -1,5 +1,6 @@
 """Conversion of Mamba-2 checkpoints: logits against a float64 recurrence, bits there and back, published sizes."""
 
+import dataclasses
 import json
 from itertools import permutations
 
@@ -22,6 +23,7 @@ from test_published_sizes import MAMBA2
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from scrubjay import SSDConfig, SSDForCausalLM
+from scrubjay.conversion import convert as conversion
 from scrubjay.conversion.convert import FORMATS, convert, own_shapes
 from scrubjay.conversion.keymap import plan_in, plan_out
 from scrubjay.examples.published_layouts import CODESTRAL, MAMBA2_2B7, mamba2_shapes, mamba_ssm_config, params_json
@@ -126,6 +128,9 @@ def test_a_cast_spares_what_the_model_keeps_in_float32(tmp_path):
     for name, tensor in stored(tmp_path / "ours").items():
         assert tensor.dtype == (torch.float32 if name.endswith(("A_log", ".D", "dt_bias")) else torch.bfloat16), name
     assert SSDForCausalLM.from_pretrained(tmp_path / "ours").dtype == torch.bfloat16
+    convert(tmp_path / "source", tmp_path / "whole")
+    convert(tmp_path / "whole", tmp_path / "back", to="mamba_ssm", dtype=torch.bfloat16, check=True)
+    assert stored(tmp_path / "back")["backbone.layers.0.mixer.A_log"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", MAMBA2)
@@ -176,13 +181,16 @@ def test_the_check_measures_and_reports(tmp_path):
     assert found["bytes_written"] == (tmp_path / "new" / "model.safetensors").stat().st_size
     assert found["dtypes"] == {"float32": 4 * found["parameters"]}
     assert found["left_out"] == {"lm_head.weight": "repeats backbone.embedding.weight"}
-    ours, theirs = found["check"]["max_logit_difference"].values()
-    assert 0 < ours < found["check"]["bound"]
-    assert theirs == 0  # the same implementation on the same values
+    measured = found["check"]["max_logit_difference"]
+    assert list(measured) == ["this library's model on the result", "transformers itself, which loads the result"]
+    assert all(0 < x < found["check"]["bound"] for x in measured.values())
     assert len(found["check"]["sha256"]["model.safetensors"]) == 64
-    assert found["check"]["config_differences"] == {}
+    assert found["check"]["config_differences"] == {"rescale_prenorm_residual": [True, False]}
     text = (tmp_path / "new" / "conversion.md").read_text()
-    assert f"{ours:.2e}" in text
+    allowed = found["check"]["allowed"]
+    assert allowed == 1e-4 * found["check"]["scale"] > 2e-4
+    ours = measured["this library's model on the result"]
+    assert f"{ours:.2e} (bound {allowed:.2e}, of 0.0001 * max(1, largest logit " in text
     assert report.text() in text
     assert (tmp_path / "new" / "LICENSE").read_text() == "as you like"
     assert (tmp_path / "new" / "tokenizer.json").is_file()
@@ -198,11 +206,86 @@ def test_a_folder_that_transformers_saved_passes_the_check(tmp_path, limit):
     assert load_whole(tmp_path / "new").config.time_step_limit == list(limit)
 
 
+SOURCES = ("mamba_ssm", "mamba_ssm, grouped", "fla", "codestral")
+RESCALED = "rescale_prenorm_residual"
+
+
+@pytest.mark.parametrize("by_ours", [True, False], ids=["by way of ours", "straight"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_transformers_loads_the_weights_that_are_written_for_it(name, by_ours, tmp_path):
+    """It divides what it has loaded by sqrt(num_hidden_layers) where the configuration asks for the initialisation of
+    mamba_ssm, which our configuration does; that moves these logits by 0.3 and more."""
+    source, tensors = tmp_path / "source", CASES[name][0](tmp_path / "source")
+    if by_ours:
+        convert(source, tmp_path / "ours")
+        assert getattr(SSDConfig.from_pretrained(tmp_path / "ours"), RESCALED)
+        source = tmp_path / "ours"
+    report = convert(source, tmp_path / "new", to="transformers")
+    assert any(note.startswith(f"{RESCALED} false instead of true") for note in report.notes)
+    ids = prompt(tensors)
+    want = judge(tensors, ids)
+    folder = tmp_path / "new"
+    assert far(logits(Mamba2ForCausalLM.from_pretrained(folder, dtype=torch.float32), ids), want) < BOUND
+    config = json.loads((folder / "config.json").read_text())
+    assert config[RESCALED] is False
+    (folder / "config.json").write_text(json.dumps(config | {RESCALED: True}))  # what it would do otherwise
+    assert far(logits(Mamba2ForCausalLM.from_pretrained(folder, dtype=torch.float32), ids), want) > 0.3
+    assert far(logits(load_whole(folder), ids), want) < BOUND  # ours takes the weights of the file
+
+
+def test_a_folder_for_fla_is_not_rescaled_either_by_transformers(tmp_path):
+    """Which reads it where fla is not installed, since both say model_type "mamba2"."""
+    tensors = mamba_ssm(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "new", to="fla")
+    ids = prompt(tensors)
+    assert far(logits(Mamba2ForCausalLM.from_pretrained(tmp_path / "new"), ids), judge(tensors, ids)) < BOUND
+    assert SSDConfig.from_pretrained(tmp_path / "new").rescale_prenorm_residual
+    convert(tmp_path / "source", tmp_path / "other", to="fla", settings={RESCALED: False})
+    assert not SSDConfig.from_pretrained(tmp_path / "other").rescale_prenorm_residual
+
+
+def test_the_check_judges_what_transformers_loads(tmp_path, monkeypatch):
+    mamba_ssm(tmp_path / "source")
+    good = LAYOUTS["transformers"]
+    wrong = dataclasses.replace(good, write_config=lambda config: good.write_config(config) | {RESCALED: True})
+    monkeypatch.setattr(conversion, "FORMATS", (LAYOUTS["mamba_ssm"], wrong))
+    convert(tmp_path / "source", tmp_path / "unchecked", to="transformers")
+    with pytest.raises(ValueError, match="differ from the source's by transformers itself, which loads the result: "):
+        convert(tmp_path / "source", tmp_path / "new", to="transformers", check=True)
+
+
+def test_a_source_that_transformers_rescales_is_read_as_it_is_and_the_report_says_so(tmp_path):
+    tensors = transformers(tmp_path / "source", **{RESCALED: True})
+    ids = prompt(tensors)
+    want = judge(tensors, ids)
+    assert far(logits(Mamba2ForCausalLM.from_pretrained(tmp_path / "source"), ids), want) > 0.3
+    assert far(logits(load_whole(tmp_path / "source"), ids), want) < BOUND
+    report = convert(tmp_path / "source", tmp_path / "new", check=True)
+    assert any("transformers' own from_pretrained divides every out_proj.weight" in note for note in report.notes)
+    assert far(logits(load_whole(tmp_path / "new"), ids), want) < BOUND
+    transformers(tmp_path / "plain")
+    assert not any("divides" in note for note in convert(tmp_path / "plain", tmp_path / "other").notes)
+
+
+def test_the_check_takes_settings_and_the_file_that_was_named(tmp_path):
+    """A folder may hold two files of weights; a setting may change what the model computes."""
+    tensors = mamba_ssm(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "ours")
+    convert(
+        tmp_path / "ours", tmp_path / "official", to="mamba_ssm", settings={"time_step_limit": [0.0, 0.05]}, check=True
+    )
+    assert SSDConfig.from_pretrained(tmp_path / "official").time_step_limit == [0.0, 0.05]
+    convert(tmp_path / "source", tmp_path / "limited", settings={"time_step_limit": [0.0, 0.05]}, check=True)
+    ours = {name: tensor * 1.1 for name, tensor in stored(tmp_path / "ours").items()}
+    torch.save(ours, tmp_path / "ours" / "pytorch_model.bin")
+    convert(tmp_path / "ours" / "pytorch_model.bin", tmp_path / "new", to="mamba_ssm", check=True)
+    assert torch.equal(stored(tmp_path / "new")["backbone.norm_f.weight"], 1.1 * tensors["backbone.norm_f.weight"])
+
+
 @pytest.mark.parametrize("pair", [("D", "dt_bias"), ("norm.weight", "norm_f.weight")], ids=str)
 def test_the_check_sees_two_tensors_exchanged(tmp_path, monkeypatch, pair):
     """On the way into our own names; nothing is left of the result."""
     mamba_ssm(tmp_path / "source")
-    import scrubjay.conversion.convert as module
 
     def exchanged(rows, theirs, ours):
         plan = plan_in(rows, theirs, ours)
@@ -212,7 +295,7 @@ def test_the_check_sees_two_tensors_exchanged(tmp_path, monkeypatch, pair):
         plan.recipes[a], plan.recipes[b] = plan.recipes[b], plan.recipes[a]
         return plan
 
-    monkeypatch.setattr(module, "plan_in", exchanged)
+    monkeypatch.setattr(conversion, "plan_in", exchanged)
     with pytest.raises(ValueError, match="The check failed: logits differ"):
         convert(tmp_path / "source", tmp_path / "new", check=True)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -236,8 +319,8 @@ def test_settings_are_fields_of_the_new_configuration(tmp_path):
     convert(tmp_path / "source", tmp_path / "new", settings={"chunk_size": 16, "eos_token_id": 7})
     config = SSDConfig.from_pretrained(tmp_path / "new")
     assert (config.chunk_size, config.eos_token_id) == (16, 7)
-    with pytest.raises(ValueError, match="chunks: no such field in SSDConfig"):
-        convert(tmp_path / "source", tmp_path / "other", settings={"chunks": 16})
+    convert(tmp_path / "source", tmp_path / "whole", settings={"time_step_max": 1})  # a whole number is a float as well
+    assert SSDConfig.from_pretrained(tmp_path / "whole").time_step_max == 1.0
 
 
 def test_codestral_has_the_token_ids_of_its_tokenizer(tmp_path):

@@ -3,13 +3,16 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
+import threading
 
 import pytest
 import torch
 from conversion_cases import mamba_ssm, stored
+from recycled_cases import decoder
 from test_cli import error_of
 from transformers.utils import logging
 
@@ -75,6 +78,84 @@ def test_a_check_that_fails_is_an_error_and_leaves_nothing(tmp_path, capsys, mon
     monkeypatch.setattr(parity, "BOUND", 1e-9)
     error = error_of(capsys, "convert", tmp_path / "source", tmp_path / "new", "--check")
     assert "The check failed: logits differ from the source's by this library's model on the result: " in error
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+# Says when the twelfth tensor is read, and waits there.
+SLOW = """
+import sys, time
+from scrubjay import cli
+from scrubjay.conversion.checkpoint import Checkpoint
+read, calls = Checkpoint.read, []
+def slow(self, name):
+    calls.append(name)
+    if len(calls) == 12:
+        print("writing", flush=True)
+        time.sleep(100)
+    return read(self, name)
+Checkpoint.read = slow
+raise SystemExit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_that_ends_the_process_leaves_nothing(tmp_path, number):
+    mamba_ssm(tmp_path / "source")
+    command = [sys.executable, "-c", SLOW, "convert", tmp_path / "source", tmp_path / "deep" / "new", "--quiet"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        (written,) = (tmp_path / "deep").iterdir()
+        assert (written / "model.safetensors").stat().st_size > 0
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+        said = process.stderr.read()
+    assert said == f"scrubjay: {'interrupted' if number == signal.SIGINT else f'ended by {number.name}'}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_signals_are_heard_once_and_only_where_nobody_else_hears_them():
+    """A terminal that closes sends SIGHUP twice; under nohup it is ignored; another thread cannot hear any."""
+    terminated, hung_up = signal.SIGTERM, signal.SIGHUP
+    before = signal.getsignal(hung_up)
+    signal.signal(hung_up, signal.SIG_IGN)
+    try:
+        with cli.ended_cleanly():
+            assert signal.getsignal(hung_up) is signal.SIG_IGN
+            hear = signal.getsignal(terminated)
+            assert callable(hear)
+            with pytest.raises(cli.Ended):
+                hear(terminated, None)
+            assert signal.getsignal(terminated) is signal.SIG_IGN
+        assert signal.getsignal(terminated) is signal.SIG_DFL
+        assert signal.getsignal(hung_up) is signal.SIG_IGN
+    finally:
+        signal.signal(hung_up, before)
+    found = []
+
+    def elsewhere():
+        with cli.ended_cleanly():
+            found.append(signal.getsignal(terminated))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == [signal.SIG_DFL]
+
+
+def test_an_export_that_is_ended_leaves_nothing(tmp_path, monkeypatch):
+    """The tokenizer's files or some of the weights may be written by then."""
+    model = decoder()
+    model.save_pretrained(tmp_path / "source")
+
+    def ended(self, folder):
+        (folder / "some.safetensors").touch()
+        assert callable(signal.getsignal(signal.SIGTERM))  # or this would end the tests
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(type(model), "save_pretrained", ended)
+    with pytest.raises(SystemExit) as ending:
+        cli.main(["export", str(tmp_path / "source"), str(tmp_path / "deep" / "new")])
+    assert ending.value.code == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -149,12 +149,71 @@ def test_the_check_is_of_the_weights_whatever_the_cache_releases(settings, tmp_p
     assert set(report.check["max_logit_difference"].values()) == {0.0}
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_check_knows_of_a_cast(kind, to, tmp_path):
+    """The source's tensors are rounded before they are compared: what rounding changes is not the conversion's."""
+    source = saved(tmp_path / "theirs", kind)
+    report = convert(source, tmp_path / "ours", to=to, settings=WITHIN[to], dtype=torch.bfloat16, check=True)
+    assert set(report.check["max_logit_difference"].values()) == {0.0}
+    unrounded = logits(AutoModelForCausalLM.from_pretrained(source))
+    rounded = logits(MODELS[to].from_pretrained(tmp_path / "ours", dtype=torch.float32))
+    assert (rounded - unrounded).abs().max() > 1e-3
+    report = convert(tmp_path / "ours", tmp_path / "back", to="transformers", dtype=torch.float16, check=True)
+    assert set(report.check["max_logit_difference"].values()) == {0.0}
+
+
+def test_the_check_reads_the_file_that_was_named(to, tmp_path):
+    source = saved(tmp_path / "theirs")
+    other = {name: tensor * 1.3 for name, tensor in load_file(source / WEIGHTS).items()}
+    torch.save(other, source / "pytorch_model.bin")
+    convert(source / "pytorch_model.bin", tmp_path / "ours", to=to, check=True)
+    same_tensors(without_controller(tmp_path / "ours"), other)
+    torch.save(load_file(tmp_path / "ours" / WEIGHTS), tmp_path / "ours" / "pytorch_model.bin")
+    first = load_file(source / WEIGHTS)
+    save_file(load_file(tmp_path / "ours" / WEIGHTS) | first, tmp_path / "ours" / WEIGHTS, metadata={"format": "pt"})
+    convert(tmp_path / "ours" / "pytorch_model.bin", tmp_path / "back", to="transformers", check=True)
+    same_tensors(load_file(tmp_path / "back" / WEIGHTS), other)
+
+
+def test_a_head_that_differs_in_a_tied_decoder_is_kept_where_that_is_said(to, tmp_path):
+    source = saved(tmp_path / "theirs", tie_word_embeddings=True)
+    tensors = load_file(source / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="--set tie_word_embeddings=false keeps both"):
+        convert(source, tmp_path / "ours", to=to)
+    settings = WITHIN[to] | {"tie_word_embeddings": False}
+    report = convert(source, tmp_path / "ours", to=to, settings=settings, check=True)
+    assert set(report.check["max_logit_difference"].values()) == {0.0}
+    same_tensors(without_controller(tmp_path / "ours"), tensors)
+    model = whole(MODELS[to], tmp_path / "ours")
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+    assert not model.config.base_config.tie_word_embeddings
+    assert report.notes[0].endswith("llama, stays as it is but for tie_word_embeddings False")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
+def test_a_window_is_nothing_that_can_be_given(kind, to, tmp_path):
+    source = saved(tmp_path / "theirs", kind)
+    match = "sliding_window: no such field in LlamaConfig" if kind == "llama" else "set to None alone.*; got 16"
+    with pytest.raises(ValueError, match=match):
+        convert(source, tmp_path / "ours", to=to, settings={"sliding_window": 16})
+    with pytest.raises(ValueError, match="base_config is no setting: it is the decoder's configuration"):
+        convert(source, tmp_path / "ours", to=to, settings={"base_config": {"model_type": "llama"}})
+
+
+def test_a_configuration_that_says_quantized_is_refused(to, tmp_path):
+    source = edited(saved(tmp_path / "theirs"), quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match=r"says that the weights are quantized .*gptq.* take quantization_config out"):
+        convert(source, tmp_path / "ours", to=to)
+
+
 def test_a_decoder_with_a_window_of_its_own_is_refused_until_it_is_taken_off(to, tmp_path):
     source = saved(tmp_path / "theirs", "mistral", sliding_window=16)
     with pytest.raises(ValueError, match=r"layers that see a window only.*sliding_window 16"):
         convert(source, tmp_path / "ours", to=to)
     assert not (tmp_path / "ours").exists()
-    convert(source, tmp_path / "ours", to=to, settings={"sliding_window": None})
+    convert(source, tmp_path / "ours", to=to, settings={"sliding_window": None}, check=True)  # on more tokens than 16
     assert MODELS[to].from_pretrained(tmp_path / "ours").config.base_config.sliding_window is None
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing of checkpoints: damaged files, interrupts, a full disk, memory, shards, progress."""
+"""Reading and writing of checkpoints: destinations, interrupts, a full disk, memory, shards, progress."""
 
 import json
 import math
@@ -124,103 +124,102 @@ def test_pickles_of_the_old_form_are_read(tmp_path):
     assert torch.equal(stored(tmp_path / "new")["backbone.norm_f.weight"], tensors["backbone.norm_f.weight"])
 
 
-def truncate(file):
-    os.truncate(file, file.stat().st_size - 100)
-
-
-def drop_shard(folder):
-    next(folder.glob("*-00002-of-*")).unlink()
-
-
-def index_of(folder, change):
-    path = next(folder.glob("*.index.json"))
-    index = json.loads(path.read_text())
-    change(index["weight_map"])
-    path.write_text(json.dumps(index))
-
-
-DAMAGES = {
-    "truncated shard": (lambda f: truncate(next(f.glob("*-00002-of-*"))), "is damaged or incomplete"),
-    "missing shard": (drop_shard, "lists files that are not there: .*-00002-of-"),
-    "name not in the files": (
-        lambda f: index_of(f, lambda m: m.update(ghost=next(iter(m.values())))),
-        r"absent: \['ghost'\]",
-    ),
-    "name not in the index": (
-        lambda f: index_of(f, lambda m: m.pop("lm_head.weight")),
-        r"not listed: \['lm_head.weight'\]",
-    ),
-    "path out of the folder": (
-        lambda f: index_of(f, lambda m: m.update(x="../evil.bin")),
-        "outside of its folder: ../evil",
-    ),
-    "index of another kind": (lambda f: next(f.glob("*.index.json")).write_text("[]"), "needs an object weight_map"),
-    "configuration cut off": (lambda f: truncate(f / "config.json"), "config.json is not JSON"),
-    "configuration of another kind": (lambda f: (f / "config.json").write_text("[1]"), "must hold an object"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_damaged_sources_are_refused_and_named(tmp_path, kind, damage):
-    sharded(tmp_path / "source", kind, 20_000)
-    spoil, match = DAMAGES[damage]
-    spoil(tmp_path / "source")
-    with pytest.raises(ValueError, match=match):
-        convert(tmp_path / "source", tmp_path / "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-@pytest.mark.parametrize(
-    ("content", "match"),
-    [
-        ([torch.zeros(2)], "must hold a dictionary of tensors; it holds a list"),
-        (
-            {"model": {"a": torch.zeros(2)}, "step": 3},
-            r"must hold tensors alone; it also holds model \(dict\), step \(int\)",
-        ),
-    ],
-    ids=["list", "nested"],
-)
-def test_pickles_of_something_else_are_refused(tmp_path, content, match):
-    torch.save(content, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=match):
-        convert(tmp_path, tmp_path / "new")
-
-
-def test_a_truncated_single_file_is_refused(tmp_path):
-    for write, name in ((mamba_ssm, "pytorch_model.bin"), (tied, "model.safetensors")):
-        write(tmp_path / name)
-        truncate(tmp_path / name / name)
-        with pytest.raises(ValueError, match=f"{name} is damaged or incomplete"):
-            convert(tmp_path / name, tmp_path / "new")
-
-
-def test_no_weights_and_no_path_are_said(tmp_path):
-    with pytest.raises(ValueError, match=r"No weights in .*none of model.safetensors"):
-        convert(tmp_path, tmp_path / "new")
-    for name in (str(tmp_path / "nowhere"), "nowhere", "./a/b"):
-        with pytest.raises(ValueError, match=r"does not exist\. Pass a folder, a file of weights, or owner/name"):
-            convert(name, tmp_path / "new")
-
-
-@pytest.mark.parametrize("to", [None, "mamba_ssm"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=["ctrl-c", "disk"])
-def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, error, to):
-    tied(tmp_path / "source")
+def failing_at(monkeypatch, number, error, look=lambda: None):
+    """Let the reading of a tensor fail; returns the names that were read."""
     read, calls = Checkpoint.read, []
 
     def fails_later(self, name):
         calls.append(name)
-        if len(calls) == 12:
+        look()
+        if len(calls) == number:
             raise error
         return read(self, name)
 
     monkeypatch.setattr(Checkpoint, "read", fails_later)
-    with pytest.raises(error if isinstance(error, type) else OSError):
-        convert(tmp_path / "source", tmp_path / "deep" / "new", to=to)
+    return calls
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+@pytest.mark.parametrize("to", [None, "mamba_ssm"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["ctrl-c", "disk"])
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, error, to, there):
+    """Not the parents either that it made; an empty folder that was there stays."""
+    tied(tmp_path / "source")
+    place = tmp_path / "deep" / "deeper" / "new"
+    if there:
+        place.mkdir(parents=True)
+    calls = failing_at(monkeypatch, 12, error)
+    with pytest.raises(type(error)):
+        convert(tmp_path / "source", place, to=to)
     assert len(calls) == 12
-    assert list((tmp_path / "deep").iterdir()) == []
+    assert list(place.iterdir()) == [] if there else [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_parents_into_which_another_process_wrote_stay(tmp_path, monkeypatch):
+    tied(tmp_path / "source")
+    failing_at(monkeypatch, 3, KeyboardInterrupt, lambda: (tmp_path / "a" / "theirs").touch())
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "source", tmp_path / "a" / "b" / "new")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["theirs"]
+
+
+def test_an_empty_folder_is_filled_and_stays_the_folder_that_it_is(tmp_path, monkeypatch):
+    """As a mount point must, or a folder in a parent that may not be written: beside it nothing is ever made."""
+    tied(tmp_path / "source")
+    place = tmp_path / "new"
+    place.mkdir()
+    place.chmod(0o2770)
+    before, beside, moved, rename = place.stat(), set(), [], os.rename
+    failing_at(monkeypatch, None, None, lambda: beside.update(path.name for path in tmp_path.iterdir()))
+    monkeypatch.setattr(os, "rename", lambda *paths: [moved.append(Path(paths[1]).name), rename(*paths)])
+    convert(tmp_path / "source", place)
+    after = place.stat()
+    for what in ("st_ino", "st_dev", "st_mode", "st_uid", "st_gid"):
+        assert getattr(after, what) == getattr(before, what), what
+    assert beside == {"source", "new"}
+    assert moved[-1] == "config.json"  # without it nothing loads from there
+    assert sorted(moved) == sorted(path.name for path in place.iterdir())
+    assert len(moved) > 4
+
+
+def test_a_folder_that_cannot_be_filled_to_the_end_is_empty_again(tmp_path, monkeypatch):
+    tied(tmp_path / "source")
+    place = tmp_path / "new"
+    place.mkdir()
+    moved, rename = [], os.rename
+
+    def fails_later(*paths):
+        moved.append(paths)
+        if len(moved) == 3:
+            raise OSError(5, "Input/output error")
+        rename(*paths)
+
+    monkeypatch.setattr(os, "rename", fails_later)
+    with pytest.raises(OSError, match="Input/output"):
+        convert(tmp_path / "source", place)
+    assert len(moved) == 3
+    assert list(place.iterdir()) == []
+
+
+def test_a_file_that_another_process_wrote_meanwhile_is_not_touched(tmp_path, monkeypatch):
+    tied(tmp_path / "source")
+    place = tmp_path / "new"
+    place.mkdir()
+    failing_at(monkeypatch, None, None, lambda: (place / "model.safetensors").write_text("theirs"))
+    with pytest.raises(ValueError, match=r"new/model\.safetensors was written meanwhile by another process"):
+        convert(tmp_path / "source", place)
+    assert [(path.name, path.read_text()) for path in place.iterdir()] == [("model.safetensors", "theirs")]
+
+
+def test_a_new_folder_has_the_mode_and_group_that_others_there_have(tmp_path):
+    mamba_ssm(tmp_path / "source")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o2775)
+    (shared / "other").mkdir()
+    convert(tmp_path / "source", shared / "new")
+    assert (shared / "new").stat().st_mode == (shared / "other").stat().st_mode
+    assert (shared / "new").stat().st_mode & 0o2000
 
 
 def test_a_disk_that_is_full_leaves_nothing(tmp_path):

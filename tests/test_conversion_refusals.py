@@ -73,12 +73,14 @@ def test_numbers_that_a_dtype_does_not_hold_are_refused_and_do_not_become_infini
     convert(tmp_path / "source", tmp_path / "new", dtype=torch.bfloat16, progress=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.complex64])
-def test_tensors_that_hold_no_floating_point_numbers_are_refused(tmp_path, dtype):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_tensors_that_hold_no_floating_point_numbers_or_those_of_8_bits_are_refused(tmp_path, dtype):
     mamba_ssm(tmp_path / "source")
     name = "backbone.layers.0.mixer.A_log"
     rewrite(tmp_path / "source", lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
-    refused(tmp_path / "source", f"1 tensors .*\n  wrong dtype: {name} is {dtype}, needed a floating-point one")
+    match = f"1 tensors .*\n  wrong dtype: {name} is {dtype}, needed a floating-point one of 16 bits or more"
+    for cast in (None, torch.bfloat16):
+        refused(tmp_path / "source", match, dtype=cast)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,56 @@ def test_a_value_of_the_wrong_kind_in_the_configuration_is_an_error_of_that_file
     mamba_ssm(tmp_path / "source")
     configure(tmp_path / "source", **changes)
     refused(tmp_path / "source", r"config.json has a value of the wrong kind: .*a published one of mamba_ssm")
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"chunks": 16}, "chunks: no such field in SSDConfig"),
+        ({"dtype": "float16"}, r"dtype is no setting: .* with dtype= \(--dtype\)"),
+        ({"architectures": ["X"]}, "architectures is no setting: it is the class of the model"),
+        ({"transformers_version": "4"}, "transformers_version is no setting: it is the version that writes"),
+        ({"layer_norm_epsilon": 0}, r"layer_norm_epsilon must be positive; got 0\.0"),
+        ({"chunk_size": 1.5}, "'chunk_size' expected int, got float"),
+        ({"use_bias": 1}, "'use_bias' expected bool, got int"),
+        ({"layer_norm_epsilon": True}, "'layer_norm_epsilon' expected float, got bool"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(tmp_path, settings, match):
+    mamba_ssm(tmp_path / "source")
+    refused(tmp_path / "source", match, settings=settings)
+
+
+def test_a_configuration_that_says_quantized_is_refused_whatever_the_tensors_are(tmp_path):
+    mamba_ssm(tmp_path / "source")
+    configure(tmp_path / "source", quantization_config={"quant_method": "gptq", "bits": 4})
+    error = refused(tmp_path / "source", r"config.json says that the weights are quantized \(.*method gptq\)")
+    assert "take quantization_config out of that file" in error
+
+
+@pytest.mark.parametrize(
+    ("write", "other", "said"),
+    [
+        (mamba_ssm, transformers, "The configuration is transformers, and the tensors are named as mamba_ssm names"),
+        (mamba_ssm, fla, "The configuration is fla, and the tensors are named as mamba_ssm names"),
+        (transformers, mamba_ssm, "The configuration is mamba_ssm, and the tensors are named as transformers names"),
+    ],
+    ids=["mamba_ssm, transformers", "mamba_ssm, fla", "transformers, mamba_ssm"],
+)
+def test_a_configuration_of_another_layout_is_refused(tmp_path, write, other, said):
+    write(tmp_path / "source")
+    config = (tmp_path / "source" / "config.json").read_text()
+    other(tmp_path / "other")
+    (tmp_path / "source" / "config.json").write_text((tmp_path / "other" / "config.json").read_text())
+    assert "or none" in refused(tmp_path / "source", said)
+    (tmp_path / "source" / "config.json").write_text('{"model_type": "llama"}')
+    refused(tmp_path / "source", "The configuration is no Mamba-2 one, and the tensors are named as")
+    ours = SSDConfig(hidden_size=32, num_hidden_layers=2, vocab_size=48, head_dim=16, state_size=8)
+    ours.save_pretrained(tmp_path / "source")  # leaves no doubt of the layout, and the names do not fit it
+    refused(tmp_path / "source", "missing: no name is known for|missing: model.embed_tokens.weight", to="codestral")
+    (tmp_path / "source" / "config.json").write_text(config)
+    convert(tmp_path / "source", tmp_path / "new", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +175,8 @@ def test_a_head_that_is_no_copy_is_an_error_where_the_configuration_ties_it(tmp_
     [
         (mamba_ssm, {"d_model": 4096}, "d_model 4096", "32"),
         (mamba_ssm, {"n_layer": 3}, "n_layer 3", "2"),
-        (mamba_ssm, {"vocab_size": 50277}, "vocab_size 50288", "48"),
+        (mamba_ssm, {"vocab_size": 50277}, "vocab_size 50277, padded to 50288", "48"),
+        (mamba_ssm, {"vocab_size": 64}, "vocab_size 64", "48"),
         (
             mamba_ssm,
             {"ssm_cfg": {"layer": "Mamba2", "d_state": 8}},
@@ -245,13 +298,12 @@ def test_settings_decide_what_shapes_leave_open_and_may_not_contradict_them(tmp_
     refused(tmp_path / "source", "wrong shape: .*in_proj.weight is .148, 32., needed", settings={"n_groups": 2})
 
 
-def test_a_destination_that_cannot_be_replaced_is_refused_at_once_and_a_link_is_followed(tmp_path, monkeypatch):
+def test_the_working_folder_is_filled_and_a_link_is_followed(tmp_path, monkeypatch):
     mamba_ssm(tmp_path / "source")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for place in (".", tmp_path / "here"):
-        with pytest.raises(ValueError, match="is the working folder, whose place no other can take"):
-            convert(tmp_path / "source", place, progress=False)
+    convert(tmp_path / "source", ".", progress=False)
+    assert Path("config.json").is_file()
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     convert(tmp_path / "source", tmp_path / "link", progress=False)

@@ -18,7 +18,7 @@ from conversion_rodimus_cases import (
     write,
 )
 from recurrences import rodimus_logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from scrubjay import RodimusConfig, RodimusForCausalLM
 from scrubjay.conversion import convert as conversion
@@ -300,7 +300,7 @@ def test_the_reference_of_the_check_is_the_recurrence_of_the_authors_names(name,
     folder, tensors, config = official(name, tmp_path / "theirs")
     ids = tokens()
     want = rodimus_logits(*meaning_of_official(tensors, config), ids)
-    got = FORMATS["codefuse"].reference(Checkpoint(folder), ids)
+    got = FORMATS["codefuse"].reference(Checkpoint(folder), ids, {})
     assert (got - want).abs().max() < EXACT
 
 
@@ -309,7 +309,7 @@ def test_the_reference_of_the_check_is_the_recurrence_of_flas_names(name, tmp_pa
     folder, tensors, config = fla(name, tmp_path / "theirs")
     ids = tokens()
     want = rodimus_logits(*meaning_of_fla(tensors, config), ids)
-    assert (FORMATS["fla"].reference(Checkpoint(folder), ids) - want).abs().max() < EXACT
+    assert (FORMATS["fla"].reference(Checkpoint(folder), ids, {}) - want).abs().max() < EXACT
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
@@ -329,6 +329,37 @@ def test_the_check_measures_both_ways(to, dtype, tmp_path):
     assert written["model.embed_tokens.weight" if to is None else "model.embeddings.weight"].dtype == (
         dtype or torch.float32
     )
+
+
+SETTINGS = {
+    "sliding_window": 3,
+    "k_norm_eps": 5.0,
+    "rms_norm_eps": 0.1,
+    "rope_theta": 50.0,
+    "rotary_dim": 4,
+    "rope_interleaved": True,
+    "scale_embedding": True,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("theirs", ["codefuse", "fla"])
+def test_the_check_knows_of_settings(theirs, name, tmp_path):
+    """Each of which changes the logits."""
+    write_one, config = (official, "plus") if theirs == "codefuse" else (fla, "plus, tied")
+    folder, _, _ = write_one(config, tmp_path / "theirs")
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embeddings.weight"].flip(0).contiguous()
+    if name == "tie_word_embeddings":
+        save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    report = convert(folder, tmp_path / "ours", settings={name: SETTINGS[name]}, check=True)
+    assert 0 < max(report.check["max_logit_difference"].values()) < BOUND
+    config = RodimusConfig.from_pretrained(folder)
+    assert getattr(config, name) != SETTINGS[name]
+    unset = FORMATS[theirs].reference(Checkpoint(folder), tokens(), {})
+    with torch.no_grad():
+        assert (loaded(tmp_path / "ours")(tokens()).logits - unset).abs().max() > 100 * BOUND
 
 
 @pytest.mark.parametrize("ours", ["mixer.fc", "mixer.in_proj", "mixer.mem_gate_proj", "mixer.mem_gate_bias", "ffn.fc"])

@@ -10,14 +10,13 @@ import os
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from distributed_fsdp import PADDED
 from distributed_steps import EVEN, STEPS, adamw, steps, weights
-from peft import LoraConfig, PeftModel, get_peft_model
 from processes import results
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
+from torch.nn.functional import softplus
 from zoo import ZOO, relative
-
-from scrubjay import shard_model, whole_state
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +26,7 @@ WEIGHTS = 4e-5  # measured: 7.3e-6
 LOGITS = 2.5e-6  # measured: 4.8e-7
 TP_WEIGHTS = 7.5e-5  # measured: 1.4e-5
 BFLOAT16 = 0.08  # measured: 1.6e-2; bfloat16 has 8 bits, 4e-3
+ADAPTER_BFLOAT16 = 0.18  # of an adapter's gradients; measured: 3.7e-2
 MOVED = 1e-2  # what three steps change, at least; measured: 1.7e-2
 
 
@@ -47,6 +47,11 @@ def ddp(folder):
 @pytest.fixture(scope="module")
 def fsdp(folder):
     return results(folder, "distributed_fsdp.py", PROCESSES)
+
+
+@pytest.fixture(scope="module")
+def adapters(folder):
+    return results(folder, "distributed_adapters.py", PROCESSES)
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +221,42 @@ def test_fsdp2_by_accelerate(entry, fsdp):
         assert residual == (torch.float32 if entry.recurrent else torch.bfloat16)
 
 
+RANGES = {  # of parameters that are drawn with a shape of their own, as (function, low, high)
+    "A_log": (torch.exp, 1, 16),
+    "dt_bias": (softplus, 1e-3, 0.1),
+    "mem_gate_bias": (lambda bias: torch.cat([softplus(bias[:16]) * 9, bias[16:].sigmoid()]), 9e-4, 0.9),
+}
+
+
+def test_fsdp2_fills_a_model_that_was_made_without_memory(entry, fsdp):
+    """As one process would: the same where nothing is drawn, of the same distribution where something is."""
+    torch.manual_seed(0)
+    alone = entry.model(entry.config(**PADDED if entry.name.startswith("rodimus") else {}))
+    want, buffers = dict(alone.named_parameters()), dict(alone.named_buffers())
+    first, second = (found[entry.name]["from nothing"] for found in fsdp)
+    for name, share in first["spread"].items():
+        assert 0.5 <= share < 0.51
+        assert torch.equal(first["weights"][name], second["weights"][name])
+    assert first["spread"].keys() == {name for name in want if not name.startswith("model.controller.")}
+    for name in first["spread"]:
+        got, whole = first["weights"][name], want[name].detach()
+        function, low, high = RANGES.get(name.rpartition(".")[2], (None, 0, 0))
+        if function is not None:
+            assert low * 0.999 < function(got).min() < function(got).max() < high * 1.001
+            assert got.unique().numel() == got.numel()
+        elif whole.std() == 0 or name.endswith("gate.bias"):
+            assert torch.equal(got, whole)
+        else:  # six standard deviations of a mean and of a deviation
+            assert abs(got.mean() - whole.mean()) < 6 * (2 / whole.numel()) ** 0.5 * whole.std()
+            assert abs(got.std() / whole.std() - 1) < 6 / whole.numel() ** 0.5
+    assert apart(first["buffers"] | {"": torch.ones(1)}, buffers | {"": torch.ones(1)})[0] == 0
+    assert first["tied"] == (alone.lm_head.weight is alone.get_input_embeddings().weight)
+    if entry.name.startswith("rodimus"):
+        rows = first["weights"]["model.embed_tokens.weight"].abs().amax(1)
+        assert rows.eq(0).nonzero().flatten().tolist() == [PADDED["pad_token_id"]]
+    assert torch.isfinite(first["loss"])
+
+
 def test_fsdp2_refusals(fsdp):
     for found in fsdp:
         assert "parameters of one dtype; got ['torch.bfloat16', 'torch.float32']" in found["refused"]["mixed"]
@@ -258,6 +299,14 @@ def test_tensor_parallel_plans_fit_the_model(entry, tp):
     assert [found[entry.name]["warnings"] for found in tp] == [[]] * PROCESSES
 
 
+@pytest.mark.parametrize("name", [entry.name for entry in ZOO if not entry.recurrent])
+def test_tensor_parallel_refuses_heads_that_devices_cannot_share(name, tp):
+    """When the model is loaded."""
+    for found in tp:
+        assert "3 heads with 3 key heads cannot be shared evenly by 2 devices" in found["refused"][name]["heads"]
+        assert "4 heads with 1 key heads cannot be shared evenly by 2 devices" in found["refused"][name]["key heads"]
+
+
 def test_tensor_parallel_saves_a_whole_model(entry, tp, folder):
     loaded = entry.model.from_pretrained(folder / "distributed_tp" / f"{entry.name}_saved")
     assert apart(weights(loaded), tp[0][entry.name]["parallel"]["weights"])[0] == 0
@@ -275,33 +324,34 @@ def test_tensor_parallel_by_its_short_name(tp):
         assert found["short name"] == found["ssd"]["parallel"]["spread"]
 
 
-def test_sharding_needs_a_process_group():
-    with pytest.raises(ValueError, match="needs a process group"):
-        shard_model(ZOO[0].build())
+@pytest.mark.parametrize("way", ["LoRA", "QLoRA"])
+def test_fsdp2_trains_an_adapter_as_one_process_does(entry, way, adapters):
+    for found in adapters:
+        mine, alone = found[entry.name][way]["sharded"], found[entry.name][way]["alone"]
+        assert found["processes"] == PROCESSES
+        assert mine["plain"] == []
+        assert all(0.4 < share < 0.6 or "lora_" in name for name, share in mine["spread"].items())
+        assert apart(mine["gradients"], alone["gradients"]) < (GRADIENTS,)
+        assert apart(mine["weights"], alone["weights"]) < (WEIGHTS,)
+        assert apart(alone["before"], alone["weights"]) > (MOVED,)
+        assert torch.equal(mine["generated"], alone["generated"])
 
 
-@pytest.fixture
-def group():
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+@pytest.mark.parametrize("way", ["LoRA", "QLoRA"])
+def test_fsdp2_saves_a_whole_adapter_whichever_process_is_late(entry, way, adapters, folder):
+    first, second = (found[entry.name][way]["sharded"] for found in adapters)
+    held = load_file(folder / "distributed_adapters" / f"{entry.name}_{way.lower()}" / "adapter_model.safetensors")
+    assert apart(held, first["weights"])[0] == 0
+    assert first["there"]
+    assert second["there"]  # and so for the process that wrote nothing
+    assert second["state"] == {}
+    assert {name.replace(".default", "") for name in first["state"]} >= set(held)
 
 
-@pytest.mark.usefixtures("group")
-def test_an_adapter_of_a_sharded_model_is_saved_whole(entry, tmp_path):
-    tuned = shard_model(get_peft_model(entry.build(), LoraConfig(target_modules="all-linear", init_lora_weights=False)))
-    state = whole_state(tuned)
-    assert all(isinstance(p, DTensor) for p in tuned.parameters() if p.requires_grad)
-    tuned.save_pretrained(tmp_path, state_dict=state)
-    again = PeftModel.from_pretrained(entry.build(), tmp_path).state_dict()
-    assert set(again) == set(state)
-    assert any("lora_B" in name for name in state)
-    assert all(torch.equal(again[name], state[name]) for name in state)
-
-
-@pytest.mark.usefixtures("group")
-def test_a_model_is_sharded_once():
-    model = shard_model(ZOO[0].build())
-    with pytest.raises(ValueError, match="sharded already"):
-        shard_model(model)
+@pytest.mark.parametrize("storage", ["uint8", "floats"])
+def test_fsdp2_computes_in_bfloat16_and_leaves_4_bits_as_they_are(entry, storage, adapters):
+    for found in adapters:
+        exact, low = (found[entry.name][storage][dtype] for dtype in ("float32", "bfloat16"))
+        assert 1e-4 < relative(low["logits"], exact["logits"]) < BFLOAT16
+        assert apart(low["gradients"], exact["gradients"]) < (ADAPTER_BFLOAT16,)
+        assert torch.equal(low["logits"], found[entry.name]["uint8"]["bfloat16"]["logits"])

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from zoo import ZOO
 
 from scrubjay import RodimusForCausalLM, SSDForCausalLM, cli
+from scrubjay.conversion import verify_hub
 from scrubjay.conversion.export_hub import export
 from scrubjay.conversion.verify_hub import verify
 from scrubjay.modeling import publishing
@@ -119,12 +120,15 @@ def test_an_adapter_that_would_be_loaded_on_top_is_refused(tmp_path):
     assert list(contents(tmp_path)) == ["adapter_config.json"]
 
 
-def test_a_tokenizer_that_was_given_leaves_nothing_of_another(tmp_path):
-    class Tokenizer:
-        def save_pretrained(self, folder):
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                (folder / name).write_text("{}")
+class Tokenizer:
+    """Writes what each tokenizer does."""
 
+    def save_pretrained(self, folder):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_text("{}")
+
+
+def test_a_tokenizer_that_was_given_leaves_nothing_of_another(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("of another")
     SSD.build().save_pretrained(tmp_path)
     assert (tmp_path / "chat_template.jinja").exists()
@@ -141,8 +145,11 @@ def test_adapters_on_a_model_are_saved_alone(tmp_path):
     peft = pytest.importorskip("peft")
     model = SSD.build()
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["in_proj"]))
-    model.save_pretrained(tmp_path)
-    assert set(contents(tmp_path)) - {"generation_config.json"} == {"adapter_config.json", "adapter_model.safetensors"}
+    model.save_pretrained(tmp_path, tokenizer=Tokenizer())
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(contents(tmp_path)) - {"generation_config.json"} == adapter | {"tokenizer.json", "tokenizer_config.json"}
+    with pytest.raises(ValueError, match="card= is for whole models, and an adapter is saved alone"):
+        model.save_pretrained(tmp_path, card={"license": "mit"})
 
 
 def test_a_process_that_is_not_the_first_writes_nothing(tmp_path):
@@ -164,12 +171,14 @@ def test_a_class_made_at_run_time_is_saved_as_the_one_it_was_made_of(tmp_path):
 def test_push_to_hub_takes_what_transformers_takes(monkeypatch, tmp_path):
     """save_pretrained(push_to_hub=True) hands its options on, all of them."""
     seen = {}
-    monkeypatch.setattr(SSDForCausalLM, "push_to_hub", lambda self, name, **options: seen.update(options, name=name))
+    monkeypatch.setattr(SSDForCausalLM, "_push", lambda self, *how, **options: seen.update(options, how=how))
     options = {"revision": "next", "private": True, "create_pr": True, "commit_message": "m", "token": "t"}
-    more = {"commit_description": "d", "tags": ["x"], "max_shard_size": SHARD}
-    SSD.build().save_pretrained(tmp_path / "acorn", push_to_hub=True, **options, **more)
-    assert seen == {"name": "acorn", "tokenizer": None, **options, **more}
-    monkeypatch.undo()
+    options |= {"commit_description": "d", "tags": ["x"]}
+    written = {"max_shard_size": SHARD, "variant": "half", "state_dict": SSD.build(seed=1).state_dict()}
+    SSD.build().save_pretrained(tmp_path / "acorn", push_to_hub=True, **options, **written)
+    assert seen.pop("how")[1].keys() == written.keys()
+    assert seen == {"tokenizer": None, **options}
+    assert written["state_dict"].keys() == SSD.build().state_dict().keys()  # transformers' own save empties it
     theirs, ours = (inspect.signature(cls.push_to_hub).parameters for cls in (PreTrainedModel, SSDForCausalLM))
     assert len(theirs) > 8
     assert set(theirs) <= set(ours)
@@ -259,15 +268,42 @@ def test_verify_sees_a_configuration_that_names_code_elsewhere(saved, value):
     assert not found.agrees
 
 
-def test_verify_says_what_it_cannot_compare(saved, capsys):
+def test_verify_leaves_a_trainers_checkpoints_to_themselves(saved, capsys):
+    SSD.build(seed=1).save_pretrained(saved / "checkpoint-2")
+    (saved / "notes.json").write_text('{"of": "a log"}\n{"of": "lines"}\n')
+    found = verify(str(saved))
+    assert (found.agrees, found.apart) == (True, ["checkpoint-2"])
+    assert cli.main(["verify", str(saved)]) == 0
+    assert "checkpoint-2: a model of its own, to be verified by itself" in capsys.readouterr().out
+    assert verify(str(saved / "checkpoint-2")).agrees
+    config = json.loads((saved / "config.json").read_text())
+    config["auto_map"]["AutoModelForCausalLM"] = "checkpoint-2.modeling_ssd.SSDForCausalLM"
+    (saved / "config.json").write_text(json.dumps(config))
+    assert not verify(str(saved)).agrees  # no code of there runs unseen
+
+
+def test_a_card_with_other_line_ends_says_the_same(saved):
+    card = saved / "README.md"
+    card.write_bytes(card.read_bytes().replace(b"\n", b"\r\n"))
+    assert verify(str(saved)).agrees
+    RODIMUS.build().save_pretrained(saved)
+    assert not {"ssd.py", "modeling_ssd.py"} & set(contents(saved))
+
+
+def test_verify_says_what_it_cannot_compare(saved, capsys, monkeypatch):
     config = json.loads((saved / "config.json").read_text())
     with pytest.raises(ValueError, match="A folder has no revisions"):
         verify(str(saved), revision="main")
     (saved / "README.md").write_text("no pins")
-    assert "has no README.md with sha256" in error_of(capsys, "verify", saved)
+    assert "has no README.md with sha256 of code files. Save the model again" in error_of(capsys, "verify", saved)
+    monkeypatch.setattr(verify_hub, "snapshot_download", lambda *name, **how: saved)  # what a cache holds of it
+    monkeypatch.setattr(verify_hub, "HF_HUB_OFFLINE", True)
+    assert "sha256 of code files. Go online" in error_of(capsys, "verify", "jay/saved")
     (saved / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     assert "'llama', which is not a model of scrubjay" in error_of(capsys, "verify", saved)
     assert "Pass a folder that save_pretrained wrote" in error_of(capsys, "verify", saved / "nowhere")
+    (saved / "config.json").write_text("{")
+    assert "config.json is no configuration: Expecting" in error_of(capsys, "verify", saved)
 
 
 def test_an_exported_folder_has_the_tokenizer_on_its_card(saved, tmp_path_factory, capsys):

@@ -58,6 +58,7 @@ def test_every_architecture_comes_back_bit_equal_and_generates(story, entry):
     assert found["class"].endswith(f".{entry.model.__name__}")
     assert found["headless"] == entry.model.model_class.__name__
     assert found["generated"] == [2, 17]
+    assert found["pickled"] == 0
     assert not story.loaded["scrubjay"]
 
 
@@ -211,6 +212,25 @@ def test_what_trainer_pushes_loads_and_the_models_own_push_gives_it_its_card(sto
     assert {"training_args.bin", "modeling_rodimus.py"} | TOKENIZER <= set(trainers)
     assert (BEGIN in text(trainers, "README.md"), BEGIN in text(models, "README.md")) == (False, True)
     assert story.loaded["after"]["jay/trained"] == 0
+
+
+def test_an_adapter_is_pushed_alone_and_not_over_a_model(story):
+    found = story.pushed["adapters"]
+    assert "jay/ssd holds a whole model, and this is an adapter" in found["over a model"]
+    assert "jay/public is public already" in found["private over public"]
+    assert "card= is for whole models" in found["with notes"]
+    assert [set(files) for files in commits(story, "jay/public")] == [{".gitattributes"}]
+    for name in ("jay/adapter", "jay/saved_adapter"):
+        files = commits(story, name)[-1]
+        assert len(commits(story, name)) == 2  # empty, and all of it
+        assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} | TOKENIZER <= set(files)
+        assert "config.json" not in files
+    assert "- small\n" in text(commits(story, "jay/adapter")[-1], "README.md")
+
+
+def test_what_is_pushed_is_what_was_saved(story):
+    """Also where the weights are not the model's own."""
+    assert story.loaded["after"]["jay/averaged"] == 0
 
 
 def test_log_of_a_round_trip(story):

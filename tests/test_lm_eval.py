@@ -48,7 +48,17 @@ def evaluated(tmp_path_factory):
     paths = {"PYTHONPATH": str(ROOT / "examples"), "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return models, tokenizer, {name: written(out / name) for name in models}
+    found = {name: written(out / name) for name in models}
+    for name in models:
+        found[name]["long"] = long_prompts(out / "long" / name)
+    return models, tokenizer, found
+
+
+def long_prompts(folder):
+    """Texts of the documents, and the rows of ids that `generate` got."""
+    (file,) = folder.rglob("samples_scrubjay_needle_*.jsonl")
+    texts = [json.loads(line)["doc"]["context"] for line in file.read_text().splitlines()]
+    return texts, json.loads((folder / "prompts.json").read_text())
 
 
 def written(folder):
@@ -103,6 +113,17 @@ def test_lm_eval_generates_what_the_model_does(evaluated, name):
         number = re.search(r"\d+", text)
         hits.append(number is not None and number[0] == sample["doc"]["answer"])
     assert found[name]["results"]["scrubjay_needle"]["exact_match,first_number"] == pytest.approx(sum(hits) / 6)
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in ZOO])
+def test_lm_eval_gives_long_prompts_whole_where_max_length_says_so(evaluated, name):
+    """By itself it cuts them: a recurrent model's configuration names no longest text, and lm-eval takes 2048."""
+    _, tokenizer, found = evaluated
+    texts, given = found[name]["long"]
+    wanted = [tokenizer(text).input_ids for text in texts]
+    assert min(map(len, wanted)) > 2048
+    unpadded = [list(itertools.dropwhile(tokenizer.pad_token_id.__eq__, ids)) for ids in given]
+    assert sorted(unpadded) == sorted(wanted)
 
 
 def test_the_list_answers_every_question(recall_tasks):

@@ -118,6 +118,9 @@ def test_qlora_smoke(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(name in printed for name in loss)
 
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "by LoRA of rank" in card
+    assert f"| {round(loss['merged into float32'], 3)} |" in card
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

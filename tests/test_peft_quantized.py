@@ -47,10 +47,10 @@ def _quiet():
     logging.disable_progress_bar()
 
 
-def build(entry, hidden_size):
+def build(entry, hidden_size, **changes):
     """A model in which most inputs are multiples of 64."""
     more = {"ssd": {"n_groups": 2}, "rodimus": {}}.get(entry.name, {"intermediate_size": 192})
-    return entry.build(hidden_size=hidden_size, **more)
+    return entry.build(hidden_size=hidden_size, **more | changes)
 
 
 def split(model):
@@ -112,6 +112,24 @@ def test_every_projection_and_nothing_else_is_loaded_in_4_bits(entry, folder):
         assert parameter.shape == plain.get_parameter(name).shape
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     assert tied == plain.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_list_of_what_to_skip_adds_to_what_is_skipped(entry, tied, tmp_path):
+    """transformers takes such a list in place of its own, in which the head stands."""
+    build(entry, 64, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    skipped = {"rodimus": "out_proj", "rodimus_plus": "out_proj"}.get(
+        entry.name, "in_proj" if entry.recurrent else "q_proj"
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=four_bits(llm_int8_skip_modules=[skipped])
+    )
+    assert layers(model)
+    assert not [name for name in layers(model) if "lm_head" in name or skipped in name]
+    assert model.lm_head.weight.dtype == torch.float32
+    ids = tokens(2, 12)
+    with torch.no_grad():
+        assert relative(model(ids).logits, unquantized(tmp_path, model)(ids).logits) < 5e-6
 
 
 def _blocks(x):

@@ -1,5 +1,6 @@
 """examples/pretrain.py, on one process and on two, and the configurations that launch it."""
 
+import re
 import shutil
 
 import pytest
@@ -9,9 +10,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate_files import ACCELERATE, launched, plugin_of
 from processes import run, torchrun
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from zoo import relative
 
+from scrubjay import SSDConfig, TaipanConfig
 from scrubjay.examples import pretrain
 
 FILES = sorted(path.name for path in ACCELERATE.glob("*.yaml"))
@@ -54,6 +56,41 @@ def test_pretrain_on_two_processes_and_again_from_a_checkpoint(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
     assert all(torch.equal(again[name], trained[name]) for name in trained)
     assert (out / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns == written  # those steps were not repeated
+
+
+@pytest.mark.slow
+def test_a_finished_run_takes_no_further_step(tmp_path, capsys):
+    command = ["--smoke", "--model", "ssd", "--out", str(tmp_path)]
+    first = pretrain.main(command)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    shutil.rmtree(tmp_path / "model")
+    capsys.readouterr()
+    again = pretrain.main(command)
+    assert "checkpoint-4 has all of the 4 steps that were asked for: nothing is trained." in capsys.readouterr().out
+    assert again == {name: value for name, value in first.items() if name != "training_loss"}
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(written[name], trained[name]) for name in trained)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    pretrain.main(["--smoke", "--model", "ssd", "--out", str(tmp_path)])
+    held = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    other = "checkpoint-4 is of a run with {}; asked for is one with {}"
+    for changes, was, now in (
+        (["--model", "taipan"], "model_type 'scrubjay_ssd'", "model_type 'scrubjay_taipan'"),
+        (["--model", "ssd", "--hidden-size", "128"], "hidden_size 64, num_heads 2", "hidden_size 128, num_heads 4"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(other.format(was, now)) + ".*Name another --out"):
+            pretrain.main(["--smoke", *changes, "--out", str(tmp_path)])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == held
+
+
+def test_a_folder_without_a_checkpoint_takes_any_run(tmp_path):
+    for config in (SSDConfig(), TaipanConfig()):
+        assert pretrain.checkpoint_of(config, tmp_path) is None
+        assert AutoConfig.from_pretrained(tmp_path / "config").model_type == config.model_type
 
 
 def test_a_tokenizer_of_another_size_is_refused(tmp_path):

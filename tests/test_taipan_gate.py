@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from parity_cases import tokens
 from taipan_cases import build
 from zoo import relative
@@ -34,6 +35,18 @@ def operands(rows, d, hidden=0, dtype=torch.float32, seed=0):
 
 def delta_of(h, weight, bias, norm, hidden):
     return gate_logit(row_norm(h, norm, 1e-5), weight, bias, hidden)
+
+
+def test_weights_that_come_when_their_module_runs_are_not_read_before(monkeypatch):
+    """accelerate keeps them elsewhere. On a GPU norm and gate are else one pass, which reads the weights of both."""
+    ids, model = tokens(29, 2, 30), build()
+    with torch.no_grad():
+        want = model(ids).logits
+        monkeypatch.setattr(selective, "in_one_pass", lambda *operands: True)
+        assert torch.equal(model(ids).logits, want)
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert all(parameter.is_meta for parameter in model.parameters())
+        assert torch.equal(model(ids).logits, want)
 
 
 @pytest.mark.parametrize("hidden", [0, 40], ids=["linear", "network"])

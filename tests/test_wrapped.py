@@ -3,8 +3,12 @@
 What both wrappers do is tested here once; what each method computes, in the tests of its own.
 """
 
+import copy
+import json
+
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from recycled_cases import decoder
 from recycled_cases import tokens as small
@@ -97,6 +101,24 @@ def test_a_layer_that_is_taken_away_is_gone(kind):
         before = model(ids, use_cache=False).logits
         model.model.layers = model.model.layers[:1]
         assert relative(model(ids, use_cache=False).logits, before) > 1e-2
+
+
+def test_what_others_look_for_in_a_configuration_is_the_decoders(kind, tmp_path):
+    """peft reads sizes off the dictionary, and unties embeddings by the configuration; the file says each once."""
+    kind, *_ = kind
+    config = kind(hidden_size=48, vocab_size=97, tie_word_embeddings=True)
+    said = config.to_dict()
+    base = said["base_config"]
+    for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings", "vocab_size"):
+        assert said[name] == base[name]
+    again = kind.from_dict(said)
+    assert again.to_dict() == said == copy.deepcopy(config).to_dict()
+    config.tie_word_embeddings = False
+    assert config.base_config.tie_word_embeddings is False
+    again.save_pretrained(tmp_path)
+    assert not {"hidden_size", "tie_word_embeddings"} & set(json.loads((tmp_path / "config.json").read_text()))
+    assert kind.from_pretrained(tmp_path).to_dict() == said | {"transformers_version": transformers.__version__}
+    assert kind.from_pretrained(tmp_path, tie_word_embeddings=False).base_config.tie_word_embeddings is False
 
 
 def test_settings_given_to_from_pretrained_are_checked(kind, tmp_path):

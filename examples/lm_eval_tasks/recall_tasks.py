@@ -5,6 +5,11 @@
             list's own numbers, so chance is 1 / pairs
     needle  one sentence with a number somewhere between many that say nothing of it; the model has to write the number
 
+A prompt of more than lm-eval's `max_length` loses its beginning, and with it what is asked for. Unless it is given, it
+is 2048 where neither the model's configuration nor its tokenizer names a number, as with the recurrent models: pass
+`--model_args pretrained=FOLDER,max_length=32768`, or what the longest prompt needs. With a vocabulary of 400 a sentence
+of `needle` has 27 tokens.
+
 lm-eval calls these functions with the `metadata` of a task, to which its own `--metadata` adds. They take what they do
 not know in silence, because lm-eval passes the model's arguments along. Every document is decided by `seed`.
 """
