@@ -81,9 +81,12 @@ def test_a_check_that_fails_is_an_error_and_leaves_nothing(tmp_path, capsys, mon
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-# Says when the twelfth tensor is read, and waits there.
+# Says when the twelfth tensor is read, and waits there. What starts the tests may have all of them ignore signals.
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 from scrubjay import cli
 from scrubjay.conversion.checkpoint import Checkpoint
 read, calls = Checkpoint.read, []

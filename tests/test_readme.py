@@ -33,7 +33,7 @@ def test_commands_exist():
         assert target in ("makes",) or re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for script in re.findall(r"python (examples/\w+\.py)", TEXT):
         assert (ROOT / script).exists()
-    assert f"pretrained={inspect.signature(demo).parameters['output'].default} " in TEXT
+    assert f"pretrained={inspect.signature(demo).parameters['output'].default}," in TEXT
     (tasks,) = re.findall(r"--tasks (\S+)", TEXT)
     named = {re.search(r"^task: (\S+)$", file.read_text(), re.MULTILINE)[1] for file in TASKS.glob("*.yaml")}
     assert set(tasks.split(",")) == named

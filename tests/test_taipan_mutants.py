@@ -161,8 +161,8 @@ def product(original):
 
 
 def unnormalised_values(original):
-    def keys(self, x, layout, index=None):
-        k, v = original(self, x, layout, index)
+    def keys(self, x, *where):
+        k, v = original(self, x, *where)
         return k, v * (1 + x.square().mean(-1)).sqrt()[..., None, None]
 
     return keys
