@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -200,9 +200,11 @@ def convert(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from scrubjay.conversion.convert import convert as run
+    from scrubjay.conversion.source import local_path
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # that a Mamba-2 file is read by another class is the purpose here
+    local_path(arguments.source, arguments.revision)  # a download leaves nothing to remove, and ends more slowly so
     with ended_cleanly():
         report = run(
             arguments.source,
@@ -245,7 +247,8 @@ def export(arguments: argparse.Namespace) -> None:
     from scrubjay.conversion.export_hub import export as run
 
     hub = {"push": arguments.push, "private": arguments.private, "revision": arguments.revision}
-    with ended_cleanly():
+    here = Path(arguments.source).is_dir() and not arguments.push  # transfers end by themselves
+    with ended_cleanly() if here else nullcontext():
         files = run(arguments.source, arguments.destination, trust_remote_code=arguments.trust_remote_code, **hub)
     print(f"{arguments.destination}: {', '.join(files)}")
     if arguments.push:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 from transformers import CONFIG_MAPPING
 from transformers.configuration_utils import PreTrainedConfig
@@ -21,7 +22,7 @@ SHOWN = (
 class WrappedConfig(PreTrainedConfig):
     """The sizes of a decoder (`base_config`) beside the settings of a cache, which subclasses add as fields.
 
-    Fields that are not the subclass's own are the base's: `config.hidden_size` reads `config.base_config.hidden_size`.
+    Fields that are not the subclass's own are the base's: `config.hidden_size` is `config.base_config.hidden_size`.
     A dictionary of the base itself makes one too, so a Llama checkpoint loads as it is.
 
     Args:
@@ -50,9 +51,6 @@ class WrappedConfig(PreTrainedConfig):
             self.base_config = copy.deepcopy(given)  # a model may hold it
             kwargs.setdefault("attn_implementation", given._attn_implementation)
         kwargs.pop("model_type", None)
-        for name in SHOWN:  # of a dictionary that `to_dict` made
-            if name in kwargs and kwargs[name] == getattr(self.base_config, name):
-                kwargs.pop(name)
         # no property: transformers 5.17 assigns to it where embeddings are tied
         self.base_model_tp_plan = self.base_config.base_model_tp_plan
         super().__post_init__(**kwargs)
@@ -84,19 +82,23 @@ class WrappedConfig(PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(base, name)
 
-    @property
-    def tie_word_embeddings(self):
-        """The decoder's, for those who ask and for those who untie."""
-        return self.base_config.tie_word_embeddings
-
-    @tie_word_embeddings.setter
-    def tie_word_embeddings(self, value):
-        self.base_config.tie_word_embeddings = value
+    def __setattr__(self, name, value):
+        """As in Python; fields of the decoder alone are set where they are read."""
+        base = self.__dict__.get("base_config")
+        if isinstance(base, PreTrainedConfig) and name in _fields(type(base)) - _fields(type(self)):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def base_model_pp_plan(self):
         """The decoder's."""
         return self.base_config.base_model_pp_plan
+
+
+@functools.cache
+def _fields(config_class):
+    return {field.name for field in dataclasses.fields(config_class)}
 
 
 def _derived(sizes):

@@ -35,7 +35,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path)
+        path = Path(path).absolute()  # that an error names; links stay, since a Hub cache's lead to files without names
         self.folder = path if path.is_dir() else path.parent
         self.files, listed = _weight_files(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -167,6 +167,14 @@ def _is_archive(file):
         return stream.read(4) == b"PK\3\4"
 
 
+def _can_be_mapped(file):
+    """Whether the bytes of the file are the tensors' own: torch would read compressed ones as numbers."""
+    if not _is_archive(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+
+
 def _check_sums(file):
     """Refuse an archive whose records are not what was written: torch does not look at their checksums."""
     if not _is_archive(file):
@@ -187,6 +195,13 @@ def _check_sums(file):
 
 def _damaged(file, error):
     lines = str(error).splitlines() or [""]
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return ValueError(
+            f"{file} does not fit into memory: {lines[0]}. Safetensors are read tensor by tensor, and so is what "
+            "torch.save writes since torch 1.6, as long as nothing compresses it."
+        )
+    if "Bad CRC" in str(error):
+        lines[0] += ". If its tensors were changed in place, torch.save them again"
     return ValueError(f"{file} is damaged or incomplete: {type(error).__name__}: {lines[0]}")
 
 
@@ -215,7 +230,7 @@ class _Safetensors:
 
 class _Pickle:
     def __init__(self, file):
-        self.mapped = _is_archive(file)
+        self.mapped = _can_be_mapped(file)
         try:
             self.tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=self.mapped)
         except Exception as error:  # a damaged one makes torch do anything

@@ -69,7 +69,7 @@ def convert(
         max_shard_size: bytes of a file, a number or such as "5GB". "mamba_ssm" and "codestral" have one, of any size.
         progress: a bar on stderr, where that is a terminal.
         settings: fields of our configuration that differ from what the source says or leaves open; of a decoder's own,
-            tie_word_embeddings and sliding_window=None.
+            tie_word_embeddings and sliding_window=None. quantization_config=None: the weights are plain all the same.
         revision: branch, tag or commit of a source on the Hub.
 
     Returns: what was read, written and left out.
@@ -196,6 +196,8 @@ def _settings(theirs, given):
     """Those given, with whole numbers as floats where the field is one."""
     config_class = theirs.model_class.config_class
     kinds = {field.name: field.type for field in fields(config_class)} | dict.fromkeys(theirs.more_settings)
+    if given.get("quantization_config", "") is None:
+        kinds["quantization_config"] = None
     if unknown := sorted(set(given) - set(kinds)):
         raise ValueError(f"{', '.join(unknown)}: no such field in {config_class.__name__}.")
     if fixed := sorted(set(given) & set(WRITTEN)):
@@ -218,15 +220,24 @@ def _prepared(checkpoint, theirs, target, settings, dtype):
 
 
 def _read_config(theirs, checkpoint, settings):
-    if quantized := checkpoint.config.get("quantization_config"):
+    quantized = checkpoint.config.get("quantization_config")
+    if settings.pop("quantization_config", quantized) is None or _switched_off(quantized):
+        checkpoint.config.pop("quantization_config", None)
+    elif quantized:
         method = quantized.get("quant_method", "unnamed") if isinstance(quantized, dict) else quantized
         raise ValueError(
             f"{checkpoint.config_file} says that the weights are quantized (quantization_config, method {method}); "
-            "converted are plain ones alone. Dequantize and save them, or, where they are plain already, take "
-            "quantization_config out of that file."
+            "converted are plain ones alone. Dequantize and save them, or, where they are plain already, say so: --set "
+            "quantization_config=null."
         )
     with _reading(theirs, checkpoint):
         return theirs.read_config(checkpoint.config, checkpoint.shapes, settings)
+
+
+def _switched_off(quantized):
+    """Whether these are bitsandbytes' settings for neither 4 nor 8 bits."""
+    flags = [quantized.get(name) for name in ("load_in_4bit", "load_in_8bit")] if isinstance(quantized, dict) else []
+    return flags == [False, False]
 
 
 @contextmanager

@@ -18,7 +18,9 @@ def check_destination(destination: Path) -> None:
     """
     if not destination.exists():
         return
-    held = sorted(path.name for path in destination.iterdir()) if destination.is_dir() else ["a file"]
+    if not destination.is_dir():
+        raise ValueError(f"{destination} is a file. Name a new folder.")
+    held = sorted(path.name for path in destination.iterdir())
     if held:
         more = ", ..." if len(held) > 3 else ""
         raise ValueError(
@@ -44,6 +46,8 @@ def whole_or_nothing(destination: Path) -> Iterator[Path]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
+        if exists:
+            _check_alone(folder)
         yield folder
         if exists:
             _move(folder, destination)
@@ -57,17 +61,25 @@ def whole_or_nothing(destination: Path) -> Iterator[Path]:
         raise
 
 
+def _check_alone(folder):
+    """Of two processes in one destination at least one sees the other: both have made their folders by then."""
+    others = sorted(path.name for path in folder.parent.iterdir() if path != folder)
+    if others:
+        raise ValueError(f"Another process writes into {folder.parent}: {', '.join(others[:3])}. Name a new folder.")
+
+
 def _move(folder, destination):
     """The configuration comes last: without it nothing loads from there."""
-    moved = []
+    moved: list[Path] = []
+    _check_alone(folder)
     try:
         for path in sorted(folder.iterdir(), key=lambda path: (path.name in CONFIGS, path.name)):
             if (destination / path.name).exists():
                 raise ValueError(
                     f"{destination / path.name} was written meanwhile by another process. Name a new folder."
                 )
+            os.rename(path, destination / path.name)
             moved.append(destination / path.name)
-            os.rename(path, moved[-1])
         folder.rmdir()
     except BaseException:
         for path in moved:

@@ -164,10 +164,11 @@ def _faults(name, tensor, dtype):
     if not tensor.is_floating_point() or not tensor.numel():
         return []
     largest = max(abs(float(x)) for x in tensor.aminmax())
-    if largest <= torch.finfo(dtype).max:
+    if largest <= torch.finfo(dtype).max or bool(tensor.to(dtype).isfinite().all()):  # some are rounded into range
         return []
     if math.isfinite(largest):
-        return [f"{name} has numbers up to {largest:.3g}, beyond the range of {dtype}. Take bfloat16."]
+        advice = " Take bfloat16." if dtype == torch.float16 and largest < torch.finfo(torch.bfloat16).max else ""
+        return [f"{name} has numbers up to {largest:.3g}, beyond the range of {dtype}.{advice}"]
     count = tensor.numel() - int(tensor.isfinite().sum())
     return [f"{name} has {count:,} NaN or infinite of {tensor.numel():,} numbers."]
 

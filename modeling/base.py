@@ -267,7 +267,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         """Trainer shifts the labels, where it smooths them itself, of models whose names stand in a list."""
         super().__init_subclass__(**kwargs)
         if cls.config_class is not None:
-            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(cls.config_class.model_type, cls.__name__)
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{cls.config_class.model_type}: {cls.__name__}"] = cls.__name__
 
     def __init__(self, config):
         super().__init__(config)

@@ -23,6 +23,7 @@ PART = re.compile(rf"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)})[\s\S])*?{re.esc
 PINNED = re.compile(r"^([0-9a-f]{64})  (\S+\.py)\r?$", re.MULTILINE)
 OLDEST_TRANSFORMERS = "5.17"
 CODE_LICENSE = "Apache-2.0"
+NEEDED = {"bitsandbytes": "accelerate, bitsandbytes"}
 NOT_GIVEN = "not given"
 
 
@@ -149,7 +150,7 @@ def _part(model, folder, notes, license_name, place) -> Iterable[str]:
     yield f"A language model for Transformers, `{kind}`, and the code that runs it. The paper: {link}."
     yield _sizes(model, folder)
     yield "## How to load"
-    needed = ", ".join(["torch", *_quantizer(model)])
+    needed = ", ".join(["torch", *(NEEDED.get(name, name) for name in _quantizer(model))])
     yield (
         f"With {needed} and transformers {OLDEST_TRANSFORMERS} or newer; nothing else has to be installed. "
         "`trust_remote_code=True` runs the code files listed below."

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import create_and_tag_model_card
@@ -66,7 +66,8 @@ class Published(PreTrainedModel):
         check_folder(save_directory)
         self._note(card)
         hub = {name: kwargs.pop(name) for name in PUSHED if name in kwargs}
-        written = {key: value for key, value in kwargs.items() if key != "token"} | {"state_dict": state_dict}
+        apart = ("token", "distributed_checkpoint")  # whose parts would lie in as many folders as there are processes
+        written = {key: value for key, value in kwargs.items() if key not in apart} | {"state_dict": state_dict}
         folder = Path(save_directory)
         writes = self.should_save_on_this_rank(is_main_process)
         if self._is_adapter:
@@ -156,7 +157,10 @@ class Published(PreTrainedModel):
                         f"{hub.name} holds a whole model, and this is an adapter. Name another repository, or push the "
                         "adapter merged. Nothing was uploaded."
                     )
-                create_and_tag_model_card(hub.name, tags, token=token).save(folder / CARD)
+                old = hub.card(made)
+                card = create_and_tag_model_card(hub.name, token=token) if old is None else ModelCard(old)
+                card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *(tags or ())]))
+                card.save(folder / CARD)
             else:
                 there = Place(
                     hub.name, hub.revision, tokenizer is not None or TOKENIZER in hub.files, tuple(tags or ())
@@ -206,9 +210,14 @@ class Published(PreTrainedModel):
 
     def _weights(self, given):
         """What to write: all of a sharded model, or a copy of what was given: transformers empties what it writes."""
-        if given is not None:
-            return dict(given)
-        return whole_state(self) if is_sharded(self) else None
+        if given is None and not is_sharded(self):
+            return None
+        if getattr(self, "hf_quantizer", None) is not None and not self._is_adapter:
+            raise ValueError(
+                "Of a quantized model transformers writes the weights that it has, and can neither gather them from "
+                "processes nor take others. Save it before shard_model, or save an adapter alone (save_adapter)."
+            )
+        return whole_state(self) if given is None else dict(given)
 
     def _write_model(self, folder, is_main_process=True, state_dict=None, **kwargs):
         """What transformers writes, and the code."""

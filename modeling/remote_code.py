@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 OWN_IMPORT = re.compile(r"^(\s*)from scrubjay\.\w+\.(\w+) import ", re.MULTILINE)
 FLAT_IMPORT = re.compile(r"^\s*from \.(\w+) import ", re.MULTILINE)
 
@@ -24,9 +27,21 @@ def check_folder(folder: str | os.PathLike) -> None:
 
 
 def written_class(cls: Any) -> Any:
-    """The class that stands in a source file: `cls`, or where a library made it at run time, the one it was made of."""
-    models = (c for c in cls.__mro__ if hasattr(c, "config_class"))  # FSDP2 mixes in a class that is no model
-    return next(c for c in models if getattr(sys.modules.get(c.__module__), c.__name__, None) is c)
+    """The class whose code travels: `cls`, or the zoo's below one that a library made at run time or a user wrote."""
+    models = [c for c in cls.__mro__ if hasattr(c, "config_class")]  # FSDP2 mixes in a class that is no model
+    found: list[Any] = [c for c in models if getattr(sys.modules.get(c.__module__), c.__name__, None) is c]
+    own = next(c for c in found if _is_own(c))
+    if found[0] is not own:
+        logger.warning_once(
+            f"{found[0].__name__} is saved as {own.__name__}: of the code, only the zoo's travels with a checkpoint."
+        )
+    return own
+
+
+def _is_own(cls):
+    """Whether its module lies beside this one, in the library or in a folder that it was loaded with."""
+    path = getattr(sys.modules[cls.__module__], "__file__", None)
+    return path is not None and (Path(path).parent / "remote_code.py").is_file()
 
 
 def auto_map(model_class: Any) -> dict[str, str]:

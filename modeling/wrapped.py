@@ -233,7 +233,8 @@ def _check_devices(config):
     distributed = getattr(config, "distributed_config", None)
     devices, plan = getattr(distributed, "tp_size", None) or 1, getattr(distributed, "tp_plan", None)
     heads, keys = config.num_attention_heads, config.num_key_value_heads
-    if (heads % devices or keys % devices) and not isinstance(plan, dict):  # a plan of the caller's own may split less
+    own = isinstance(plan, dict) and any("self_attn" in name for name in plan)  # the caller's, which may split less
+    if (heads % devices or keys % devices) and not own:
         raise ValueError(
             f"Tensor parallelism splits attention by heads, and {heads} heads with {keys} key heads cannot be shared "
             f"evenly by {devices} devices. Use a number that divides both, or shard_model, which takes any."

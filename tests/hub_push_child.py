@@ -169,6 +169,9 @@ def adapters() -> dict:
     made.save_pretrained(OUT / "averaged", push_to_hub=True, repo_id="jay/averaged", **other)
     made.add_adapter(LoraConfig(r=2, target_modules=["in_proj"], init_lora_weights=False))
     made.push_to_hub("jay/adapter", tags=["small"], **given)
+    API.create_branch("jay/adapter", branch="v2")
+    API.upload_file(path_or_fileobj=OWN_TEXT.encode(), path_in_repo="README.md", repo_id="jay/adapter", revision="v2")
+    made.push_to_hub("jay/adapter", revision="v2", tags=["small"])
     made.save_pretrained(OUT / "saved_adapter", push_to_hub=True, repo_id="jay/saved_adapter", **given)
     return {
         "over a model": error_of(lambda: made.push_to_hub("jay/ssd")),

@@ -204,8 +204,12 @@ def test_a_window_is_nothing_that_can_be_given(kind, to, tmp_path):
 
 def test_a_configuration_that_says_quantized_is_refused(to, tmp_path):
     source = edited(saved(tmp_path / "theirs"), quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ValueError, match=r"says that the weights are quantized .*gptq.* take quantization_config out"):
+    with pytest.raises(
+        ValueError, match=r"says that the weights are quantized .*gptq.* --set quantization_config=null"
+    ):
         convert(source, tmp_path / "ours", to=to)
+    convert(source, tmp_path / "ours", to=to, settings={"quantization_config": None})
+    assert "quantization_config" not in (tmp_path / "ours" / "config.json").read_text()
 
 
 def test_a_decoder_with_a_window_of_its_own_is_refused_until_it_is_taken_off(to, tmp_path):

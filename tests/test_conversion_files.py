@@ -19,6 +19,7 @@ from scrubjay.conversion import source as source_module
 from scrubjay.conversion import weights as weights_module
 from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.convert import convert
+from scrubjay.conversion.destination import whole_or_nothing
 from scrubjay.conversion.weights import parse_size, write_weights
 from scrubjay.examples.published_layouts import mamba2_shapes, values, write_mamba_ssm
 
@@ -206,9 +207,25 @@ def test_a_file_that_another_process_wrote_meanwhile_is_not_touched(tmp_path, mo
     place = tmp_path / "new"
     place.mkdir()
     failing_at(monkeypatch, None, None, lambda: (place / "model.safetensors").write_text("theirs"))
-    with pytest.raises(ValueError, match=r"new/model\.safetensors was written meanwhile by another process"):
+    with pytest.raises(ValueError, match=r"Another process writes into .*new: model\.safetensors"):
         convert(tmp_path / "source", place)
     assert [(path.name, path.read_text()) for path in place.iterdir()] == [("model.safetensors", "theirs")]
+
+
+def test_two_processes_do_not_fill_one_folder(tmp_path):
+    """At least one of them sees the other, whoever is first: both would move their files between those of the other."""
+    place = tmp_path / "new"
+    place.mkdir()
+    with whole_or_nothing(place) as first:
+        (first / "config.json").write_text("first")
+        with pytest.raises(ValueError, match=r"Another process writes into .*new: \.new-"), whole_or_nothing(place):
+            pytest.fail("the second began")
+    assert [(path.name, path.read_text()) for path in place.iterdir()] == [("config.json", "first")]
+    shutil.rmtree(place)
+    place.mkdir()
+    with pytest.raises(ValueError, match="Another process writes into"), whole_or_nothing(place):
+        (place / ".new-of-another").mkdir()  # that began after this one looked
+    assert [path.name for path in place.iterdir()] == [".new-of-another"]
 
 
 def test_a_new_folder_has_the_mode_and_group_that_others_there_have(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversion_cases import SMALL, codestral, fla, grouped, mamba_ssm, stored, transformers
+from conversion_cases import SMALL, assert_same, codestral, fla, grouped, mamba_ssm, stored, transformers
 from safetensors.torch import save_file
 
 from scrubjay import SSDConfig, SSDForCausalLM
@@ -115,7 +115,13 @@ def test_a_configuration_that_says_quantized_is_refused_whatever_the_tensors_are
     mamba_ssm(tmp_path / "source")
     configure(tmp_path / "source", quantization_config={"quant_method": "gptq", "bits": 4})
     error = refused(tmp_path / "source", r"config.json says that the weights are quantized \(.*method gptq\)")
-    assert "take quantization_config out of that file" in error
+    assert "where they are plain already, say so: --set quantization_config=null" in error
+    convert(tmp_path / "source", tmp_path / "plain", settings={"quantization_config": None})
+    configure(tmp_path / "source", quantization_config={"load_in_4bit": False, "load_in_8bit": False})
+    convert(tmp_path / "source", tmp_path / "off")
+    for name in ("plain", "off"):
+        assert "quantization_config" not in json.loads((tmp_path / name / "config.json").read_text())
+        assert_same(stored(tmp_path / name), stored(tmp_path / "off"))
 
 
 @pytest.mark.parametrize(
@@ -315,8 +321,8 @@ def test_the_destination_must_be_free(tmp_path):
     mamba_ssm(tmp_path / "source")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
-    for name in ("full", "full/mine.txt"):
-        with pytest.raises(ValueError, match="already exists and is not an empty folder"):
+    for name, said in {"full": "already exists and is not an empty folder", "full/mine.txt": "is a file"}.items():
+        with pytest.raises(ValueError, match=said):
             convert(tmp_path / "source", tmp_path / name)
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
     (tmp_path / "empty").mkdir()

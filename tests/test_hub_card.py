@@ -106,7 +106,7 @@ def test_a_model_in_four_bits_says_so(tmp_path):
     nbytes = (tmp_path / "four" / "model.safetensors").stat().st_size
     assert nbytes < 0.5 * (tmp_path / "plain" / "model.safetensors").stat().st_size
     assert after["weights"] == [f"{nbytes:,} bytes, quantized by bitsandbytes, computing in float32"]
-    for folder, needed in (("plain", "torch"), ("four", "torch, bitsandbytes")):
+    for folder, needed in (("plain", "torch"), ("four", "torch, accelerate, bitsandbytes")):
         assert f"With {needed} and transformers 5.17 or newer; nothing" in (tmp_path / folder / "README.md").read_text()
 
 

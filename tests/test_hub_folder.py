@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 from test_cli import error_of
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from zoo import ZOO
 
 from scrubjay import RodimusForCausalLM, SSDForCausalLM, cli
@@ -168,6 +168,31 @@ def test_a_class_made_at_run_time_is_saved_as_the_one_it_was_made_of(tmp_path):
     assert contents(tmp_path / "plain").items() <= contents(tmp_path).items()
 
 
+class OwnSSD(SSDForCausalLM):
+    """A user's, here in a module that is none of the library's."""
+
+
+def test_a_users_subclass_is_saved_as_the_model_that_it_extends(tmp_path, transformers_log):
+    model = OwnSSD(SSD.config()).eval()
+    model.save_pretrained(tmp_path)
+    assert "OwnSSD is saved as SSDForCausalLM" in transformers_log.text
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"] == (
+        "modeling_ssd.SSDForCausalLM"
+    )
+    assert {name for name in contents(tmp_path) if name.endswith(".py")} == set(code_files(SSDForCausalLM))
+    assert same(model, tmp_path)
+
+
+def test_weights_that_transformers_would_not_write_are_refused(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    SSD.build(hidden_size=64, n_groups=2).save_pretrained(tmp_path / "plain")
+    settings = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings)
+    with pytest.raises(ValueError, match="Of a quantized model transformers writes the weights that it has"):
+        model.save_pretrained(tmp_path / "new", state_dict=model.state_dict())
+    assert not contents(tmp_path / "new")
+
+
 def test_push_to_hub_takes_what_transformers_takes(monkeypatch, tmp_path):
     """save_pretrained(push_to_hub=True) hands its options on, all of them."""
     seen = {}
@@ -179,6 +204,9 @@ def test_push_to_hub_takes_what_transformers_takes(monkeypatch, tmp_path):
     assert seen.pop("how")[1].keys() == written.keys()
     assert seen == {"tokenizer": None, **options}
     assert written["state_dict"].keys() == SSD.build().state_dict().keys()  # transformers' own save empties it
+    monkeypatch.setattr(SSDForCausalLM, "_write_model", lambda self, *how, **options: None)
+    SSD.build().save_pretrained(tmp_path / "parts", push_to_hub=True, distributed_checkpoint=True)
+    assert "distributed_checkpoint" not in seen["how"][1]  # a push gathers the parts
     theirs, ours = (inspect.signature(cls.push_to_hub).parameters for cls in (PreTrainedModel, SSDForCausalLM))
     assert len(theirs) > 8
     assert set(theirs) <= set(ours)

@@ -221,11 +221,15 @@ def test_an_adapter_is_pushed_alone_and_not_over_a_model(story):
     assert "card= is for whole models" in found["with notes"]
     assert [set(files) for files in commits(story, "jay/public")] == [{".gitattributes"}]
     for name in ("jay/adapter", "jay/saved_adapter"):
-        files = commits(story, name)[-1]
-        assert len(commits(story, name)) == 2  # empty, and all of it
+        first, files = commits(story, name)[:2]  # all of it in one
+        assert set(first) == {".gitattributes"}
         assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} | TOKENIZER <= set(files)
         assert "config.json" not in files
-    assert "- small\n" in text(commits(story, "jay/adapter")[-1], "README.md")
+    assert "- small\n" in text(commits(story, "jay/adapter")[1], "README.md")
+    branch = text(commits(story, "jay/adapter")[-1], "README.md")
+    assert branch.endswith("# My jay\n\nIt *sings*.\n")
+    assert "language: en" in branch
+    assert "- small\n" in branch
 
 
 def test_what_is_pushed_is_what_was_saved(story):

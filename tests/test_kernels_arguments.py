@@ -56,6 +56,15 @@ def test_without_triton_a_gpu_takes_pytorch_and_a_request_is_refused(monkeypatch
         choose("triton", "op", cuda, fused=True)
 
 
+@pytest.fixture
+def unasked():
+    """Whether Triton works is asked once, and again after the test."""
+    triton_tools.works.cache_clear()
+    yield
+    triton_tools.works.cache_clear()
+
+
+@pytest.mark.usefixtures("unasked")
 @pytest.mark.skipif(triton_tools.triton is None, reason="Triton is not installed")
 def test_where_triton_finds_no_gpu_or_no_compiler_pytorch_runs_and_one_warning_says_why(monkeypatch):
     def no_compiler(driver):
@@ -64,7 +73,6 @@ def test_where_triton_finds_no_gpu_or_no_compiler_pytorch_runs_and_one_warning_s
 
     asked, cuda = [], SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(type(triton_tools.triton.runtime.driver), "active", property(no_compiler))
-    triton_tools.works.cache_clear()
     with pytest.warns(
         UserWarning, match=r"PyTorch's operations .* needs a C compiler.* Failed to find C compiler"
     ) as said:
@@ -78,7 +86,6 @@ def test_where_triton_finds_no_gpu_or_no_compiler_pytorch_runs_and_one_warning_s
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
     triton_tools.works.cache_clear()
     assert choose(None, "op", cuda, fused=True) == "triton"
-    triton_tools.works.cache_clear()
 
 
 def bad(kernel, options=None, **shapes):

@@ -53,11 +53,15 @@ def test_labels_of_another_length_than_the_logits_are_refused(entry, call):
         entry.build()(**dict(input_ids=tokens(2, 10), labels=tokens(2, 10)) | call)
 
 
-def test_trainer_smooths_the_labels_of_the_next_token(entry, tmp_path):
+@pytest.mark.parametrize("extended", [False, True])
+def test_trainer_smooths_the_labels_of_the_next_token(entry, extended, tmp_path):
     """Not of the token itself: Trainer computes this loss, and shifts labels only for classes whose names it knows. It
     is all of the loss, without Taipan's budget."""
     ids = tokens(2, 10)
-    trainer = Trainer(entry.build(), arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=Rows())
+    model = entry.build()
+    if extended:  # as by a user, or by FSDP2
+        model.__class__ = type("Extended", (entry.model,), {})
+    trainer = Trainer(model, arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=Rows())
     with torch.no_grad():
         torch.manual_seed(0)  # of Taipan's noise
         got = trainer.compute_loss(trainer.model.train(), {"input_ids": ids, "labels": ids})

@@ -12,7 +12,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from recycled_cases import decoder
 from recycled_cases import tokens as small
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from zoo import relative, tokens
 
 from scrubjay import (
@@ -115,10 +115,21 @@ def test_what_others_look_for_in_a_configuration_is_the_decoders(kind, tmp_path)
     assert again.to_dict() == said == copy.deepcopy(config).to_dict()
     config.tie_word_embeddings = False
     assert config.base_config.tie_word_embeddings is False
+    config.update({"num_hidden_layers": 1})
+    assert (config.num_hidden_layers, config.base_config.num_hidden_layers) == (1, 1)
+    assert kind(**{name: x for name, x in (said | {"vocab_size": 50}).items() if name != "model_type"}).to_dict() == (
+        said | {"vocab_size": 50, "base_config": base | {"vocab_size": 50}}
+    )
     again.save_pretrained(tmp_path)
     assert not {"hidden_size", "tie_word_embeddings"} & set(json.loads((tmp_path / "config.json").read_text()))
     assert kind.from_pretrained(tmp_path).to_dict() == said | {"transformers_version": transformers.__version__}
     assert kind.from_pretrained(tmp_path, tie_word_embeddings=False).base_config.tie_word_embeddings is False
+
+
+def test_sizes_given_to_from_pretrained_are_those_of_the_model(kind, tmp_path):
+    build(kind).float().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path, vocab_size=50, num_hidden_layers=1))
+    assert (model.lm_head.out_features, model.model.embed_tokens.num_embeddings, len(model.model.layers)) == (50, 50, 1)
 
 
 def test_settings_given_to_from_pretrained_are_checked(kind, tmp_path):
