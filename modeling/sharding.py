@@ -43,7 +43,7 @@ def shard_model(
 
     Args:
         model: whose trained parameters are in one dtype: that of the optimizer's weights and states, float32 as a rule.
-            Weights in 4 bits (bitsandbytes) are sharded as they are.
+            Weights in 4 bits (bitsandbytes) are sharded as they are, and cannot be saved whole afterwards.
         mesh: devices to shard over, 1-D; 2-D replicates over the first axis. None: all processes.
         dtype: compute in it, torch.bfloat16 as a rule; gradients are summed in float32. None: in that of the weights.
         reshard_after_forward: free a block's weights after its forward pass and gather them again for the backward

@@ -68,7 +68,7 @@ def test_trainer_smooths_the_labels_of_the_next_token(entry, extended, tmp_path)
         torch.manual_seed(0)
         logits = trainer.model(ids).logits
     want = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.1)
-    assert relative(got, want) < 1e-6  # 1.6e-7 was the most seen
+    assert relative(got, want) < 1.5e-6  # 3.1e-7 was the most seen
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(entry):
