@@ -7,8 +7,7 @@
 
 A prompt of more than lm-eval's `max_length` loses its beginning, and with it what is asked for. Unless it is given, it
 is 2048 where neither the model's configuration nor its tokenizer names a number, as with the recurrent models: pass
-`--model_args pretrained=FOLDER,max_length=32768`, or what the longest prompt needs. With a vocabulary of 400 a sentence
-of `needle` has 27 tokens.
+`--model_args pretrained=FOLDER,max_length=32768`, or what the longest prompt needs.
 
 lm-eval calls these functions with the `metadata` of a task, to which its own `--metadata` adds. They take what they do
 not know in silence, because lm-eval passes the model's arguments along. Every document is decided by `seed`.
