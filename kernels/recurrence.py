@@ -15,6 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from scrubjay.kernels.dispatch import without_autocast
 
 LOG2_E = 1 / math.log(2)  # exp(x) = exp2(x LOG2_E)
+# From here down a log-decay forgets everything: its exp is 0 in that dtype. Whole numbers, which 16 bits hold too.
+FORGETS = {torch.float32: -112.0, torch.float64: -760.0}
 OUTER_BLOCK = 2048  # steps that `OuterSum` takes at a time, which bounds its temporaries
 _read = WeakIdKeyDictionary()  # offsets that were read, by the tensor that holds them: (its version, the numbers)
 
@@ -109,6 +111,16 @@ def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torc
     return memory[shape, dtype]
 
 
+def decay_sums(a: torch.Tensor, dim: int, wide: torch.dtype) -> torch.Tensor:
+    """Inclusive sums of log-decays along `dim`, in float64 and in units of log 2, because on some CPUs exp is many times
+    slower than exp2.
+
+    What forgets everything counts as `FORGETS`. No factor changes, those that it is part of are 0 in `wide` as before;
+    and a difference of sums loses nothing of the weak decays beside it, as beside 1e14, and is one, as beside -inf.
+    """
+    return (a.clamp(min=FORGETS[wide]).double() * LOG2_E).cumsum(dim)
+
+
 def crossing(pairs: torch.Tensor, dim: int, memory: dict) -> torch.Tensor:
     """sum of pairs[i, j] over i >= t > j, those that a_t decays: axes i = `dim` and j = `dim` + 1 become the axis t.
 
@@ -123,7 +135,7 @@ def crossing(pairs: torch.Tensor, dim: int, memory: dict) -> torch.Tensor:
 class ChunkedRecurrence(torch.autograd.Function):
     """y and the final state of a linear recurrence, one chunk after the other.
 
-    `piece(memory, q, k, v, ...)`, sequences (B, Q, ...), solves one chunk as products: `outputs(s)` are its y, shaped
+    `piece(memory, q, k, v, a, ...)`, sequences (B, Q, ...), solves one chunk as products: `outputs(s)` are its y, shaped
     as v, from the state before it, `advance_(s)` replaces that state by the one after it, `gradients_(dy, s, ds)`
     returns the gradients of the sequences and replaces the gradient of the state after the chunk by that of the state
     before it. The working set is one chunk, which stays in the processor's cache, and the backward pass recomputes it,
@@ -165,6 +177,9 @@ class ChunkedRecurrence(torch.autograd.Function):
                 part = parts.pop()
                 for whole, new in zip(grads, part.gradients_(dy[:, c], entered.pop(), dstate[rows]), strict=True):
                     whole[:, c] = new
+        # exp(a) times what was lost: 0. Of `crossing` 1e-16 may be left, and `a` be made of what is larger than 1e30.
+        a, da = sequences[3], grads[3]
+        da.masked_fill_(a <= FORGETS[state.dtype], 0)
         return None, None, dstate, None, *grads
 
 

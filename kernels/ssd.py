@@ -14,16 +14,19 @@ Sums are taken in float64 and differences rounded once: with float32 sums the gr
 In its gradient every a_t gathers only the pairs (i >= t > j) that it decays, so nothing large cancels.
 """
 
+import math
+
 import torch
+from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.dispatch import choose, without_autocast
 from scrubjay.kernels.linear import matmul
 from scrubjay.kernels.recurrence import (
-    LOG2_E,
     ChunkedRecurrence,
     OuterSum,
     by_steps,
     crossing,
+    decay_sums,
     decay_to_end,
     decayed,
     initial_or_zeros,
@@ -115,6 +118,36 @@ def ssd_change(k, v, a, g):
     return total, OuterSum.apply(k, v, later.exp() * g.to(later.dtype))
 
 
+def log_decay(step, log_rate):
+    """-step * exp(log_rate), the log-decays of Mamba-2: step (B, T, H) >= 0, log_rate (H,) -> (B, T, H).
+
+    0 where the step is 0, whatever the rate: exp(89) is inf in float32, and 0 * inf no number. Gradients are finite too;
+    those of a step are cut off at half of the largest number, which leaves room for what is added to them.
+    """
+    return _LogDecay.apply(step, log_rate)
+
+
+class _LogDecay(torch.autograd.Function):
+    """The rate as two factors, of which the second is 1 up to a rate of exp(44) in float32: then the result has the bits
+    of the formula. Beyond exp(132) a rate makes no difference: the smallest step forgets everything."""
+
+    @staticmethod
+    def forward(ctx, step, log_rate):
+        half = math.log(torch.finfo(log_rate.dtype).max) // 4 * 2
+        rate, more = log_rate.clamp(max=half).exp().neg(), (log_rate - half).clamp(0, 2 * half).exp()
+        a = step * rate * more
+        ctx.save_for_backward(rate, more, a)
+        return a
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, da):
+        rate, more, a = ctx.saved_tensors
+        top = torch.finfo(a.dtype).max / 2
+        dlog = da * a.clamp(min=-top)  # da is 0 where a is -inf
+        return (da * rate * more).clamp(-top, top), dlog.flatten(0, -2).sum(0).to(rate.dtype)
+
+
 class _Chunk:
     """One chunk of Q steps. R = H / G heads share a group; states are grouped, (B, G, N, R * P), so that one product
     serves all heads of a group and q, k are never repeated. Products over steps of the chunk run in the inputs' dtype,
@@ -127,9 +160,8 @@ class _Chunk:
         self.B, self.Q, self.H, self.P, self.G, self.R = B, Q, H, P, G, H // G
         self.q, self.k, self.v = q.transpose(1, 2), k.transpose(1, 2), v  # (B, G, Q, N) twice, (B, Q, H, P)
         self.low, self.wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
-        # (B, H, Q), time fastest: what is computed from it then has the layout that batched products want. In units of
-        # log 2, because on some CPUs exp is many times slower than exp2.
-        self.sums = (a.transpose(1, 2).contiguous().double() * LOG2_E).cumsum(2)
+        # (B, H, Q), time fastest: what is computed from it then has the layout that batched products want
+        self.sums = decay_sums(a.transpose(1, 2).contiguous(), 2, self.wide)
         sums = self.sums.transpose(1, 2)
         self.into = sums.to(self.wide).exp2()[..., None]  # exp(c_i), (B, Q, H, 1)
         self.out_of = (sums[:, -1:] - sums).to(self.wide).exp2_()[..., None]  # exp(c_Q - c_j)
