@@ -112,8 +112,8 @@ def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torc
 
 
 def decay_sums(a: torch.Tensor, dim: int, wide: torch.dtype) -> torch.Tensor:
-    """Inclusive sums of log-decays along `dim`, in float64 and in units of log 2, because on some CPUs exp is many times
-    slower than exp2.
+    """Inclusive sums of log-decays along `dim`, in float64 and in units of log 2, because on some CPUs exp is many
+    times slower than exp2.
 
     What forgets everything counts as `FORGETS`. No factor changes, those that it is part of are 0 in `wide` as before;
     and a difference of sums loses nothing of the weak decays beside it, as beside 1e14, and is one, as beside -inf.
@@ -135,10 +135,10 @@ def crossing(pairs: torch.Tensor, dim: int, memory: dict) -> torch.Tensor:
 class ChunkedRecurrence(torch.autograd.Function):
     """y and the final state of a linear recurrence, one chunk after the other.
 
-    `piece(memory, q, k, v, a, ...)`, sequences (B, Q, ...), solves one chunk as products: `outputs(s)` are its y, shaped
-    as v, from the state before it, `advance_(s)` replaces that state by the one after it, `gradients_(dy, s, ds)`
-    returns the gradients of the sequences and replaces the gradient of the state after the chunk by that of the state
-    before it. The working set is one chunk, which stays in the processor's cache, and the backward pass recomputes it,
+    `piece(memory, q, k, v, a, ...)`, sequences (B, Q, ...), solves one chunk as products: `outputs(s)` are its y,
+    shaped as v, from the state before it, `advance_(s)` replaces that state by the one after it, `gradients_(dy, s,
+    ds)` returns the gradients of the sequences and replaces the gradient of the state after the chunk by that of the
+    state before it. The working set is one chunk, which stays in the processor's cache, and the backward pass recomputes it,
     so that nothing of size T x Q is kept; `memory` is a dict for `reuse`.
     """
 

@@ -121,15 +121,15 @@ def ssd_change(k, v, a, g):
 def log_decay(step, log_rate):
     """-step * exp(log_rate), the log-decays of Mamba-2: step (B, T, H) >= 0, log_rate (H,) -> (B, T, H).
 
-    0 where the step is 0, whatever the rate: exp(89) is inf in float32, and 0 * inf no number. Gradients are finite too;
-    those of a step are cut off at half of the largest number, which leaves room for what is added to them.
+    0 where the step is 0, whatever the rate: exp(89) is inf in float32, and 0 * inf no number. Gradients are finite
+    too; those of a step are cut off at half of the largest number, which leaves room for what is added to them.
     """
     return _LogDecay.apply(step, log_rate)
 
 
 class _LogDecay(torch.autograd.Function):
-    """The rate as two factors, of which the second is 1 up to a rate of exp(44) in float32: then the result has the bits
-    of the formula. Beyond exp(132) a rate makes no difference: the smallest step forgets everything."""
+    """The rate as two factors, of which the second is 1 up to a rate of exp(44) in float32: then the result has the
+    bits of the formula. Beyond exp(132) a rate makes no difference: the smallest step forgets everything."""
 
     @staticmethod
     def forward(ctx, step, log_rate):
