@@ -7,6 +7,7 @@ row.
 import torch
 from torch import nn
 
+from scrubjay.kernels.dispatch import exported
 from scrubjay.kernels.gate import (
     gate_logit,
     gumbel_difference,
@@ -75,10 +76,10 @@ class SelectiveAttention(nn.Module):
         soft = m.to(a.dtype) if p1 is None else straight_through(m, p1)
         dense = self.training and config.train_attention == "dense" and config.st_surrogate == "p1"
         if ring is not None:
-            ring.prepare(x.new_empty(len(x), 0, dtype=self.norm.weight.dtype))
+            ring.prepare(x.new_empty(x.shape[0], 0, dtype=self.norm.weight.dtype))
         index, o = self.attend(x.to(self.norm.weight.dtype), a, m, layout, ring, dense)
         if index is None:
-            h = torch.where(m[..., None], mix(h[:, 0], o, a[:, 0], config.refine)[:, None], h)
+            h = torch.where(m[..., None], mix(h, o.view_as(h), a, config.refine), h)
         else:
             flat, strength = h.flatten(0, 1), a.flatten()[index]
             if self.training and config.st_surrogate == "p1":
@@ -103,17 +104,18 @@ class SelectiveAttention(nn.Module):
     def attend(self, x, a, m, layout, ring, dense):
         """(index, o): which of the B * T columns attended, and what they found, (n, D).
 
-        Index None: all B rows of a step, some of which may not have been selected.
+        Index None: all of them, some of which may not have been selected.
         """
         if ring is not None and x.shape[1] == 1 and layout.lengths is None and layout.shard is None and not dense:
             index, o = self._step(x, a, m, layout, ring)
         elif self.config.kv_scope == "all":
             index, o = self._among_all(x, a, m, layout, ring, dense)
-        elif dense:
+        elif dense or exported():
             index, o = self._dense_among_selected(x, a, m, layout, ring)
         else:
             index, o = self._among_selected(x, a, m, layout, ring)
         o = _of_rows(self.o_proj, o.flatten(1), m.shape, index)
+        index = None if exported() else index  # every column attended, where nobody reads which were selected
         return index, o if self.post_norm is None else self.post_norm(o)
 
     def _queries(self, x, a, layout, index):
@@ -162,7 +164,7 @@ class SelectiveAttention(nn.Module):
         k, v = (_spread(t, packed) for t in self._keys(x, layout, m.shape, index))
         positions = _spread(layout.positions.flatten()[index], packed)
         past = self._past(k, v, layout, ring, positions, lengths)
-        before = torch.arange(live.shape[1], device=m.device).expand(len(m), -1)
+        before = torch.arange(live.shape[1], device=m.device).expand(m.shape[0], -1)
         if past is not None:
             before = before + past[3].sum(1, keepdim=True)
         elif layout.cu_seqlens is not None:
@@ -190,14 +192,14 @@ class SelectiveAttention(nn.Module):
         ranks = m.cumsum(1) - m.long()
         before, positions, readable, window = layout.positions, layout.positions, m, T
         if past is not None:
-            ranks = torch.cat([torch.arange(-past[2].shape[1], 0, device=m.device).expand(len(m), -1), ranks], 1)
+            ranks = torch.cat([torch.arange(-past[2].shape[1], 0, device=m.device).expand(m.shape[0], -1), ranks], 1)
             before = torch.arange(T, device=m.device) + past[3].sum(1, keepdim=True)
             positions, readable = torch.cat([past[2], positions], 1), torch.cat([past[3], m], 1)
             window = ranks.shape[1]
         limits = []
         if config.window_axis == "position":
             limits.append((positions, config.sliding_window))
-            window = min(window, config.sliding_window)
+            window = window if exported() else min(window, config.sliding_window)
         reach = config.ring_size if config.window_axis == "rank" else config.kv_cap
         if reach:
             limits.append((ranks, reach))
@@ -228,7 +230,7 @@ class SelectiveAttention(nn.Module):
         """One token of each row: a row that is not selected makes no query and reads nothing. Where steps go by mask it
         makes keys and a query in vain, and still reads nothing: a GPU is not asked which rows those are."""
         masked, every = steps_by_mask(ring.keys), self.config.kv_scope == "all"
-        index = torch.arange(len(m), device=m.device) if masked else m[:, 0].nonzero()[:, 0]
+        index = torch.arange(m.shape[0], device=m.device) if masked else m[:, 0].nonzero()[:, 0]
         if not len(index) and not every:
             return _nothing(x, self)
         k, v = self._keys(x, layout) if every or masked else self._keys(x[index, 0], layout, m.shape, index)
@@ -305,5 +307,5 @@ def _sums(x, layout):
         return torch.cat([sums, sizes[:, None].to(x.dtype)], 1)
     if layout.lengths is not None:
         x = x * layout.real
-    lengths = x.new_full((len(x),), x.shape[1]) if layout.lengths is None else layout.lengths.to(x.dtype)
+    lengths = x.new_full(x.shape[:1], x.shape[1]) if layout.lengths is None else layout.lengths.to(x.dtype)
     return torch.cat([x.sum(1), lengths[:, None]], 1)
