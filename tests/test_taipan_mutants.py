@@ -78,7 +78,7 @@ def check_budget(name):
 
 
 def check_gate_bits(name):
-    attn = SelectiveAttention(TaipanConfig(hidden_size=2048, num_attention_heads=1))
+    attn = SelectiveAttention(TaipanConfig(hidden_size=2048, num_attention_heads=1), layer_idx=6)
     for parameter in attn.gate.parameters():
         torch.nn.init.normal_(parameter)
     h = torch.randn(300, 2048)
