@@ -20,17 +20,18 @@ B batch, T time, D hidden size, H heads, K key heads, P head size, n selected to
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from scrubjay.configuration.configuration_taipan import TaipanConfig
 from scrubjay.kernels.gate import logit, select, threshold_for
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel
+from scrubjay.modeling.cache_argument import ZooCausalLMOutput, ZooModelOutput
 from scrubjay.modeling.cache_taipan import TaipanCache
 from scrubjay.modeling.layers import GatedMLP, RMSNorm, rotary_table
 from scrubjay.modeling.modeling_ssd import SSDBlock, SSDMixer, SSDPreTrainedModel
@@ -39,7 +40,7 @@ from scrubjay.modeling.sharding import spread
 
 
 @dataclass
-class TaipanModelOutput(BaseModelOutputWithPast):
+class TaipanModelOutput(ZooModelOutput):
     """budget_loss: scalar, without its weight. selection: (selective layers, 3) shares of the real tokens, detached:
     selected in this call, mean of a, selected by argmax. sequence_selection: (rows or packed documents, selective
     layers, 3), the same of each; zeros where one has no real token."""
@@ -50,7 +51,7 @@ class TaipanModelOutput(BaseModelOutputWithPast):
 
 
 @dataclass
-class TaipanCausalLMOutput(CausalLMOutputWithPast):
+class TaipanCausalLMOutput(ZooCausalLMOutput):
     """As `TaipanModelOutput`; `loss` holds budget_lambda * budget_loss in training."""
 
     budget_loss: torch.Tensor | None = None
@@ -61,40 +62,35 @@ class TaipanCausalLMOutput(CausalLMOutputWithPast):
 class SelectiveBlock(GradientCheckpointingLayer):
     """Selective attention, then a feed-forward network for every token."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config):
         super().__init__()
-        self.layer_idx = layer_idx
-        self.attn = SelectiveAttention(config, layer_idx)
+        self.attn = SelectiveAttention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.ffn = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, layout, past_key_values=None):
-        ring = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        x, sums = self.attn(x, layout, ring)
-        x = x + self.ffn(self.ffn_norm(x))
-        if ring is not None:
-            past_key_values.count(self.layer_idx, x.shape[1], layout.lengths)
-        return x, sums
+    def forward(self, x, layout, state=None, threshold=0.5):
+        x, sums = self.attn(x, layout, state, threshold)
+        return x + self.ffn(self.ffn_norm(x)), sums
 
 
 class MixerBlock(SSDBlock):
     """A Mamba-2 block, with `mamba_mlp` followed by a feed-forward network."""
 
-    def __init__(self, config, layer_idx: int):
-        super().__init__(config, layer_idx)
+    def __init__(self, config):
+        super().__init__(config)
         self.ffn = None
         if config.mamba_mlp:
             self.ffn_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
             self.ffn = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, layout, past_key_values=None):
-        x = super().forward(x, layout, past_key_values)
+    def forward(self, x, layout, state=None):
+        x = super().forward(x, layout, state)
         return x if self.ffn is None else x + self.ffn(self.ffn_norm(x))
 
 
-def taipan_block(config, layer_idx: int) -> GradientCheckpointingLayer:
-    """The block at this depth."""
-    return (SelectiveBlock if layer_idx in config.selective_layers else MixerBlock)(config, layer_idx)
+def _is_selective(block) -> bool:
+    """Of a block as it was made, or with torch's wrapper for checkpoints around it."""
+    return hasattr(block, "attn")
 
 
 class TaipanPreTrainedModel(SSDPreTrainedModel):
@@ -137,8 +133,30 @@ class TaipanPreTrainedModel(SSDPreTrainedModel):
 class TaipanModel(TaipanPreTrainedModel, ZooModel):
     """Embedding, Mamba-2 and selective blocks, final norm."""
 
-    block_class = staticmethod(taipan_block)
     norm_eps_name = "layer_norm_epsilon"
+
+    def make_block(self, place):
+        return (SelectiveBlock if place in self.config.selective_layers else MixerBlock)(self.config)
+
+    def _run(self, block, place, *args):
+        """A selective block is told its threshold, which belongs to its place as well."""
+        if not _is_selective(block):
+            return super()._run(block, place, *args)
+        threshold = self.config.eval_threshold
+        if not isinstance(threshold, float):
+            self.check_places()
+            threshold = self.config.thresholds[self.config.selective_layers.index(place)]
+        return super()._run(partial(block, threshold=threshold), place, *args)
+
+    def check_places(self):
+        super().check_places()
+        places = [i for i, block in enumerate(self.layers) if _is_selective(block)]
+        if places != list(self.config.selective_layers):
+            raise ValueError(
+                f"The model has selective blocks at {places} and its configuration at "
+                f"{list(self.config.selective_layers)} (attention_every = {self.config.attention_every}), by which "
+                "caches and checkpoints are made. Keep whole groups of blocks."
+            )
 
     def locate(self, layout, dtype):
         if not self.config.rotary_dim:
@@ -188,7 +206,8 @@ class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM, GenerationMixin):
             expected one.
 
         Raises:
-            ValueError: a rate that is not between 0 and 1, a text of padding alone. As after any other error, nothing
+            ValueError: a rate that is not between 0 and 1, a text of padding alone, blocks that are not where the
+                configuration says. As after any other error, nothing
                 is changed then.
         """
         rate = self.config.capacity if rate is None else rate
@@ -196,6 +215,7 @@ class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM, GenerationMixin):
             raise ValueError(f"rate must lie between 0 and 1; got {rate}.")
         if attention_mask is not None and not attention_mask.any():
             raise ValueError("calibrate needs at least one real token; attention_mask is 0 everywhere.")
+        self.model.check_places()
         config, sampled, shares = self.config, self.config.eval_gate == "sample", []
         before, thresholds = config.eval_threshold, list(config.thresholds)
         modes = [(module, module.training) for module in self.modules()]
@@ -239,10 +259,7 @@ class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM, GenerationMixin):
                 share = (asked if shard is None else shard.sum(asked)) / num_items_in_batch
             loss = loss + self.config.budget_lambda * share * outputs.budget_loss
         return TaipanCausalLMOutput(
-            loss=loss,
-            logits=out.logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
+            **{**out, "loss": loss},
             budget_loss=outputs.budget_loss,
             selection=outputs.selection,
             sequence_selection=outputs.sequence_selection,

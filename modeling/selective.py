@@ -49,10 +49,9 @@ class Gate(nn.Module):
 class SelectiveAttention(nn.Module):
     """The gate and the attention of selected tokens: (B, T, D) -> (B, T, D), section 3."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config):
         super().__init__()
         self.config = config  # read at each step: a schedule may anneal gumbel_tau and budget_lambda
-        self.place = config.selective_layers.index(layer_idx)
         d, self.head_dim = config.hidden_size, config.attention_head_dim
         self.norm = RowNorm(d, config.layer_norm_epsilon)
         self.gate = Gate(config)
@@ -62,15 +61,15 @@ class SelectiveAttention(nn.Module):
         self.o_proj = ends_branch(Linear(config.num_attention_heads * self.head_dim, d, bias=False))
         self.post_norm = RMSNorm(d, config.layer_norm_epsilon) if config.sal_post_norm else None
 
-    def forward(self, h, layout, ring=None):
-        """`ring`: the layer's `RingLayer`, advanced in place, or None.
+    def forward(self, h, layout, ring=None, threshold=0.5):
+        """`ring`: the layer's `RingLayer`, advanced in place, or None. `threshold`: above which a selects at inference.
 
         Returns the new h, and sums for each sequence, (rows or documents, 4): selected, with its surrogate's gradient;
         a; selected by argmax; tokens.
         """
         config, real = self.config, None if layout.real is None else layout.real[..., 0]
         x, delta = self._norm_and_gate(h)
-        a, (m, p1) = torch.sigmoid(delta), self._choose(delta, real)
+        a, (m, p1) = torch.sigmoid(delta), self._choose(delta, real, threshold)
         soft = m.to(a.dtype) if p1 is None else straight_through(m, p1)
         dense = self.training and config.train_attention == "dense" and config.st_surrogate == "p1"
         if ring is not None:
@@ -90,11 +89,12 @@ class SelectiveAttention(nn.Module):
             h = (h * straight_through(torch.ones_like(m), drawn)[..., None]).to(h.dtype)
         return h, _sums(torch.stack([soft, a.detach(), select(delta.detach()).to(a.dtype)], -1), layout)
 
-    def _choose(self, delta, real):
+    def _choose(self, delta, real, threshold):
         """m, (B, T) bool, and p1, (B, T), the soft choice whose gradient it is given; None where it is given none."""
         config = self.config
         sampled = (config.train_gate if self.training else config.eval_gate) == "sample"
-        threshold = 0.5 if self.training and sampled else config.thresholds[self.place]
+        if self.training and sampled:
+            threshold = 0.5
         noise = gumbel_difference(delta) if sampled else None
         m = select(delta, threshold, noise, real)
         if not (sampled or self.training):

@@ -155,7 +155,7 @@ def against_itself(tokenizer, tmp_path):
 
     def losses_of(entry, **changes):
         args = DPOConfig(
-            output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, max_steps=2, learning_rate=1e-3,
+            output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, max_steps=2, learning_rate=1e-2,
             logging_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         policy, reference = (entry.build(**changes) for _ in range(2))
@@ -179,4 +179,4 @@ def test_dpo_of_a_model_against_itself_starts_at_ln_2(entry, against_itself):
 
 def test_dpo_of_a_taipan_that_draws_does_not_start_at_ln_2(against_itself):
     entry = next(entry for entry in ZOO if entry.name == "taipan")
-    assert abs(against_itself(entry)[0] - math.log(2)) > 1e-3
+    assert abs(against_itself(entry)[0] - math.log(2)) > 1e-4

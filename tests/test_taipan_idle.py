@@ -53,8 +53,8 @@ def stepwise(model, ids, mask):
     """Logits of a prefill of 20 columns, a piece of 3, and single steps."""
     cache, logits = None, []
     for a, b in [(0, 20), (20, 23)] + [(t, t + 1) for t in range(23, ids.shape[1])]:
-        out = model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(ids[:, a:b], attention_mask=mask[:, :b], cache=cache, use_cache=True)
+        cache = out.cache
         logits.append(out.logits)
     return torch.cat(logits, 1)
 

@@ -59,10 +59,9 @@ def sdpa(attn, h, mask):
 
 def test_T5_with_everything_selected_and_a_long_window_it_is_causal_attention_and_equation_5():
     block, h = layer_of(sliding_window=64)
-    block.attn.config.eval_threshold = 1e-9
     o, a = sdpa(block.attn, h, torch.ones(40, 40, dtype=torch.bool).tril())
     mixed = (1 - a) * h + a * o
-    assert error(block(h, plain())[0], mixed + block.ffn(block.ffn_norm(mixed))) < BOUND
+    assert error(block(h, plain(), threshold=1e-9)[0], mixed + block.ffn(block.ffn_norm(mixed))) < BOUND
 
 
 @pytest.mark.parametrize("w", [1, 5, 8])
@@ -101,7 +100,7 @@ def test_T6_given_the_same_input_a_layer_selects_the_same_tokens_whole_or_step_b
     cache = build(dtype=dtype).cache_class(build().config)
     with torch.no_grad(), gates(block) as found:
         whole, _ = block(h, plain())
-        steps = [block(h[:, t : t + 1], Layout(torch.full((2, 1), t)), past_key_values=cache)[0] for t in range(40)]
+        steps = [block(h[:, t : t + 1], Layout(torch.full((2, 1), t)), cache=cache)[0] for t in range(40)]
     (_, first), *rest = found
     assert torch.equal(torch.cat([delta for _, delta in rest], 1), first)
     # bfloat16 keeps 8 bits
@@ -154,7 +153,7 @@ def formula(attn, h, m, p1, o, a, surrogate, attention):
 def test_training_equals_the_formulas_gradients_included(surrogate, attention, scope, gate, monkeypatch):
     """The threshold is one of evaluation, which training by argmax follows and drawing does not."""
     changes = dict(st_surrogate=surrogate, train_attention=attention, kv_scope=scope, gumbel_tau=0.7)
-    block, h = layer_of(**changes, train_gate=gate, eval_threshold=0.6)
+    block, h = layer_of(**changes, train_gate=gate)
     attn, noise = block.train().attn, 2 * torch.randn(2, 40, dtype=torch.float64)
     monkeypatch.setattr(selective, "gumbel_difference", lambda like: noise)
     h.requires_grad_()
@@ -169,7 +168,7 @@ def test_training_equals_the_formulas_gradients_included(surrogate, attention, s
         seen = seen & (m[:, None] | (i == j))
     o, a = sdpa(attn, h, seen[:, None])
     want = formula(attn, h, m, p1, o, a, surrogate, attention)
-    got, sums = attn(h, plain())
+    got, sums = attn(h, plain(), threshold=0.6)
     assert error(got, want) < BOUND
     assert torch.equal(sums[:, 0].round(), m.sum(1).double())
     given = torch.randn_like(h)
@@ -198,7 +197,7 @@ def test_training_mode_through_a_cache_equals_one_pass(name, attention, monkeypa
     want, cache = model(ids).logits, None
     logits = []
     for piece in ids.split([13, 1, 8, 18], 1):
-        out = model(piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(piece, cache=cache, use_cache=True)
+        cache = out.cache
         logits.append(out.logits)
     assert error(torch.cat(logits, 1), want) < BOUND

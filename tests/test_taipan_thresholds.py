@@ -4,6 +4,7 @@ import pytest
 import torch
 from parity_cases import tokens
 from taipan_cases import build, gates, logit, of_layer, recorded
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from scrubjay.modeling.selective import Gate
 
@@ -145,3 +146,38 @@ def test_training_that_draws_knows_of_no_threshold():
         torch.manual_seed(3)
         found.append(model(ids, labels=ids).loss)
     assert torch.equal(*found)
+
+
+def test_a_threshold_belongs_to_the_place_at_which_a_block_stands(tmp_path):
+    """Of a model that has lost its first unit: in place, and loaded from what it saves."""
+    model, ids = uneven(dtype=torch.float32, eval_threshold=[0.9, 0.4, 0.6]), tokens(29, 2, 40)
+    del model.model.layers[:2]
+    model.config.num_hidden_layers = 4
+    for call in (lambda: model(ids), lambda: model(ids, use_cache=False), lambda: model.calibrate(ids)):
+        with pytest.raises(ValueError, match=r"list of 2, one for each selective layer \(1, 3\); got 3"):
+            call()
+    model.config.eval_threshold = [0.4, 0.6]
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    with torch.no_grad(), gates(model) as found:
+        out = model(ids)
+        assert torch.equal(again(ids).logits, out.logits)
+    for (i, delta), (selected, _, _) in zip(found, out.selection.tolist(), strict=True):
+        assert selected == pytest.approx(float((delta > logit((0.4, 0.6)[i])).double().mean()), abs=1e-6)
+
+
+def test_blocks_that_are_not_where_thresholds_belong_are_refused_without_a_cache_too():
+    model, ids = uneven(eval_threshold=[0.3, 0.5, 0.7]), tokens(29, 2, 10)
+    del model.model.layers[0]
+    with pytest.raises(ValueError, match="has 5 blocks, and num_hidden_layers = 6"):
+        model(ids, use_cache=False)
+    model.config.eval_threshold = 0.5
+    assert model(ids, use_cache=False).selection.shape == (3, 3)
+
+
+def test_torchs_wrapper_for_checkpoints_leaves_a_block_its_threshold():
+    model, ids = build("a threshold for each layer"), tokens(29, 2, 40)
+    with torch.no_grad():
+        want = model(ids).logits
+        model.model.layers[1] = checkpoint_wrapper(model.model.layers[1])
+        assert torch.equal(model(ids).logits, want)
