@@ -159,6 +159,10 @@ def product(original):
     return lambda x, weight, bias, hidden=None: (x @ weight.t() + bias).diff(dim=-1)[..., 0]
 
 
+def thresholds_of_others(original):
+    return property(lambda self: original.fget(self)[::-1])
+
+
 def unnormalised_values(original):
     def keys(self, x, *where):
         k, v = original(self, x, *where)
@@ -182,6 +186,13 @@ MUTANTS = {
     "a perturbed in steps": (SelectiveAttention, "forward", perturbed_share, check_prefill, NAMES),
     "values before the norm": (SelectiveAttention, "_keys", unnormalised_values, check_whole, NAMES),
     "padding in the budget": (selective, "_sums", padding_in_the_sums, check_budget, NAMES),
+    "thresholds of other layers": (
+        TaipanConfig,
+        "thresholds",
+        thresholds_of_others,
+        check_whole,
+        ["a threshold for each layer"],
+    ),
     "gate by a product": (selective, "gate_logit", product, check_gate_bits, NAMES[:1]),
 }
 
