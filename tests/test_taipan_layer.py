@@ -100,7 +100,10 @@ def test_T6_given_the_same_input_a_layer_selects_the_same_tokens_whole_or_step_b
     cache = build(dtype=dtype).cache_class(build().config)
     with torch.no_grad(), gates(block) as found:
         whole, _ = block(h, plain())
-        steps = [block(h[:, t : t + 1], Layout(torch.full((2, 1), t)), cache=cache)[0] for t in range(40)]
+        steps = []
+        for t in range(40):
+            steps.append(block(h[:, t : t + 1], Layout(torch.full((2, 1), t)), state=cache.layers[1])[0])
+            cache.count(1, 1, None)
     (_, first), *rest = found
     assert torch.equal(torch.cat([delta for _, delta in rest], 1), first)
     # bfloat16 keeps 8 bits
