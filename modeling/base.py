@@ -386,4 +386,6 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
                 "that covers the old ones too."
             )
         inputs = {"next_sequence_length": next_sequence_length, "inputs_embeds": inputs_embeds, **named(cache)}
-        return super().prepare_inputs_for_generation(input_ids, **inputs, **kwargs)
+        prepared = super().prepare_inputs_for_generation(input_ids, **inputs, **kwargs)
+        # peft (0.21.2), which looks in here whether a prompt was read already, knows the older name alone
+        return prepared if cache is None else prepared | dict.fromkeys(CACHE_NAMES, cache)
