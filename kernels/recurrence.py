@@ -93,7 +93,12 @@ def decayed(state: torch.Tensor, factor: torch.Tensor, overwrite: bool) -> torch
 def locked(state: torch.Tensor | None) -> bool:
     """Whether a state's memory may not be written: autograd's leaf, made in inference mode and used outside, or the
     input of an exported program."""
-    return state is None or exported() or state.requires_grad or (state.is_inference() and not torch.is_inference_mode_enabled())
+    return (
+        state is None
+        or exported()
+        or state.requires_grad
+        or (state.is_inference() and not torch.is_inference_mode_enabled())
+    )
 
 
 def by_steps(step, state, cu_seqlens, *sequences):

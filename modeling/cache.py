@@ -180,9 +180,7 @@ class WindowStateLayer(StateLayer):
         return torch.arange(self.window, device=self.counts.device) < self.counts[:, None] + new
 
 
-def last_steps(
-    x: torch.Tensor, lengths: torch.Tensor | None, window: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def last_steps(x: torch.Tensor, lengths: torch.Tensor | None, window: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Which steps of x (B, T, ...) a window ends with, (B, S) in order, and which of them are real (None: all).
 
     S = min(T, W); in an exported program, whose T may be any, W.
