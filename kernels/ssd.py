@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 from scrubjay.kernels.dispatch import choose, without_autocast
 from scrubjay.kernels.linear import matmul
 from scrubjay.kernels.recurrence import (
-    ChunkedRecurrence,
     OuterSum,
     by_steps,
+    chunked,
     crossing,
     decay_sums,
     decay_to_end,
@@ -93,7 +93,7 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
         y, state = ssd_step(*(x[:, 0] for x in sequences), _initial(q, v, initial_state, None), overwrite)
         return y[:, None], state
     state = _grouped(_initial(q, v, initial_state, cu_seqlens), q.shape[2])
-    y, state = ChunkedRecurrence.apply(_Chunk, chunk, state, cu_seqlens, *sequences)
+    y, state = chunked(_Chunk, chunk, state, cu_seqlens, *sequences)
     return y, _per_head(state, v.shape[3])
 
 
@@ -124,17 +124,25 @@ def log_decay(step, log_rate):
     0 where the step is 0, whatever the rate: exp(89) is inf in float32, and 0 * inf no number. Gradients are finite
     too; those of a step are cut off at half of the largest number, which leaves room for what is added to them.
     """
-    return _LogDecay.apply(step, log_rate)
+    if wants_gradient(step, log_rate):
+        return _LogDecay.apply(step, log_rate)
+    rate, more = _rates(log_rate)
+    return step * rate * more
+
+
+def _rates(log_rate):
+    """-exp(log_rate) as two factors. The second is 1 up to exp(44) in float32: then products have the bits of the
+    formula. Beyond exp(132) a rate makes no difference: the smallest step forgets everything."""
+    half = math.log(torch.finfo(log_rate.dtype).max) // 4 * 2
+    return log_rate.clamp(max=half).exp().neg(), (log_rate - half).clamp(0, 2 * half).exp()
 
 
 class _LogDecay(torch.autograd.Function):
-    """The rate as two factors, of which the second is 1 up to a rate of exp(44) in float32: then the result has the
-    bits of the formula. Beyond exp(132) a rate makes no difference: the smallest step forgets everything."""
+    """Keeps its result: the gradient of the rate's logarithm is a sum over that."""
 
     @staticmethod
     def forward(ctx, step, log_rate):
-        half = math.log(torch.finfo(log_rate.dtype).max) // 4 * 2
-        rate, more = log_rate.clamp(max=half).exp().neg(), (log_rate - half).clamp(0, 2 * half).exp()
+        rate, more = _rates(log_rate)
         a = step * rate * more
         ctx.save_for_backward(rate, more, a)
         return a
@@ -196,6 +204,15 @@ class _Chunk:
         within = torch.matmul(weights.to(self.low), self.v.transpose(1, 2)).transpose(1, 2)
         carried = self.ungroup(matmul(self.q, s.to(self.low)))
         return torch.addcmul(within.to(self.wide), carried.to(self.wide), self.into)
+
+    def total(self):
+        """c_Q in units of log 2: (B, H)."""
+        return self.sums[..., -1]
+
+    def carried(self, weights, states):
+        """Sums of grouped states over chunks."""
+        weights, states = weights.unflatten(1, (self.G, self.R)), states.unflatten(-1, (self.R, self.P))
+        return torch.einsum("bgrts,bsgnrp->btgnrp", weights, states).flatten(-2)
 
     def decay_(self, s):
         """Scale a grouped state by exp(c_Q)."""
