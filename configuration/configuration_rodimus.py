@@ -5,6 +5,7 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.configuration.rodimus_configs import eights, fields_from, layout_of
 
 BLOCK_TYPES = ("rodimus", "rodimus_plus")
@@ -47,7 +48,7 @@ class RodimusConfig(PreTrainedConfig):
     """
 
     model_type = "scrubjay_rodimus"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),

@@ -6,6 +6,7 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.configuration.mamba2_configs import fields_from, layout_of
 
 
@@ -46,7 +47,7 @@ class SSDConfig(PreTrainedConfig):
         "arxiv": "2405.21060",
         "open": {},
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     base_model_tp_plan = {
         "layers.*.mixer.in_proj": "colwise_gather_output",

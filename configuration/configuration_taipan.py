@@ -4,6 +4,7 @@ import math
 
 from huggingface_hub.dataclasses import strict
 
+from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.configuration.configuration_ssd import SSDConfig
 
 CHOICES = {
@@ -119,7 +120,7 @@ class TaipanConfig(SSDConfig):
             "eval_threshold": "its threshold",
         },
     }
-    keys_to_ignore_at_inference = ["past_key_values", "budget_loss", "selection"]
+    keys_to_ignore_at_inference = [*CACHE_NAMES, "budget_loss", "selection"]
 
     base_model_tp_plan = {
         "layers.*.mixer.in_proj": "colwise_gather_output",

@@ -7,6 +7,8 @@ import functools
 from transformers import CONFIG_MAPPING
 from transformers.configuration_utils import PreTrainedConfig
 
+from scrubjay.configuration.cache_names import CACHE_NAMES
+
 BASES = ("llama", "qwen2", "qwen3", "mistral")
 # What peft looks for in the dictionary of any configuration.
 SHOWN = (
@@ -30,7 +32,7 @@ class WrappedConfig(PreTrainedConfig):
             "qwen3", "mistral". None makes a `LlamaConfig` from the other arguments (hidden_size, vocab_size, ...).
     """
 
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
     sub_configs = {"base_config": PreTrainedConfig}
 
     base_config: dict | PreTrainedConfig | None = None

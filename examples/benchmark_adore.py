@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from scrubjay import AdoreCache
 from scrubjay.examples.comparison import Comparison
 from scrubjay.examples.measure import cache_nbytes
+from scrubjay.modeling.cache_argument import named
 from scrubjay.modeling.controller import Controller
 
 PIECE = 1024  # tokens of a call that reads the context
@@ -79,7 +80,7 @@ def adore_cache(sizes: Sizes, rebuild: int, every: int = 1) -> AdoreCache:
     settings = {"cache_size": sizes.cache_size, "rebuild": rebuild, "rebuild_every": every, "prefill": "chunked"}
     cache = AdoreCache(model, controller=controller, **settings)
     for piece in torch.randint(sizes.vocab_size, (1, sizes.context)).split(PIECE, 1):
-        model(piece, past_key_values=cache, logits_to_keep=1)
+        model(piece, **named(cache), logits_to_keep=1)
     return cache
 
 
@@ -91,7 +92,7 @@ def steps(sizes: Sizes, cache, batch: int) -> Callable[[], int]:
     def run() -> int:
         nonlocal token
         for _ in range(sizes.steps):
-            token = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            token = model(token, **named(cache), logits_to_keep=1).logits[:, -1:].argmax(-1)
         return batch * sizes.steps
 
     return run

@@ -26,6 +26,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from scrubjay import SSDForCausalLM
+from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.examples import benchmark_adore, benchmark_recycled, benchmark_taipan
 from scrubjay.examples.comparison import SIDES, Comparison, in_turn, summarized
 from scrubjay.kernels.window import window_attention
@@ -173,8 +174,9 @@ def model_pass(model: PreTrainedModel, work: str, length: int, shape: Shape) -> 
         return lambda: train_step(model, ids)
     if work == "prefill":
         return lambda: prefill(model, ids)
-    cached = "cache_params" if isinstance(model, Mamba2ForCausalLM) else "past_key_values"
-    cache = {cached: prefill(model, ids)[cached]}
+    out = prefill(model, ids)
+    cached = next(name for name in (*CACHE_NAMES, "cache_params") if name in out)  # the last: Mamba2's before 5.24
+    cache = {cached: out[cached]}
     steps = tokens(shape.vocab_size, shape.decoded).split(1, dim=1)
 
     @torch.no_grad()

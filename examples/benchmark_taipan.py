@@ -108,7 +108,7 @@ def read(model: TaipanForCausalLM, sizes: Sizes, contexts: tuple[int, ...]) -> l
     for context in contexts:
         caches.append(TaipanCache(model))
         for piece in prompt(sizes, context).split(CHUNK, dim=1):
-            model(piece, past_key_values=caches[-1], logits_to_keep=1)
+            model(piece, cache=caches[-1], logits_to_keep=1)
     return caches
 
 
@@ -123,7 +123,7 @@ def decode(sizes: Sizes) -> dict[str, Callable[[], int]]:
         def run() -> int:
             model.config.eval_threshold = threshold
             for step in steps:
-                model(step, past_key_values=cache)
+                model(step, cache=cache)
             return len(steps)
 
         return run

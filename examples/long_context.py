@@ -82,10 +82,10 @@ def continue_text(model, text: torch.Tensor, args: argparse.Namespace) -> str:
     model.eval()
     ids = text[-args.length :][None].to(model.device)
     batch = shard_sequence({"input_ids": ids[:, :-1]})
-    cache = model(**batch, use_cache=True, logits_to_keep=1).past_key_values
+    cache = model(**batch, use_cache=True, logits_to_keep=1).cache
     batch["shard"].broadcast(cache)
     settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": args.new}
-    out = model.generate(ids, past_key_values=cache, **settings)
+    out = model.generate(ids, cache=cache, **settings)
     return bytes(out[0, args.length :].tolist()).decode("utf-8", "replace")
 
 

@@ -9,6 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from scrubjay.modeling.cache_argument import CACHE, named
+
 
 @torch.no_grad()
 def stream_bits(
@@ -86,9 +88,7 @@ def cache_growth(model: PreTrainedModel, stream: np.ndarray, contexts: Iterable[
     for context in contexts:
         while done < context:
             end = min(done + chunk, context)
-            cache = model(
-                input_ids=ids[:, done:end], past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).past_key_values
+            cache = model(input_ids=ids[:, done:end], use_cache=True, logits_to_keep=1, **named(cache))[CACHE]
             done = end
         nbytes[context] = cache_nbytes(cache)
         if not hasattr(cache, "nbytes"):
@@ -106,8 +106,8 @@ def decode_rate(model: PreTrainedModel, stream: np.ndarray, context: int, num_to
         if step == 1:  # the first pass is the prompt
             _synchronize(model)
             start = time.perf_counter()
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **named(cache))
+        cache, ids = out[CACHE], out.logits[:, -1:].argmax(-1)
     _synchronize(model)
     return num_tokens / (time.perf_counter() - start)
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from scrubjay import RecycledCache, RecycledConfig, RecycledForCausalLM
 from scrubjay.examples.corpus import encode, load_corpus, train_tokenizer
 from scrubjay.examples.report import commit, machine, versions
+from scrubjay.modeling.cache_argument import named
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ def tail_perplexity(model: PreTrainedModel, rows: np.ndarray, recipe: Recipe, **
     for start in range(0, len(rows), recipe.batch_size):
         batch = torch.from_numpy(rows[start : start + recipe.batch_size])
         with RecycledCache(model, **settings) as cache:
-            model(batch[:, : recipe.prefix], past_key_values=cache, logits_to_keep=1)
+            model(batch[:, : recipe.prefix], **named(cache), logits_to_keep=1)
             for column in range(recipe.prefix, batch.shape[1] - 1):
-                logits = model(batch[:, column : column + 1], past_key_values=cache).logits[:, -1]
+                logits = model(batch[:, column : column + 1], **named(cache)).logits[:, -1]
                 nats += float(torch.nn.functional.cross_entropy(logits, batch[:, column + 1], reduction="sum"))
                 count += len(batch)
     return float(np.exp(nats / count))

@@ -30,6 +30,7 @@ from scrubjay import AdoreCache, AdoreConfig, RecycledCache
 from scrubjay.examples.adore_data import descend
 from scrubjay.examples.report import FULL, GRAY, OURS, commit, machine, versions
 from scrubjay.examples.train_adore_controller import loss_of
+from scrubjay.modeling.cache_argument import named
 from scrubjay.modeling.controller import Controller
 
 RESULTS = Path(__file__).resolve().parent / "results" / "retrieval.json"
@@ -173,10 +174,10 @@ def answer(model: PreTrainedModel, make_cache: Callable, rows: np.ndarray, label
     for start in range(0, len(rows), task.batch_size):
         ids, wanted = (torch.from_numpy(x[start : start + task.batch_size]) for x in (rows, labels))
         cache, prompt = make_cache(model), task.listed + 1
-        out = model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
+        out = model(ids[:, :prompt], **named(cache), logits_to_keep=1)
         predicted = [out.logits[:, -1].argmax(-1)]
         for column in range(prompt, ids.shape[1] - 1):
-            out = model(ids[:, column : column + 1], past_key_values=cache, logits_to_keep=1)
+            out = model(ids[:, column : column + 1], **named(cache), logits_to_keep=1)
             predicted.append(out.logits[:, -1].argmax(-1))
         hits = (torch.stack(predicted, 1) == wanted[:, prompt:]).numpy()
         hits = np.pad(hits, ((0, 0), (1, 0))).reshape(len(ids), task.questions, 1 + task.values)

@@ -11,12 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
+from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.kernels.loss import cross_entropy
 from scrubjay.modeling.adapters import adapts, give_own_weight, keep_unpacked, make_replaceable
+from scrubjay.modeling.arguments import given, refuse_unknown
+from scrubjay.modeling.cache_argument import (
+    CACHE,
+    ZooCausalLMOutput,
+    ZooModelOutput,
+    by_its_name,
+    named,
+    pop_cache,
+    takes_cache,
+)
 from scrubjay.modeling.context_parallel import SequenceShard
 from scrubjay.modeling.layers import Linear, RMSNorm
 from scrubjay.modeling.layout import arrange
@@ -27,31 +37,12 @@ from scrubjay.modeling.publishing import Published
 SEGMENT = 2048
 
 
-def given(input_ids, inputs_embeds, hidden_size):
-    """Whichever of the two a call has.
-
-    Raises:
-        ValueError: both, neither, or one of the wrong shape.
-    """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError(
-            "Pass exactly one of input_ids (batch, length) and inputs_embeds (batch, length, hidden_size)."
-        )
-    if inputs_embeds is not None and (inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != hidden_size):
-        raise ValueError(
-            f"inputs_embeds must have shape (batch, length, {hidden_size}); got {tuple(inputs_embeds.shape)}."
-        )
-    if input_ids is not None and input_ids.ndim != 2:
-        raise ValueError(f"input_ids must have shape (batch, length); got {tuple(input_ids.shape)}.")
-    return input_ids if inputs_embeds is None else inputs_embeds
-
-
 class ZooPreTrainedModel(Published):
     """Saving with code, caches of the zoo, weight decay groups. Subclasses set `config_class`, `cache_class`."""
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = (*CACHE_NAMES, "state")
     _supports_attention_backend = False
     _is_stateful = True  # assisted decoding would have to take tokens back from a sum
     cache_class: type
@@ -78,11 +69,15 @@ class ZooPreTrainedModel(Published):
         super().__setattr__(name, value)
 
     def checkpoints(self, cache) -> bool:
-        """Whether the model's `layers` run under gradient checkpointing, which a cache that was given forbids."""
-        checkpointing = self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.layers)
+        """Whether the model's `layers` run under gradient checkpointing, which a cache that was given forbids.
+
+        Without gradients (generate() in train mode) nothing runs twice, and a cache advances as always.
+        """
+        asked = self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.layers)
+        checkpointing = asked and torch.is_grad_enabled()
         if checkpointing and cache is not None:
             raise ValueError(
-                "Gradient checkpointing runs blocks twice and cannot advance a cache: pass past_key_values=None."
+                "Gradient checkpointing runs blocks twice and cannot advance a cache: pass none, or call model.eval()."
             )
         return checkpointing
 
@@ -101,7 +96,10 @@ class ZooPreTrainedModel(Published):
 
 
 class ZooModel(ZooPreTrainedModel):
-    """Embedding, blocks, final norm. Subclasses give `block_class`, called as block(x, layout, past_key_values=)."""
+    """Embedding, blocks, final norm. Subclasses give `block_class`, called as block(x, layout, state).
+
+    A block's state is the cache's layer at its place in `layers`, wherever the block was when the model was made.
+    """
 
     block_class: Callable[..., nn.Module]
     norm_eps_name = "rms_norm_eps"
@@ -112,10 +110,14 @@ class ZooModel(ZooPreTrainedModel):
         super().__init__(config)
         padding_row = config.pad_token_id if self.has_padding_row else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_row)
-        self.layers = nn.ModuleList(self.block_class(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.make_block(i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, getattr(config, self.norm_eps_name))
         self.gradient_checkpointing = False
         self.post_init()
+
+    def make_block(self, place: int) -> nn.Module:
+        """The block that is made for this place in `layers`."""
+        return self.block_class(self.config)
 
     def embed(self, inputs_embeds):
         """What happens to embeddings before the first block."""
@@ -125,13 +127,14 @@ class ZooModel(ZooPreTrainedModel):
         """The layout with what blocks need to know of positions."""
         return layout
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -139,26 +142,28 @@ class ZooModel(ZooPreTrainedModel):
         seq_idx: torch.Tensor | None = None,
         shard: SequenceShard | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> ZooModelOutput:
         """(B, T) tokens to (B, T, D) hidden states.
 
         Args:
             attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row.
             position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as transformers' collators give them: positions
                 that restart, offsets (D + 1,), or document numbers (B, T). Positions are counted by the model itself.
-            past_key_values: the model's own cache, advanced in place.
+            cache: the model's own, advanced in place. `past_key_values` is the same, as before transformers 5.24.
             inputs_embeds: (B, T, D) instead of input_ids.
             shard: the T columns are one rank's slice of longer rows, as `shard_sequence` says.
 
         Raises:
-            ValueError: inputs that do not fit each other or the cache; each says what came and what was needed.
+            ValueError: inputs that do not fit each other or the cache, or that the model does not know; each says what
+                came and what was needed.
         """
-        x = self._embedded(input_ids, inputs_embeds)
-        cache, use_cache = self._cache(past_key_values, use_cache, x)
+        refuse_unknown(self, kwargs)
+        x, held = self._embedded(input_ids, inputs_embeds), cache
+        cache, use_cache = self._cache(held, use_cache, x)
         seen = 0 if cache is None else cache.get_seq_length()
         counts = cache.layers[0].counts.to(x.device) if seen else None
         plan = arrange(x.shape[:2], x.device, counts, attention_mask, position_ids, cu_seq_lens_q, seq_idx, seen)
-        if past_key_values is None and plan.layout.cu_seqlens is not None:
+        if held is None and plan.layout.cu_seqlens is not None:
             cache = None  # documents that end in a row have no state to hand on
         layout = plan.layout if shard is None else _slice(plan.layout, shard, x.shape, seen, cache)
         layout = self.locate(layout, x.dtype)
@@ -170,21 +175,22 @@ class ZooModel(ZooPreTrainedModel):
         )
         states: list[torch.Tensor] = []
         notes: list[torch.Tensor] = []
-        for block in self.layers:
-            if output_hidden_states:
+        for place, block in enumerate(self.layers):
+            if output_hidden_states:  # what is returned is what goes on, so that gradients reach it
                 states.append(plan.leave(x))
-            x = self._run(block, x, layout, cache, notes)
+                x = plan.enter(states[-1])
+            x = self._run(block, place, x, layout, cache, notes)
         if shard is not None:
             notes = [shard.sum(note) for note in notes]
         x = plan.leave(self.norm(x))
         hidden_states = (*states, x) if output_hidden_states else None
         return self.output(
-            notes, last_hidden_state=x, past_key_values=cache if use_cache else None, hidden_states=hidden_states
+            notes, last_hidden_state=x, hidden_states=hidden_states, **named(cache if use_cache else None)
         )
 
     def output(self, notes, **fields):
         """What forward returns. `notes`: what blocks gave beside their output, in order."""
-        return BaseModelOutputWithPast(**fields)
+        return ZooModelOutput(**fields)
 
     def _embedded(self, input_ids, inputs_embeds):
         given(input_ids, inputs_embeds, self.config.hidden_size)
@@ -201,16 +207,29 @@ class ZooModel(ZooPreTrainedModel):
             if not isinstance(cache, self.cache_class):
                 name = self.cache_class.__name__
                 raise ValueError(
-                    f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. "
-                    f"Pass past_key_values={name}(model), or none."
+                    f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. Pass {name}(model), or none."
                 )
+            self.check_places()
             cache.check(self.config, x.shape[0])
             return cache, use_cache
         if not use_cache or checkpointing:
             return None, False
+        self.check_places()
         return self.cache_class(self.config), True
 
-    def _run(self, block, x, layout, cache, notes):
+    def check_places(self) -> None:
+        """Refuse blocks for which a cache made by the configuration has no layer, or one too many.
+
+        Raises:
+            ValueError: both numbers.
+        """
+        if len(self.layers) != self.config.num_hidden_layers:
+            raise ValueError(
+                f"The model has {len(self.layers)} blocks, and num_hidden_layers = {self.config.num_hidden_layers} in "
+                "its configuration, by which caches and checkpoints are made. Set it to the number of blocks."
+            )
+
+    def _run(self, block, place, x, layout, cache, notes):
         """One block over all columns, in segments where that saves memory.
 
         A block gives its output, or a pair: the output, and sums over tokens that are kept in `notes`.
@@ -218,11 +237,16 @@ class ZooModel(ZooPreTrainedModel):
         T = x.shape[1]
         whole = layout.cu_seqlens is not None or layout.shard is not None
         if T <= SEGMENT or torch.is_grad_enabled() or x.device.type != "cpu" or whole:
-            outs = [block(x, layout, past_key_values=cache)]
+            pieces = [(x, layout)]
         else:
-            carrier = cache if cache is not None else self.cache_class(self.config)
+            cache = cache if cache is not None else self.cache_class(self.config)
             cuts = [(start, min(start + SEGMENT, T)) for start in range(0, T, SEGMENT)]
-            outs = [block(x[:, a:b], layout.segment(a, b), past_key_values=carrier) for a, b in cuts]
+            pieces = [(x[:, a:b], layout.segment(a, b)) for a, b in cuts]
+        outs = []
+        for piece, part in pieces:
+            outs.append(block(piece, part, state=None if cache is None else cache.layers[place]))
+            if cache is not None:
+                cache.count(place, piece.shape[1], part.lengths)
         if isinstance(outs[0], tuple):
             outs, sums = zip(*outs, strict=True)
             notes.append(sum(sums))
@@ -277,20 +301,21 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         self.loss_function = causal_lm_loss
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> ZooCausalLMOutput:
         """(B, T) tokens to (B, T, V) logits, and the loss where `labels` (or `shift_labels`) are given.
 
         Args:
@@ -306,10 +331,11 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             **kwargs,
         )
         x = outputs.last_hidden_state
@@ -321,12 +347,21 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         if labels is not None or loss_kwargs.get("shift_labels") is not None:
             compute = self.loss_function if shard is None else partial(shard.loss, self.loss_function)
             loss = compute(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
-        out = CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
+        kept = {
+            CACHE: getattr(outputs, CACHE),
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+        }
+        out = ZooCausalLMOutput(loss=loss, logits=logits, **kept)
         return self.output(out, outputs, labels, shard=shard, **loss_kwargs)
 
     def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None, shard=None):
         """What forward returns: `out`, to which a model may add what its blocks gave beside the hidden states."""
         return out
+
+    def generate(self, *args, **kwargs):
+        """As in transformers; the cache may be given by either name on every version."""
+        return super().generate(*args, **by_its_name(kwargs))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give generate() the model's own cache; `cache_implementation` may be "dynamic" or "offloaded"."""
@@ -336,32 +371,19 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
                 f"{type(self).__name__} has one cache, of constant size, and needs no {wanted!r} one. "
                 'Leave cache_implementation out, or pass "offloaded".'
             )
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if model_kwargs.get(CACHE) is not None or generation_config.use_cache is False:
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        model_kwargs["past_key_values"] = self.cache_class(self.config, offload=wanted == "offloaded")
+        model_kwargs[CACHE] = self.cache_class(self.config, offload=wanted == "offloaded")
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=None,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        **kwargs,
-    ):
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
         """As in transformers, which would feed the whole prompt again when it holds nothing new."""
+        cache = pop_cache(kwargs)
         if next_sequence_length is not None and next_sequence_length < 1:
             given = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             raise ValueError(
-                f"The cache holds {past_key_values.get_seq_length()} columns and the prompt has {given}: nothing is "
-                "new. Pass the whole conversation with at least one new token, or only the new tokens with an "
-                "attention_mask that covers the old ones too."
+                f"The cache holds {cache.get_seq_length()} columns and the prompt has {given}: nothing is new. Pass "
+                "the whole conversation with at least one new token, or only the new tokens with an attention_mask "
+                "that covers the old ones too."
             )
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        inputs = {"next_sequence_length": next_sequence_length, "inputs_embeds": inputs_embeds, **named(cache)}
+        return super().prepare_inputs_for_generation(input_ids, **inputs, **kwargs)

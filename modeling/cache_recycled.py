@@ -218,7 +218,7 @@ class RecycledCache(AttachedCache):
     """Keys and values of an unmodified decoder, of which most steps read `budget` a layer and key head.
 
         with RecycledCache(model, budget=2048, stride=10) as cache:
-            model.generate(**inputs, past_key_values=cache)
+            model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache
 
     Args:
         model: Llama, Qwen2, Qwen3 or Mistral of transformers (with attention "sdpa" or "eager"), or a

@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from scrubjay.modeling.cache_argument import pop_cache
+
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "max_length_q", "max_length_k")
 
 
@@ -69,8 +71,8 @@ class SequenceShard:
             raise ValueError(f"A sequence over several ranks cannot have {what}: pass rows that are full.")
         if seen:
             raise ValueError(
-                f"A sequence over several ranks starts from nothing; this cache holds {seen} columns. Pass "
-                "past_key_values=None and continue from the cache that comes back."
+                f"A sequence over several ranks starts from nothing; this cache holds {seen} columns. Pass none, and "
+                "continue from the one that comes back."
             )
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
@@ -239,8 +241,8 @@ def _check_plain(batch, length):
         marks.append("position_ids that restart")
     if marks:
         raise ValueError(f"shard_sequence cannot split packed documents ({', '.join(marks)}): pass one a row.")
-    if batch.get("past_key_values") is not None:
-        raise ValueError("shard_sequence cannot continue a cache: pass the whole text without past_key_values.")
+    if pop_cache(batch) is not None:
+        raise ValueError("shard_sequence cannot continue a cache: pass the whole text without one.")
 
 
 def _wanted(written, steps, holder, reader):

@@ -18,7 +18,7 @@ def check_decoder(decoder):
         )
     if decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers):
         raise ValueError(
-            "Gradient checkpointing runs layers twice and cannot advance a cache: pass past_key_values=None."
+            "Gradient checkpointing runs layers twice and cannot advance a cache: pass none, or call model.eval()."
         )
     kind = (getattr(decoder.config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):

@@ -180,7 +180,8 @@ class KeepingLayer(CacheLayerMixin):
         if not self.call.active:
             raise ValueError(
                 "This cache takes part in the calls of the model that it was made for, and only until it is closed. "
-                "Make one with RecycledCache(model, ...) and pass it as past_key_values= by name."
+                "Make one with RecycledCache(model, ...) and pass it by name: as cache=, or past_key_values= before "
+                "transformers 5.24."
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 
 from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.modeling.attention_recycled import NAMES
+from scrubjay.modeling.cache_argument import takes_cache
 from scrubjay.modeling.cache_recycled import RecycledCache
 from scrubjay.modeling.wrapped import ZooWrapperForCausalLM, ZooWrapperModel
 
@@ -17,22 +18,23 @@ class RecycledModel(ZooWrapperModel):
     cache_class = RecycledCache
     _is_stateful = False  # the cache gives tokens back, so another model may propose some
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+    @takes_cache
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, **kwargs):
         """As `ZooWrapperModel.forward`; in train mode with `train_tail` as the paper continues to pre-train.
 
         Raises:
             ValueError: with `train_tail`, rows that are padded, packed or no longer than it.
         """
         if self.training and self.config.train_tail:
-            kwargs["recycled_tail"] = self._tail(input_ids, attention_mask, position_ids, kwargs)
-        return super().forward(input_ids, attention_mask, position_ids, **kwargs)
+            kwargs["recycled_tail"] = self._tail(input_ids, attention_mask, position_ids, cache, kwargs)
+        return super().forward(input_ids, attention_mask, position_ids, cache, **kwargs)
 
-    def _tail(self, input_ids, attention_mask, position_ids, kwargs):
+    def _tail(self, input_ids, attention_mask, position_ids, cache, kwargs):
         config, columns = self.config, (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
         padded = attention_mask is not None and not bool(attention_mask.all())
         packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
         packed |= position_ids is not None and columns > 1 and bool((position_ids.diff(dim=-1) != 1).any())
-        if padded or packed or kwargs.get("past_key_values") is not None or columns <= config.train_tail:
+        if padded or packed or cache is not None or columns <= config.train_tail:
             raise ValueError(
                 f"train_tail = {config.train_tail} needs rows of more tokens than that, without padding, packing or a "
                 f"cache; got {columns} columns. Cut the text into rows of equal length, or set config.train_tail = 0."

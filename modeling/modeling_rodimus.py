@@ -212,9 +212,8 @@ class SharedKeyWindow(nn.Module):
 class RodimusBlock(GradientCheckpointingLayer):
     """The mixer; in Rodimus+ then attention and feed-forward network as one second hop."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config):
         super().__init__()
-        self.layer_idx = layer_idx
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = RodimusMixer(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -225,14 +224,11 @@ class RodimusBlock(GradientCheckpointingLayer):
             self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.ffn = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, layout, past_key_values=None):
-        state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+    def forward(self, x, layout, state=None):
         x = x + self.dropout(self.mixer(self.mixer_norm(x), layout, state))
         if self.has_attention:
             y = x + self.dropout(self.attn(self.attn_norm(x), layout, state))
             x = x + self.dropout(self.ffn(self.ffn_norm(y)))
-        if state is not None:
-            past_key_values.count(self.layer_idx, x.shape[1], layout.lengths)
         return x
 
 

@@ -111,18 +111,13 @@ class SSDMixer(nn.Module):
 class SSDBlock(GradientCheckpointingLayer):
     """Norm, mixer, residual."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config):
         super().__init__()
-        self.layer_idx = layer_idx
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = SSDMixer(config)
 
-    def forward(self, x, layout, past_key_values=None):
-        state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        x = x + self.mixer(self.norm(x), layout, state)
-        if state is not None:
-            past_key_values.count(self.layer_idx, x.shape[1], layout.lengths)
-        return x
+    def forward(self, x, layout, state=None):
+        return x + self.mixer(self.norm(x), layout, state)
 
 
 class SSDPreTrainedModel(ZooPreTrainedModel):

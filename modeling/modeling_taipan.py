@@ -26,10 +26,10 @@ from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from scrubjay.configuration.configuration_taipan import TaipanConfig
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel
+from scrubjay.modeling.cache_argument import ZooCausalLMOutput, ZooModelOutput
 from scrubjay.modeling.cache_taipan import TaipanCache
 from scrubjay.modeling.layers import GatedMLP, RMSNorm, rotary_table
 from scrubjay.modeling.modeling_ssd import SSDBlock, SSDMixer, SSDPreTrainedModel
@@ -38,7 +38,7 @@ from scrubjay.modeling.sharding import spread
 
 
 @dataclass
-class TaipanModelOutput(BaseModelOutputWithPast):
+class TaipanModelOutput(ZooModelOutput):
     """budget_loss: scalar, without its weight. selection: (selective layers, 3) shares of the real tokens, detached:
     selected in this call, mean of a, selected by argmax."""
 
@@ -47,7 +47,7 @@ class TaipanModelOutput(BaseModelOutputWithPast):
 
 
 @dataclass
-class TaipanCausalLMOutput(CausalLMOutputWithPast):
+class TaipanCausalLMOutput(ZooCausalLMOutput):
     """As `TaipanModelOutput`; `loss` holds budget_lambda * budget_loss in training."""
 
     budget_loss: torch.Tensor | None = None
@@ -57,40 +57,30 @@ class TaipanCausalLMOutput(CausalLMOutputWithPast):
 class SelectiveBlock(GradientCheckpointingLayer):
     """Selective attention, then a feed-forward network for every token."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config):
         super().__init__()
-        self.layer_idx = layer_idx
         self.attn = SelectiveAttention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.ffn = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, layout, past_key_values=None):
-        ring = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        x, sums = self.attn(x, layout, ring)
-        x = x + self.ffn(self.ffn_norm(x))
-        if ring is not None:
-            past_key_values.count(self.layer_idx, x.shape[1], layout.lengths)
-        return x, sums
+    def forward(self, x, layout, state=None):
+        x, sums = self.attn(x, layout, state)
+        return x + self.ffn(self.ffn_norm(x)), sums
 
 
 class MixerBlock(SSDBlock):
     """A Mamba-2 block, with `mamba_mlp` followed by a feed-forward network."""
 
-    def __init__(self, config, layer_idx: int):
-        super().__init__(config, layer_idx)
+    def __init__(self, config):
+        super().__init__(config)
         self.ffn = None
         if config.mamba_mlp:
             self.ffn_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
             self.ffn = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, layout, past_key_values=None):
-        x = super().forward(x, layout, past_key_values)
+    def forward(self, x, layout, state=None):
+        x = super().forward(x, layout, state)
         return x if self.ffn is None else x + self.ffn(self.ffn_norm(x))
-
-
-def taipan_block(config, layer_idx: int) -> GradientCheckpointingLayer:
-    """The block at this depth."""
-    return (SelectiveBlock if layer_idx in config.selective_layers else MixerBlock)(config, layer_idx)
 
 
 class TaipanPreTrainedModel(SSDPreTrainedModel):
@@ -133,8 +123,20 @@ class TaipanPreTrainedModel(SSDPreTrainedModel):
 class TaipanModel(TaipanPreTrainedModel, ZooModel):
     """Embedding, Mamba-2 and selective blocks, final norm."""
 
-    block_class = staticmethod(taipan_block)
     norm_eps_name = "layer_norm_epsilon"
+
+    def make_block(self, place):
+        return (SelectiveBlock if place in self.config.selective_layers else MixerBlock)(self.config)
+
+    def check_places(self):
+        super().check_places()
+        places = [i for i, block in enumerate(self.layers) if isinstance(block, SelectiveBlock)]
+        if places != list(self.config.selective_layers):
+            raise ValueError(
+                f"The model has selective blocks at {places} and its configuration at "
+                f"{list(self.config.selective_layers)} (attention_every = {self.config.attention_every}), by which "
+                "caches and checkpoints are made. Keep whole groups of blocks."
+            )
 
     def locate(self, layout, dtype):
         if not self.config.rotary_dim:
@@ -214,12 +216,7 @@ class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM, GenerationMixin):
                 share = (asked if shard is None else shard.sum(asked)) / num_items_in_batch
             loss = loss + self.config.budget_lambda * share * outputs.budget_loss
         return TaipanCausalLMOutput(
-            loss=loss,
-            logits=out.logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            budget_loss=outputs.budget_loss,
-            selection=outputs.selection,
+            **{**out, "loss": loss}, budget_loss=outputs.budget_loss, selection=outputs.selection
         )
 
 

@@ -14,13 +14,16 @@ import torch
 from torch import nn
 from transformers import AutoModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple
 
 from scrubjay.configuration.configuration_wrapped import BASES
-from scrubjay.modeling.base import ZooForCausalLM, ZooPreTrainedModel, given
+from scrubjay.modeling.arguments import given, refuse_unknown
+from scrubjay.modeling.base import ZooForCausalLM, ZooPreTrainedModel
+from scrubjay.modeling.cache_argument import CACHE, ZooModelOutput, by_its_name, named, takes_cache
 from scrubjay.modeling.layout import arrange
 
 ATTENTION = ("sdpa", "eager")
+DECODERS_OWN = ("output_hidden_states", "output_attentions", "recycled_tail")  # what goes on to the decoder as it is
 
 
 def decoder_of(model) -> nn.Module:
@@ -61,14 +64,14 @@ class AttachedCache(Cache):
 
         def before(module, args, kwargs):
             _run(undo)
-            cache, kwargs = me(), dict(zip(names, args, strict=False)) | kwargs
-            if cache is not None and kwargs.get("past_key_values") is cache:
+            cache, kwargs = me(), by_its_name(dict(zip(names, args, strict=False)) | kwargs)
+            if cache is not None and kwargs.get(CACHE) is cache:
                 return (), cache.enter(module, kwargs)
             return None
 
         def after(module, args, kwargs, output):
             cache = me()
-            if cache is not None and kwargs.get("past_key_values") is cache:
+            if cache is not None and kwargs.get(CACHE) is cache:
                 _run(undo)
                 return cache.leave(module, output)
             return None
@@ -171,57 +174,66 @@ class ZooWrapperModel(ZooPreTrainedModel):
         self.decoder.training = mode
         return super().train(mode)
 
+    @takes_cache
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> ZooModelOutput:
         """(B, T) tokens to (B, T, D) hidden states.
 
         Args:
             attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row. The
                 zoo's caches remember the padding that they were given.
             position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as transformers' collators give them.
-            past_key_values: a cache of the zoo's for this model, or one of transformers'.
+            cache: the zoo's for this model, or one of transformers'. `past_key_values` is the same, as before
+                transformers 5.24.
 
         Raises:
-            ValueError: inputs that do not fit each other or the cache; each says what came and what was needed.
+            ValueError: inputs that do not fit each other or the cache, or that the model does not know; each says what
+                came and what was needed.
         """
         if kwargs.get("shard") is not None:
             raise ValueError(
                 f"{type(self).__name__} attends to every token before its own and hands no state from rank to rank: it "
                 "cannot run on a slice of a sequence. Pass whole rows, without shard_sequence."
             )
+        asked = {name: kwargs.pop(name) for name in DECODERS_OWN if kwargs.get(name) is not None}
+        refuse_unknown(self, kwargs)
+        flags = {name: getattr(self.config, name) for name in ("output_hidden_states", "output_attentions")}
         x = given(input_ids, inputs_embeds, self.config.hidden_size)
         shape, device = x.shape[:2], x.device
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        use_cache = not self.checkpoints(past_key_values) and use_cache
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        attention_mask = _whole_mask(past_key_values, seen, shape, attention_mask)
+        use_cache = not self.checkpoints(cache) and use_cache
+        seen = 0 if cache is None else cache.get_seq_length()
+        attention_mask = _whole_mask(cache, seen, shape, attention_mask)
         packing = (position_ids if seen == 0 else None, cu_seq_lens_q, seq_idx)
         layout = arrange(shape, device, None, attention_mask, *packing, seen).layout
         if layout.cu_seqlens is not None:
-            past_key_values, use_cache = None, False
+            cache, use_cache = None, False
         positions = _positions(shape, device, attention_mask, seen, layout)
-        if use_cache and past_key_values is None:
-            past_key_values = self.cache_class(self)
-        return self.decoder(
+        if use_cache and cache is None:
+            cache = self.cache_class(self)
+        out = self.decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=positions,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **kwargs,
+            return_dict=True,
+            **named(cache),
+            **flags | asked,
         )
+        return ZooModelOutput(**out)
 
 
 def _check_devices(config):
@@ -259,13 +271,13 @@ class ZooWrapperForCausalLM(ZooForCausalLM):
         if wanted not in (None, "dynamic", "dynamic_full"):
             raise ValueError(
                 f"{type(self).__name__} makes a cache of its own, which no {wanted!r} one can stand in for. Leave "
-                "cache_implementation out; for full attention, pass a cache of transformers' as past_key_values."
+                "cache_implementation out; for full attention, pass one of transformers' own."
             )
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if model_kwargs.get(CACHE) is not None or generation_config.use_cache is False:
             return super(ZooForCausalLM, self)._prepare_cache_for_generation(
                 generation_config, model_kwargs, *args, **kwargs
             )
-        model_kwargs["past_key_values"] = self.cache_class(self)
+        model_kwargs[CACHE] = self.cache_class(self)
 
 
 def _whole_mask(cache, seen, shape, mask):

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from scrubjay import AdoreCache
+from scrubjay.modeling.cache_argument import CACHE, named
 from scrubjay.modeling.controller import Scorer
 
 VOCAB = 97
@@ -149,7 +150,7 @@ def dense(model, ids, law):
     out = model(
         input_ids=ids[columns][None], position_ids=columns[None], attention_mask=mask[None, None], use_cache=True
     )
-    return out.logits[0], [(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers]
+    return out.logits[0], [(layer.keys[0], layer.values[0]) for layer in out[CACHE].layers]
 
 
 class Recorder(AdoreCache):
@@ -167,7 +168,7 @@ def run(model, ids, pieces, cache, mask=None):
     for new in pieces:
         seen = None if mask is None else mask[:, : start + new]
         part = ids[:, start : start + new]
-        logits.append(model(part, attention_mask=seen, past_key_values=cache).logits)
+        logits.append(model(part, attention_mask=seen, **named(cache)).logits)
         tables.append((cache.slots.clone(), cache.last_rebuilt.clone()))
         start += new
     return torch.cat(logits, 1), tables
@@ -218,7 +219,7 @@ def gap_after_reordering(model):
     second, start = [], 28
     for new in later:
         seen = mask[order][:, : start + new]
-        second.append(model(ids[order][:, start : start + new], attention_mask=seen, past_key_values=cache).logits)
+        second.append(model(ids[order][:, start : start + new], attention_mask=seen, **named(cache)).logits)
         start += new
     second, gap = torch.cat(second, 1), 0.0
     for row, n in enumerate(lengths):

@@ -202,20 +202,18 @@ def prefilled(name, each=None, group=None, **fields):
     """Errors of a cache that a prefill over ranks makes, and of what is decoded from it."""
     model, length = build(name, **fields), columns(dist.get_world_size(group), each)
     ids, more = tokens(2, length), tokens(2, 3, seed=9)
-    want = model(input_ids=ids).past_key_values
+    want = model(input_ids=ids).cache
     batch = shard_sequence({"input_ids": ids}, group)
-    cache = model(**batch).past_key_values
-    own = model(input_ids=ids[:, : batch["shard"].start + batch["input_ids"].shape[1]]).past_key_values
+    cache = model(**batch).cache
+    own = model(input_ids=ids[:, : batch["shard"].start + batch["input_ids"].shape[1]]).cache
     found = {"cache of the columns so far": cache_error(cache, own)}
     batch["shard"].broadcast(cache)
     found["cache"] = cache_error(cache, want)
     prompt = torch.cat([ids, more], 1)
-    found["next"] = relative(
-        model(input_ids=more, past_key_values=cache).logits, model(input_ids=more, past_key_values=want).logits
-    )
+    found["next"] = relative(model(input_ids=more, cache=cache).logits, model(input_ids=more, cache=want).logits)
     settings = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
-    batch["shard"].broadcast(cache := model(**batch).past_key_values)
-    text = model.generate(prompt, past_key_values=cache, **settings)
+    batch["shard"].broadcast(cache := model(**batch).cache)
+    text = model.generate(prompt, cache=cache, **settings)
     return found | {
         "generated": int((text != model.generate(prompt, **settings)).sum()),
         "seen": cache.get_seq_length(),

@@ -60,7 +60,7 @@ def stepwise(model):
     cache = model.cache_class(model if wrapper else model.config)
     ids, found = tokens(ROWS, PROMPT + NEW, seed=2), []
     for a, b in [(0, PROMPT), *((t, t + 1) for t in range(PROMPT, PROMPT + NEW))]:
-        found.append(model(ids[:, a:b], past_key_values=cache, use_cache=True).logits[:, -1])
+        found.append(model(ids[:, a:b], cache=cache, use_cache=True).logits[:, -1])
     return torch.stack(found), getattr(cache, "full_steps", None)
 
 

@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from scrubjay.modeling.cache_argument import CACHE, named
+
 BOUND = 1e-10  # float64 against the recurrences; the worst of all cases was 9.2e-13, of all gradients 9.1e-14
 SSD = dict(hidden_size=16, head_dim=8, state_size=6, num_hidden_layers=2, vocab_size=29, pad_token_id=None)
 RODIMUS = dict(hidden_size=24, state_size=8, num_hidden_layers=2, vocab_size=31, block_type="rodimus", chunk_size=16)
@@ -65,8 +67,8 @@ def through(model, ids, pieces):
     """Logits of ids given to a cache piece by piece."""
     past, logits = None, []
     for piece in ids.split(pieces, 1):
-        out = model(piece, past_key_values=past, use_cache=True)
-        past = out.past_key_values
+        out = model(piece, **named(past), use_cache=True)
+        past = out[CACHE]
         logits.append(out.logits)
     return torch.cat(logits, 1)
 

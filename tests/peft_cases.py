@@ -53,8 +53,8 @@ def _stepwise(model, cache=None):
     ids = tokens(2, 15)
     parts = []
     for start, stop in ((0, 9), (9, 12), (12, 13), (13, 14), (14, 15)):  # a prompt, a piece, single steps
-        out = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(ids[:, start:stop], cache=cache, use_cache=True)
+        cache = out.cache
         parts.append(out.logits)
     return torch.cat(parts, 1)
 

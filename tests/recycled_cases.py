@@ -15,6 +15,8 @@ from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
+from scrubjay.modeling.cache_argument import named
+
 VOCAB = 61
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
 BOUND = 1e-10  # of the largest logit, in float64; measured: 5e-15, and 3e-2 or more for one wrong key
@@ -85,7 +87,7 @@ def drive(model, ids, pieces, cache, real=None, oracle=None, after=None):
             more = {"attention_mask": seen.long(), "position_ids": positions}
         if oracle is not None:
             oracle.real = torch.ones(len(ids), stop, dtype=torch.bool) if real is None else seen
-        found.append(model(ids[:, start:stop], past_key_values=cache, **more).logits)
+        found.append(model(ids[:, start:stop], **named(cache), **more).logits)
         if after is not None:
             after()
         start = stop

@@ -97,7 +97,7 @@ def recorded(model, ids, pieces=None, **kwargs):
             return model(ids, use_cache=False, **kwargs).logits, found
         cache, logits = None, []
         for piece in ids.split(pieces, 1):
-            out = model(piece, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(piece, cache=cache, use_cache=True)
+            cache = out.cache
             logits.append(out.logits)
     return torch.cat(logits, 1), found

@@ -18,6 +18,7 @@ from adore_cases import (
 )
 
 from scrubjay import AdoreCache
+from scrubjay.modeling.cache_argument import CACHE, named
 from scrubjay.modeling.controller import Controller
 
 
@@ -29,7 +30,7 @@ def model(request):
 def generated(model, ids, cache=None, **options):
     mask = mask_of((18, 11, 2), 18)
     options = dict(max_new_tokens=14, do_sample=False, attention_mask=mask) | options
-    return model.generate(ids, past_key_values=cache, **options)
+    return model.generate(ids, **named(cache), **options)
 
 
 @pytest.mark.parametrize("rebuild", [0, 3])
@@ -113,7 +114,7 @@ def test_adore_D_a_rebuilt_token_is_exact_where_its_whole_prefix_is(model):
     law = simulate(scorer.scores, PIECES, cache_size=7, rebuild=16)
     _, layers = dense(model, ids, law)
     with torch.no_grad():
-        full = model(ids[None], use_cache=True).past_key_values.layers[-1]
+        full = model(ids[None], use_cache=True)[CACHE].layers[-1]
     exact = {}
     for instance in law.instances:  # in order: what an instance sees of other calls comes before it
         covered = {other.column for other in instance.sees} == set(range(instance.column + 1))

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from scrubjay import AdoreCache
+from scrubjay.modeling.cache_argument import CACHE, named
 from scrubjay.modeling.controller import Controller
 
 
@@ -62,10 +63,10 @@ def test_a_step_writes_where_the_cache_is_and_returns_what_it_was_given(model):
     before = [layer.keys.data_ptr() for layer in cache.layers]
     tables = {name: x.data_ptr() for name, x in cache.history.tables.items()}
     with torch.no_grad():
-        out = model(text()[:, :1], past_key_values=cache, output_hidden_states=True)
+        out = model(text()[:, :1], **named(cache), output_hidden_states=True)
     assert [layer.keys.data_ptr() for layer in cache.layers] == before
     assert {name: x.data_ptr() for name, x in cache.history.tables.items()} == tables
-    assert out.past_key_values is cache
+    assert out[CACHE] is cache
     assert out.logits.shape[1] == 1
     assert {x.shape for x in out.hidden_states} == {(1, 1, 48)}
 
@@ -92,7 +93,7 @@ def test_a_step_does_not_wait_for_the_device_but_for_the_gate(flags):
     cache = AdoreCache(model, controller=Controller(48, 16), **SMALL | flags)
     run(model, ids, [18] + [1] * 12, cache, mask)
     with torch.no_grad(), Waits() as waits:
-        model(ids[:, 30:31], attention_mask=mask[:, :31], past_key_values=cache)
+        model(ids[:, 30:31], attention_mask=mask[:, :31], **named(cache))
     assert waits.seen == (["aten::_local_scalar_dense"] if "rebuild_gate" in flags else [])
 
 
@@ -102,7 +103,7 @@ def test_gradients_flow_through_slots_and_rebuilt_tokens(model):
     want = torch.autograd.grad(model(ids).logits.square().sum(), parameters)
     cache, total = made(model, rebuild=24), 0.0
     for piece in ids.split([10, 1, 1, 11, 1], 1):
-        total = total + model(piece, past_key_values=cache).logits.square().sum()
+        total = total + model(piece, **named(cache)).logits.square().sum()
     for one, other in zip(torch.autograd.grad(total, parameters), want, strict=True):
         assert (one - other).abs().max() < 1e-9 * other.abs().max()
 
@@ -113,7 +114,7 @@ def test_output_as_a_tuple_and_probabilities_lose_the_rebuilt_tokens_too():
     run(model, ids[:, :30], [18] + [1] * 12, cache)
     with torch.no_grad():
         hidden, kept, states, probabilities = model.model(
-            input_ids=ids[:, 30:31], past_key_values=cache, use_cache=True, output_hidden_states=True,
+            input_ids=ids[:, 30:31], **named(cache), use_cache=True, output_hidden_states=True,
             output_attentions=True, return_dict=False,
         )  # fmt: skip
     assert hidden.shape == (1, 1, 48)
@@ -154,17 +155,17 @@ def test_turns_of_several_tokens_are_generated_as_one_conversation(model):
     outs = []
     for suffix in (False, True):
         cache = made(model)
-        turn = model.generate(first, past_key_values=cache, **options)
+        turn = model.generate(first, **named(cache), **options)
         conversation = torch.cat([turn, more], 1)
         mask = torch.ones_like(conversation)
         given = conversation[:, cache.get_seq_length() :] if suffix else conversation
-        out = model.generate(given, attention_mask=mask, past_key_values=cache, **options)
+        out = model.generate(given, attention_mask=mask, **named(cache), **options)
         outs.append(out[:, -8:])
     assert torch.equal(*outs)
     by_hand = made(model)
     run(model, conversation, [18] + [1] * 7, by_hand)  # 18 + 8 - 1 columns: the last token is not in the cache
     with torch.no_grad():
-        logits = model(conversation[:, 25:], past_key_values=by_hand).logits
+        logits = model(conversation[:, 25:], **named(by_hand)).logits
     assert torch.equal(outs[0][:, 0], logits[:, -1].argmax(-1))
 
 
@@ -172,7 +173,7 @@ def test_sampling_is_decided_by_its_seed(model):
     outs = []
     for _ in range(2):
         torch.manual_seed(3)
-        outs.append(model.generate(text(2, 18), past_key_values=made(model), max_new_tokens=12, do_sample=True))
+        outs.append(model.generate(text(2, 18), **named(made(model)), max_new_tokens=12, do_sample=True))
     assert torch.equal(*outs)
 
 
@@ -180,7 +181,7 @@ def test_a_prompt_in_pieces_is_run_as_chunked_prefill(model):
     ids, mask = text(2), mask_of((40, 40), 40)
     whole = made(model, prefill="chunked")
     with torch.no_grad():
-        out = model(ids, attention_mask=mask, past_key_values=whole, output_hidden_states=True)
+        out = model(ids, attention_mask=mask, **named(whole), output_hidden_states=True)
     pieces = made(model)
     want, _ = run(model, ids, [7, 7, 7, 7, 7, 5], pieces, mask)
     assert (out.logits - want)[mask.bool()].abs().max() < EXACT
@@ -189,10 +190,10 @@ def test_a_prompt_in_pieces_is_run_as_chunked_prefill(model):
     assert torch.equal(whole.slots, pieces.slots)
     assert (out.logits - run(model, ids, [40], made(model), mask)[0]).abs().max() > 1e-2
     options = dict(max_new_tokens=9, do_sample=False, attention_mask=mask)
-    chunked = model.generate(ids, past_key_values=made(model, prefill="chunked"), **options)
-    assert torch.equal(chunked, model.generate(ids, past_key_values=made(model), prefill_chunk_size=7, **options))
+    chunked = model.generate(ids, **named(made(model, prefill="chunked")), **options)
+    assert torch.equal(chunked, model.generate(ids, **named(made(model)), prefill_chunk_size=7, **options))
     with pytest.raises(ValueError, match="cuts all rows at the same columns"):
-        model(ids, attention_mask=mask_of((40, 3), 40), past_key_values=made(model, prefill="chunked"))
+        model(ids, attention_mask=mask_of((40, 3), 40), **named(made(model, prefill="chunked")))
 
 
 def test_a_padded_row_keeps_its_own_first_tokens(model):
@@ -234,15 +235,15 @@ def test_embeddings_run_again_as_ids_do(model, settings):
     want, _ = run(model, ids, PIECES, made(model, prefill=settings.get("prefill", "full")))
     cache = made(model, **settings)
     with torch.no_grad():
-        first = model(inputs_embeds=embedding(ids[:, :18]), past_key_values=cache).logits
+        first = model(inputs_embeds=embedding(ids[:, :18]), **named(cache)).logits
         assert set(cache.history.tables) >= {"embeds"}
-        rest = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(18, 38)]
+        rest = [model(ids[:, i : i + 1], **named(cache)).logits for i in range(18, 38)]
     assert torch.equal(torch.cat([first, *rest], 1), want)
     late = made(model)
     run(model, ids, PIECES[:-1], late)
     assert "ids" in late.history.tables
     with torch.no_grad():
-        last = model(inputs_embeds=embedding(ids[:, 37:38]), past_key_values=late).logits
+        last = model(inputs_embeds=embedding(ids[:, 37:38]), **named(late)).logits
     if not settings:
         assert torch.equal(last, want[:, -1:])
     assert "ids" not in late.history.tables
@@ -325,12 +326,12 @@ def test_a_loaded_cache_has_the_settings_that_were_saved(model, policy, tmp_path
 def test_a_model_with_a_living_cache_is_the_stock_model_for_other_caches(model):
     ids = text(2)
     with torch.no_grad():
-        want = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+        want = model(ids, **named(DynamicCache(config=model.config))).logits
     generated = model.generate(ids, max_new_tokens=8, do_sample=False)
     cache = made(model)
     run(model, ids, PIECES, cache)
     with torch.no_grad():
-        assert torch.equal(model(ids, past_key_values=DynamicCache(config=model.config)).logits, want)
+        assert torch.equal(model(ids, **named(DynamicCache(config=model.config))).logits, want)
         assert torch.equal(model(ids).logits, want)
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), generated)
     two = made(model)

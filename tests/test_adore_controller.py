@@ -5,6 +5,7 @@ import torch
 from adore_cases import decoder, mask_of, run, text
 
 from scrubjay import AdoreCache
+from scrubjay.modeling.cache_argument import named
 from scrubjay.modeling.controller import BUCKETS, Controller, RandomPolicy
 
 KINDS = [(mode, pos) for mode in ("query", "distance", "static") for pos in ("relative", "absolute", "learned")]
@@ -84,10 +85,10 @@ def test_generation_with_a_controller_is_the_same_for_padded_and_lone_rows(famil
     ids, mask = text(3, 18), mask_of((18, 11, 2), 18)
     settings, options = dict(cache_size=6, rebuild=3), dict(max_new_tokens=12, do_sample=False)
     cache = AdoreCache(model, controller=controller, **settings)
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    out = model.generate(ids, attention_mask=mask, **named(cache), **options)
     for row, n in enumerate((18, 11, 2)):
         alone = AdoreCache(model, controller=controller, **settings)
-        want = model.generate(ids[row : row + 1, 18 - n :], past_key_values=alone, **options)
+        want = model.generate(ids[row : row + 1, 18 - n :], **named(alone), **options)
         assert torch.equal(out[row, 18:], want[0, n:])
 
 

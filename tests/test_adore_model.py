@@ -15,6 +15,7 @@ from zoo import own_fields
 from scrubjay import AdoreCache, AdoreConfig, AdoreForCausalLM, AdoreModel
 from scrubjay.configuration import configuration_adore
 from scrubjay.configuration.configuration_adore import AdoreSettings
+from scrubjay.modeling.cache_argument import CACHE, named
 from scrubjay.modeling.controller import Controller
 
 SIZES = dict(hidden_size=48, num_hidden_layers=2, vocab_size=VOCAB, num_attention_heads=4)
@@ -156,19 +157,19 @@ def test_every_setting_of_cache_and_controller_changes_what_is_generated(name):
             for parameter in model.controller.parameters():  # apart, or scores would hardly follow the query
                 parameter.mul_(6)
             cache = AdoreCache(model)
-            logits.append(torch.cat([model(x, past_key_values=cache).logits for x in ids.split([30] + [1] * 30, 1)], 1))
+            logits.append(torch.cat([model(x, **named(cache)).logits for x in ids.split([30] + [1] * 30, 1)], 1))
     assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 
 def test_the_model_makes_its_own_cache_with_its_own_controller_and_settings():
     model, ids = small(sinks=2), text(2, 20)
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = model(ids, use_cache=True)[CACHE]
     assert type(cache) is AdoreCache
     assert cache.scorer is model.controller is model.model.controller
     assert cache.settings == model.config.settings == AdoreSettings(cache_size=7, rebuild=3, sinks=2)
     out = model.generate(ids, max_new_tokens=10, do_sample=False)
-    assert torch.equal(model.generate(ids, max_new_tokens=10, do_sample=False, past_key_values=AdoreCache(model)), out)
+    assert torch.equal(model.generate(ids, max_new_tokens=10, do_sample=False, **named(AdoreCache(model))), out)
     stock = model.generate(ids, max_new_tokens=10, do_sample=False, use_cache=False)
     assert not torch.equal(stock, out)
     headless = AdoreModel(model.config).eval()

@@ -7,6 +7,7 @@ from adore_cases import PIECES, SMALL, decoder, made, run, text
 from scrubjay import AdoreCache
 from scrubjay.configuration.configuration_adore import AdoreSettings
 from scrubjay.modeling import controller as controller_module
+from scrubjay.modeling.cache_argument import named
 from scrubjay.modeling.controller import Controller, Scorer
 
 
@@ -18,10 +19,10 @@ def model():
 def test_a_closed_cache_and_one_of_another_model_are_refused(model):
     cache, other = made(model), decoder()
     with pytest.raises(ValueError, match="made for another model, or was closed"):
-        other(text(), past_key_values=cache)
+        other(text(), **named(cache))
     cache.close()
     with pytest.raises(ValueError, match="made for another model, or was closed"):
-        model(text(), past_key_values=cache)
+        model(text(), **named(cache))
 
 
 def test_a_call_that_failed_half_way_is_not_gone_on_from(model):
@@ -33,22 +34,22 @@ def test_a_call_that_failed_half_way_is_not_gone_on_from(model):
 
     handle = model.model.layers[1].register_forward_pre_hook(failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **named(cache))
     handle.remove()
     with pytest.raises(ValueError, match="failed half way"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **named(cache))
     cache.reset()
     assert torch.isfinite(run(model, ids, PIECES, cache)[0]).all()
     undecided = AdoreCache(model, controller=Scorer(), **SMALL)
     for said in ("subclasses of Scorer define score", "failed half way"):
         with pytest.raises(ValueError, match=said):
-            model(ids, past_key_values=undecided)
+            model(ids, **named(undecided))
 
 
 def test_assisted_decoding_and_crop_are_refused(model):
     cache = made(model)
     with pytest.raises(ValueError, match="assisted decoding"):
-        model.generate(text(1, 18), past_key_values=cache, max_new_tokens=20, prompt_lookup_num_tokens=3)
+        model.generate(text(1, 18), **named(cache), max_new_tokens=20, prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match="cannot give 2 tokens back"):
         cache.crop(-2)
     assert not cache.is_croppable
@@ -63,7 +64,7 @@ def test_decoders_that_it_cannot_work_with_are_refused(model):
     cache = made(model)
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="'flex_attention' does not take"):
-        model(text(), past_key_values=cache)
+        model(text(), **named(cache))
     with pytest.raises(ValueError, match="'flex_attention' does not take"):
         AdoreCache(model)
 
@@ -72,7 +73,7 @@ def test_checkpointing_layers_cannot_advance_it(model):
     cache = made(model)
     model.train().gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="cannot advance a cache"):
-        model(text(), past_key_values=cache)
+        model(text(), **named(cache))
 
 
 def test_a_controller_of_another_model_is_warned_of(model, monkeypatch):
@@ -90,12 +91,12 @@ def test_bad_calls_are_named(model):
     cache, ids = made(model), text(2)
     run(model, ids, PIECES, cache)
     with pytest.raises(ValueError, match="holds 2 rows, the input has 1"):
-        model(ids[:1, :1], past_key_values=cache)
+        model(ids[:1, :1], **named(cache))
     with pytest.raises(ValueError, match=r"attention_mask must have one of the shapes .* got \(2, 5\)"):
-        model(ids[:, :1], attention_mask=torch.ones(2, 5), past_key_values=cache)
+        model(ids[:, :1], attention_mask=torch.ones(2, 5), **named(cache))
     with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
-        model.model(past_key_values=cache)
-    assert torch.isfinite(model(ids[:, :1], past_key_values=cache).logits).all(), "a refused call changes nothing"
+        model.model(**named(cache))
+    assert torch.isfinite(model(ids[:, :1], **named(cache)).logits).all(), "a refused call changes nothing"
 
 
 @pytest.mark.parametrize(

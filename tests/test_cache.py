@@ -21,12 +21,12 @@ def model(entry):
 
 @torch.no_grad()
 def filled(model, ids):
-    return model(ids, use_cache=True).past_key_values
+    return model(ids, use_cache=True).cache
 
 
 @torch.no_grad()
 def logits(model, ids, cache):
-    return model(ids, past_key_values=cache).logits
+    return model(ids, cache=cache).logits
 
 
 def test_bytes_are_those_of_the_docstring_and_constant():
@@ -51,17 +51,17 @@ def test_bytes_are_the_same_after_a_thousand_and_a_million_tokens():
     ids = torch.randint(0, 16, (1, 50_000))
     cache = RodimusCache(model)
     with torch.no_grad():
-        model(ids[:, :1000], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :1000], cache=cache, logits_to_keep=1)
         early = cache.nbytes
-        model(ids[:, 1000:], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, 1000:], cache=cache, logits_to_keep=1)
         for _ in range(19):
-            out = model(ids, past_key_values=cache, logits_to_keep=1)
+            out = model(ids, cache=cache, logits_to_keep=1)
     assert cache.get_seq_length() == 1_000_000
     assert cache.nbytes == early
     assert torch.isfinite(out.logits).all()
     # the window turned its keys by positions near 10^6; only differences may count
     with torch.no_grad():
-        late = model(ids[:, :1], past_key_values=cache).logits
+        late = model(ids[:, :1], cache=cache).logits
     assert torch.isfinite(late).all()
 
 
@@ -179,6 +179,6 @@ def test_gradients_flow_through_a_cache(entry):
     want = torch.autograd.grad(whole, list(model.parameters()))
     cache, total = entry.model.cache_class(model), 0.0
     for piece in ids.split([10, 1, 13], 1):
-        total = total + model(piece, past_key_values=cache).logits.square().sum()
+        total = total + model(piece, cache=cache).logits.square().sum()
     got = torch.autograd.grad(total, list(model.parameters()))
     assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-9

@@ -193,7 +193,7 @@ def test_embeddings_and_shifted_labels_are_cut_as_they_are():
         (dict(position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])), "position_ids that restart"),
         (dict(position_ids=torch.tensor([0, 1, 2, 0, 1, 2])), "position_ids that restart"),
         (dict(position_ids=torch.arange(5)), r"position_ids must have 6 columns as the input has; got shape \(5,\)"),
-        (dict(past_key_values=object()), "cannot continue a cache"),
+        (dict(cache=object()), "cannot continue a cache"),
         (dict(labels=tokens(2, 5)), r"shift_labels must have 6 columns as the input has; got shape \(2, 5\)"),
         (dict(input_ids=tokens(2, 2)), "2 columns cannot be split over 3 ranks"),
         (dict(input_ids=tokens(2, 6)[0]), r"input_ids \(B, T\) or inputs_embeds \(B, T, D\); got shape \(6,\)"),
@@ -239,9 +239,9 @@ def test_a_filled_cache_is_refused_and_a_reset_one_is_not(recurrent):
     model, batch = recurrent.build(), shard_sequence(dict(input_ids=tokens(2, 6)))
     first = model(**batch)
     with pytest.raises(ValueError, match="this cache holds 6 columns"):
-        model(**batch, past_key_values=first.past_key_values)
-    first.past_key_values.reset()
-    again = model(**batch, past_key_values=first.past_key_values)
+        model(**batch, cache=first.cache)
+    first.cache.reset()
+    again = model(**batch, cache=first.cache)
     assert torch.equal(again.logits, first.logits)
 
 

@@ -5,6 +5,8 @@ import torch
 from transformers import TextStreamer
 from zoo import VOCAB, relative, tokens
 
+from scrubjay.modeling.cache_argument import CACHE, named
+
 
 @torch.no_grad()
 def argmax_loop(model, ids, steps):
@@ -90,19 +92,19 @@ def test_second_turn_with_full_ids_and_with_suffix_ids(entry, model):
     want = greedy(model, conversation, attention_mask=whole_mask)
     for ids in (conversation, conversation[:, 31:]):  # 20 + 12 - 1 columns are in the cache: the last token is not
         cache = entry.model.cache_class(model)
-        again = greedy(model, first, attention_mask=mask, past_key_values=cache)
+        again = greedy(model, first, attention_mask=mask, **named(cache))
         assert torch.equal(again, turn)
         assert cache.get_seq_length() == 31
-        got = greedy(model, ids, attention_mask=whole_mask, past_key_values=cache)
+        got = greedy(model, ids, attention_mask=whole_mask, **named(cache))
         assert torch.equal(got[:, -12:], want[:, -12:])
 
 
 def test_a_prompt_with_nothing_new_is_refused(entry, model):
     ids, cache = tokens(1, 10), entry.model.cache_class(model)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **named(cache))
     with pytest.raises(ValueError, match="nothing is new"):
-        greedy(model, ids, past_key_values=cache)
+        greedy(model, ids, **named(cache))
 
 
 def test_embeddings_as_a_prompt(model):
@@ -114,9 +116,9 @@ def test_embeddings_as_a_prompt(model):
 def test_the_returned_cache_goes_on(model):
     ids = tokens(2, 20)
     out = greedy(model, ids, return_dict_in_generate=True, output_logits=True)
-    cache = out.past_key_values
+    cache = out[CACHE]
     with torch.no_grad():
-        step = model(out.sequences[:, -1:], past_key_values=cache).logits[:, 0]
+        step = model(out.sequences[:, -1:], **named(cache)).logits[:, 0]
         whole = model(out.sequences).logits
     assert relative(step, whole[:, -1]) < 1e-10
     assert relative(torch.stack(out.logits, 1), whole[:, 19:-1]) < 1e-6  # generate() hands out float32

@@ -130,9 +130,9 @@ def test_bytes_of_a_cache_are_those_of_a_real_one(entry, changes, dtype, tmp_pat
     if entry.name == "adore":
         model.controller.float()  # as from_pretrained leaves it
     with torch.no_grad():
-        cache = model(tokens(1, 509), use_cache=True).past_key_values
+        cache = model(tokens(1, 509), use_cache=True).cache
         for _ in range(3):
-            model(tokens(1, 1), past_key_values=cache)
+            model(tokens(1, 1), cache=cache)
     held = cache.nbytes
     if entry.name == "adore" and cache._table is not None:
         held -= cache._table.nbytes

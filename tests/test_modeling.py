@@ -25,8 +25,8 @@ def through(model, ids, pieces, **kwargs):
     """Logits of ids given to a cache piece by piece."""
     cache, logits = None, []
     for piece in ids.split(pieces, 1):
-        out = model(piece, past_key_values=cache, use_cache=True, **kwargs)
-        cache = out.past_key_values
+        out = model(piece, cache=cache, use_cache=True, **kwargs)
+        cache = out.cache
         logits.append(out.logits)
     return torch.cat(logits, 1)
 
@@ -51,8 +51,8 @@ def test_segments_of_a_long_prompt_equal_one_pass(entry, monkeypatch):
         cached, plain = (model(ids, attention_mask=mask, use_cache=use) for use in (True, False))
     for out in (cached, plain):
         assert relative(out.logits[mask.bool()], want[mask.bool()]) < 1e-10
-    assert cached.past_key_values.get_seq_length() == 100
-    step = {"attention_mask": torch.cat([mask, mask[:, -1:]], 1), "past_key_values": cached.past_key_values}
+    assert cached.cache.get_seq_length() == 100
+    step = {"attention_mask": torch.cat([mask, mask[:, -1:]], 1), "cache": cached.cache}
     whole = model(torch.cat([ids, ids[:, :1]], 1), attention_mask=step["attention_mask"]).logits[:, -1]
     assert relative(model(ids[:, :1], **step).logits[:, 0], whole) < 1e-10
 
@@ -84,8 +84,8 @@ def test_padding_anywhere_with_a_cache_equals_the_row_without_it(entry, pattern)
     with torch.no_grad():
         cache, logits = None, []
         for a, b in ((0, 40), (40, 60), (60, 61)):
-            out = model(ids[:, a:b], attention_mask=mask[:, :b].long(), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(ids[:, a:b], attention_mask=mask[:, :b].long(), cache=cache, use_cache=True)
+            cache = out.cache
             logits.append(out.logits)
         logits = torch.cat(logits, 1)
         for row in range(3):
@@ -121,7 +121,7 @@ def test_packed_documents_equal_separate_ones_gradients_included(entry, how):
     grads = torch.autograd.grad((packed.logits * weights).sum(), trainable(model))
     separate = torch.cat([model(part).logits for part in ids.split(lengths, 1)], 1)
     expected = torch.autograd.grad((separate * weights).sum(), trainable(model))
-    assert packed.past_key_values is None
+    assert packed.cache is None
     assert relative(packed.logits, separate) < 1e-10
     assert max(relative(a, b) for a, b in zip(grads, expected, strict=True)) < 1e-9
 
@@ -232,7 +232,7 @@ def test_low_precision_keeps_states_and_decays_in_float32(entry, dtype, tmp_path
     assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if set(name.split(".")) & strict)
     ids = tokens(2, 40)
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = model(ids, use_cache=True).cache
         if entry.recurrent:
             held = [(name, x.dtype) for layer in cache.layers for name, x in layer.tensors().items()]
             assert {at for name, at in held if name == "state"} == {torch.float32}
@@ -271,7 +271,7 @@ def test_bad_input_is_named(entry, case):
 
 def test_a_cache_of_keys_and_values_is_refused(recurrent):
     with pytest.raises(ValueError, match="got DynamicCache"):
-        recurrent.build()(tokens(2, 5), past_key_values=DynamicCache())
+        recurrent.build()(tokens(2, 5), cache=DynamicCache())
 
 
 def test_packing_with_padding_or_a_used_cache_is_refused(entry):
@@ -282,9 +282,9 @@ def test_packing_with_padding_or_a_used_cache_is_refused(entry):
     with pytest.raises(ValueError, match="a padding mask"):
         model(ids, attention_mask=mask, cu_seq_lens_q=cu_seqlens)
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = model(ids, use_cache=True).cache
     with pytest.raises(ValueError, match="already holds tokens"):
-        model(ids, past_key_values=cache, cu_seq_lens_q=cu_seqlens)
+        model(ids, cache=cache, cu_seq_lens_q=cu_seqlens)
 
 
 def test_parallel_plans_name_modules_that_exist(entry):

@@ -18,6 +18,7 @@ from zoo import VOCAB, ZOO, relative, tokens
 
 from scrubjay import AdoreCache, RecycledCache, adapter_report
 from scrubjay.modeling.adapters import WholeLinear, keep_unpacked
+from scrubjay.modeling.cache_argument import CACHE, named
 
 # Said of every merge into 4 bits, whose rounding is bounded here.
 pytestmark = pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear:UserWarning")
@@ -146,8 +147,8 @@ def test_4_bit_layers_of_any_size_give_what_their_numbers_say(entry, folder):
     with torch.no_grad():
         want = plain(ids).logits
         assert relative(model(ids).logits, want) < 5e-6  # 7.0e-7 was the most seen
-        cached = model(ids[:, :11], use_cache=True).past_key_values
-        step = model(ids[:, 11:], past_key_values=cached, use_cache=True).logits
+        cached = model(ids[:, :11], use_cache=True)[CACHE]
+        step = model(ids[:, 11:], **named(cached), use_cache=True).logits
         assert relative(step, want[:, 11:]) < 5e-6
     assert relative(model(ids).logits, want) < 5e-6
 
@@ -337,8 +338,8 @@ def test_caches_take_part_in_a_4_bit_llama_with_an_adapter(llama, cache):
     tight = {AdoreCache: {"cache_size": 6, "rebuild": 0, "recent": 2}, RecycledCache: {"budget": 6, "stride": 3}}[cache]
 
     def logits(past):
-        parts = [llama(ids[:, :12], past_key_values=past).logits]
-        parts += [llama(ids[:, i : i + 1], past_key_values=past).logits for i in range(12, 20)]
+        parts = [llama(ids[:, :12], **named(past)).logits]
+        parts += [llama(ids[:, i : i + 1], **named(past)).logits for i in range(12, 20)]
         return torch.cat(parts, 1)
 
     with torch.no_grad():
@@ -351,7 +352,7 @@ def test_caches_take_part_in_a_4_bit_llama_with_an_adapter(llama, cache):
         with llama.disable_adapter(), cache(llama, **tight) as past:
             assert relative(logits(past), got) > 1e-2
         with cache(llama, **tight) as past:
-            text = llama.generate(ids[:, :12], past_key_values=past, max_new_tokens=6, attention_mask=torch.ones(2, 12))
+            text = llama.generate(ids[:, :12], **named(past), max_new_tokens=6, attention_mask=torch.ones(2, 12))
         assert text.shape == (2, 18)
 
 

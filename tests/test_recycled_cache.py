@@ -12,6 +12,7 @@ from zoo import ZOO
 
 from scrubjay import RecycledCache, RecycledConfig, RecycledForCausalLM, SSDCache
 from scrubjay.modeling import attention_recycled
+from scrubjay.modeling.cache_argument import CACHE, named
 
 POLICIES = ("recycled", "snapkv", "h2o", "streaming", "full")
 DYNAMIC = {"schedule": "dynamic", "qc": 2, "threshold": 0.4}
@@ -33,7 +34,7 @@ def steps_on(model, ids, cache):
     for column in ids.T:
         n = cache.get_seq_length()
         positions = torch.tensor([[n], [n - 7]])
-        found.append(model(column[:, None], past_key_values=cache, position_ids=positions).logits)
+        found.append(model(column[:, None], **named(cache), position_ids=positions).logits)
     return torch.cat(found, 1)
 
 
@@ -73,7 +74,7 @@ def test_recycled_files_of_another_kind_or_model_are_refused(llama, tmp_path):
         assert not other.model._forward_hooks
     model = ZOO[0].build()
     with torch.no_grad():
-        model(torch.ones(1, 3, dtype=torch.long), use_cache=True).past_key_values.save(path)
+        model(torch.ones(1, 3, dtype=torch.long), use_cache=True)[CACHE].save(path)
     with pytest.raises(ValueError, match=r"holds SSDCache; RecycledCache.load needs its own kind"):
         RecycledCache.load(path, llama)
 
@@ -100,7 +101,7 @@ def test_recycled_full_buffer_grows_by_a_quarter_and_keeps_its_columns(llama):
         drive(llama, ids, [100, 200, 300] + [1] * 100, cache)
         assert cache.layers[0].full_keys.shape[2] == 750
         other = DynamicCache()
-        llama(ids[:, :100], past_key_values=other)
+        llama(ids[:, :100], **named(other))
         assert torch.equal(cache.layers[0].full_keys[:, :, :100], other.layers[0].keys)
         place = cache.layers[0].full_keys.data_ptr()
         drive(llama, ids[:, :50], [1] * 50, cache)
@@ -112,22 +113,22 @@ def test_recycled_cache_refuses_inputs_that_do_not_fit(llama):
     ids = tokens(2, 12)
     with RecycledCache(llama, budget=8) as cache:
         with pytest.raises(ValueError, match=r"attention_mask must have shape \(2, 12\).*got \(2, 11\)"):
-            llama(ids, past_key_values=cache, attention_mask=torch.ones(2, 11))
+            llama(ids, **named(cache), attention_mask=torch.ones(2, 11))
         drive(llama, ids, [12], cache)
         with pytest.raises(ValueError, match=r"holds 2 rows, the input has 3.*batch_repeat_interleave"):
-            llama(tokens(3, 1), past_key_values=cache)
+            llama(tokens(3, 1), **named(cache))
         with pytest.raises(ValueError, match=r"shape \(2, 13\).*12 columns in the cache; got \(2, 1\)"):
-            llama(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 1))
+            llama(ids[:, :1], **named(cache), attention_mask=torch.ones(2, 1))
         with pytest.raises(ValueError, match=r"attention_mask must have shape"):
-            llama(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 1, 1, 13))
+            llama(ids[:, :1], **named(cache), attention_mask=torch.ones(2, 1, 1, 13))
         assert cache.get_seq_length() == 12
         assert llama.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="only until it is closed"):
-        llama(ids[:, :1], past_key_values=cache)
+        llama(ids[:, :1], **named(cache))
     with pytest.raises(ValueError, match="closed cache cannot be copied"):
         copy.deepcopy(cache)
     with RecycledCache(llama, budget=8) as cache, pytest.raises(ValueError, match="model that it was made for"):
-        decoder(seed=1)(ids, past_key_values=cache)
+        decoder(seed=1)(ids, **named(cache))
 
 
 def test_recycled_cache_refuses_attention_it_cannot_stand_in_for():
@@ -135,7 +136,7 @@ def test_recycled_cache_refuses_attention_it_cannot_stand_in_for():
     with RecycledCache(model, budget=8) as cache:
         model.config._attn_implementation_internal = "flash_attention_2"
         with pytest.raises(ValueError, match=r"'sdpa' or 'eager'.*'flash_attention_2'.*set_attn_implementation"):
-            model(tokens(1, 4), past_key_values=cache)
+            model(tokens(1, 4), **named(cache))
         assert model.config._attn_implementation == "flash_attention_2"
 
 
@@ -189,11 +190,11 @@ def test_recycled_cache_of_a_decoder_called_by_position(llama):
         for piece in (ids[:, :12], ids[:, 12:13], ids[:, 13:]):
             mask = torch.ones(2, one.get_seq_length() + piece.shape[1])
             mask[1, :4] = 0
-            want = llama.model(input_ids=piece, attention_mask=mask, past_key_values=one).last_hidden_state
+            want = llama.model(input_ids=piece, attention_mask=mask, **named(one)).last_hidden_state
             assert torch.equal(llama.model(piece, mask, None, two).last_hidden_state, want)
         embeds = llama.model.embed_tokens(ids[:, :1])
-        want = llama(ids[:, :1], past_key_values=one).logits
-        assert torch.equal(llama(inputs_embeds=embeds, past_key_values=two).logits, want)
+        want = llama(ids[:, :1], **named(one)).logits
+        assert torch.equal(llama(inputs_embeds=embeds, **named(two)).logits, want)
         assert llama.config._attn_implementation == "sdpa"
 
 
@@ -235,7 +236,7 @@ def test_recycled_model_makes_the_cache_of_its_configuration(llama):
     config = RecycledConfig(base_config=llama.config.to_dict(), budget=8, stride=4, n_sink=2)
     model, ids = RecycledForCausalLM(config).double().eval(), tokens(2, 12)
     out = model.generate(ids, max_new_tokens=8, eos_token_id=None, do_sample=False, return_dict_in_generate=True)
-    cache = out.past_key_values
+    cache = out[CACHE]
     assert (cache.settings.budget, cache.settings.stride, cache.settings.n_sink) == (8, 4, 2)
     assert cache.full_steps == [7 // 4] * 2
     with RecycledCache(model, stride=2) as other:

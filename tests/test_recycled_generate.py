@@ -9,6 +9,7 @@ from recycled_cases import Oracle, assert_close, decoder, drive, padded, tokens
 from transformers import DynamicCache
 
 from scrubjay import RecycledCache
+from scrubjay.modeling.cache_argument import named
 
 KINDS = ("llama", "qwen2", "qwen3")
 POLICIES = ("recycled", "snapkv", "h2o", "streaming", "full")
@@ -33,7 +34,7 @@ def batch():
 
 def generate(model, cache, inputs=None, **options):
     options = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None} | options
-    return model.generate(**(batch() if inputs is None else inputs), past_key_values=cache, **options)
+    return model.generate(**(batch() if inputs is None else inputs), **named(cache), **options)
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def steps_on(model, ids, cache, real=None, pieces=None):
         if real is not None:
             mask = real[:, :seen].long()
             more = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -piece:]}
-        found.append(model(ids[:, start : start + piece], past_key_values=cache, **more).logits)
+        found.append(model(ids[:, start : start + piece], **named(cache), **more).logits)
         start += piece
     return torch.cat(found, 1)
 
@@ -102,8 +103,8 @@ def test_recycled_rows_move_with_all_that_belongs_to_them(llama, policy):
                     mask = real[order, : cache.get_seq_length() + 1]
                     with torch.no_grad():
                         inputs = dict(attention_mask=mask.long(), position_ids=mask.long().sum(1, keepdim=True) - 1)
-                        got = llama(more, past_key_values=cache, **inputs).logits
-                        want = llama(more, past_key_values=moved, **inputs).logits
+                        got = llama(more, **named(cache), **inputs).logits
+                        want = llama(more, **named(moved), **inputs).logits
                     if schedule == "fixed":
                         assert_close(got, want)
                     else:  # "any" asks all rows: those that have gone had their part in the steps before
@@ -137,8 +138,8 @@ def test_recycled_rows_repeat_in_place(llama):
         more = tokens(4, 1)
         with torch.no_grad():  # without a mask: the cache knows it
             positions = torch.tensor([[15], [15], [8], [8]])
-            got = llama(more, past_key_values=cache, position_ids=positions).logits
-            want = llama(more, past_key_values=other, position_ids=positions).logits
+            got = llama(more, **named(cache), position_ids=positions).logits
+            want = llama(more, **named(other), position_ids=positions).logits
         assert_close(got, want)
 
 
@@ -243,7 +244,7 @@ def test_recycled_cache_leaves_other_calls_alone(model):
         other = DynamicCache()
         for start, stop in ((0, 12), *((i, i + 1) for i in range(12, 20))):
             with torch.no_grad():
-                got = model(ids[:, start:stop], past_key_values=other).logits
+                got = model(ids[:, start:stop], **named(other)).logits
             assert torch.equal(got, want[:, start:stop])
             drive(model, ids[:, :1], [1], cache)
         assert torch.equal(model(ids).logits, alone)

@@ -8,6 +8,7 @@ from recycled_cases import Oracle, OutOfBoundError, assert_close, compare, decod
 
 from scrubjay import RecycledCache, RecycledConfig
 from scrubjay.modeling import cache_recycled, evicting, kept_keys
+from scrubjay.modeling.cache_argument import named
 from scrubjay.modeling.cache_recycled import TAIL, RecycledLayer
 from scrubjay.modeling.evicting import EvictingLayer
 from scrubjay.modeling.kept_keys import Call, KeepingLayer, Kept
@@ -61,7 +62,7 @@ def check_reorder(policy="recycled", n_sink=0):
         positions = real[order].long().cumsum(1)[:, 13:] - 1
         with torch.no_grad():
             steps = [
-                model()(column[:, None], past_key_values=cache, position_ids=at[:, None]).logits
+                model()(column[:, None], **named(cache), position_ids=at[:, None]).logits
                 for column, at in zip(ids[order, 13:].T, positions.T, strict=True)
             ]
         assert_close(torch.cat(steps, 1), want)

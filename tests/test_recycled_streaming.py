@@ -7,6 +7,7 @@ import torch
 from recycled_cases import assert_close, decoder, drive, gap, padded, tokens
 
 from scrubjay import RecycledCache, RecycledConfig
+from scrubjay.modeling.cache_argument import named
 
 BUDGET, SINKS = 8, 3
 TABLES = 1e-6  # transformers' rotary tables are float32, so equal distances at other positions differ by up to 1.3e-7
@@ -85,11 +86,11 @@ def test_recycled_streaming_generates_with_beams():
     model, ids = decoder(), tokens(2, 14)
     options = dict(max_new_tokens=12, do_sample=False, num_beams=3, eos_token_id=None)
     with cache_of(model, budget=40) as cache:
-        assert torch.equal(model.generate(ids, past_key_values=cache, **options), model.generate(ids, **options))
+        assert torch.equal(model.generate(ids, **named(cache), **options), model.generate(ids, **options))
     with cache_of(model) as cache:
-        both = model.generate(ids, past_key_values=cache, **options)
+        both = model.generate(ids, **named(cache), **options)
     with cache_of(model) as cache:
-        assert torch.equal(both[1:], model.generate(ids[1:], past_key_values=cache, **options))
+        assert torch.equal(both[1:], model.generate(ids[1:], **named(cache), **options))
 
 
 def test_recycled_streaming_positions_are_refused_where_they_mean_nothing():

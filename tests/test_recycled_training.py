@@ -7,6 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from zoo import relative, tokens
 
 from scrubjay import RecycledCache, RecycledConfig, RecycledForCausalLM
+from scrubjay.modeling.cache_argument import named
 
 TAIL, LENGTH = 5, 30
 
@@ -27,13 +28,13 @@ def test_a_recycled_tail_sees_what_the_cache_keeps(settings):
     model.eval()
     cache = RecycledCache(model, evict_first=False, stride=10**6)
     with torch.no_grad():
-        prompt = model(ids[:, :-TAIL], past_key_values=cache).logits
-        step = model(ids[:, -TAIL : 1 - TAIL], past_key_values=cache).logits
+        prompt = model(ids[:, :-TAIL], **named(cache)).logits
+        step = model(ids[:, -TAIL : 1 - TAIL], **named(cache)).logits
     assert relative(got[:, :-TAIL], prompt) < 1e-10
     assert relative(got[:, -TAIL : 1 - TAIL], step) < 1e-10
     cache = RecycledCache(model, budget=100, stride=1)
     with torch.no_grad():
-        everything = model(ids, past_key_values=cache).logits
+        everything = model(ids, **named(cache)).logits
     assert relative(got[:, -TAIL:], everything[:, -TAIL:]) > 1e-2
 
 

@@ -62,7 +62,7 @@ def rings(model, ids, pieces):
     past = None
     with torch.no_grad():
         for piece in ids.split(pieces, 1):
-            past = model(piece, past_key_values=past, use_cache=True).past_key_values
+            past = model(piece, cache=past, use_cache=True).cache
     return [past.layers[i] for i in model.config.selective_layers]
 
 
@@ -89,8 +89,8 @@ def test_T3_a_left_padded_batch_equals_its_rows_alone(name):
     with torch.no_grad():
         past, logits = None, []
         for a, b in [(0, 40)] + [(i, i + 1) for i in range(40, 60)]:
-            out = model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out = model(ids[:, a:b], attention_mask=mask[:, :b], cache=past, use_cache=True)
+            past = out.cache
             logits.append(out.logits)
         logits = torch.cat(logits, 1)
         for row, n in enumerate(lengths):
@@ -106,14 +106,14 @@ def test_T4_steps_with_random_beam_reorders_equal_the_reordered_history(name):
     history = tokens(model.config.vocab_size, 4, 12)
     mask = torch.stack([torch.arange(12) >= 12 - n for n in (12, 11, 7, 2)]).long()
     with torch.no_grad():
-        past = model(history, attention_mask=mask, use_cache=True).past_key_values
+        past = model(history, attention_mask=mask, use_cache=True).cache
         for _ in range(25):
             order = torch.randint(0, 4, (4,), generator=random)
             past.reorder_cache(order)
             new = torch.randint(0, model.config.vocab_size, (4, 1), generator=random)
             history = torch.cat([history[order], new], 1)
             mask = torch.cat([mask[order], torch.ones(4, 1, dtype=torch.long)], 1)
-            got = model(new, attention_mask=mask, past_key_values=past).logits[:, 0]
+            got = model(new, attention_mask=mask, cache=past).logits[:, 0]
             assert error(got, model(history, attention_mask=mask).logits[:, -1]) < BOUND
 
 

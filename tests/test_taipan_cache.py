@@ -15,7 +15,7 @@ NAMES = ("defaults", "selected keys", "selected keys by rank, cap of 3")
 
 @torch.no_grad()
 def fed(model, ids, cache=None):
-    return model(ids, past_key_values=cache, use_cache=True).past_key_values
+    return model(ids, cache=cache, use_cache=True).cache
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -38,11 +38,11 @@ def test_bytes_are_the_same_after_4_thousand_and_a_million_tokens(scope):
     model = TaipanForCausalLM(TaipanConfig(**sizes, head_dim=8, sliding_window=16, intermediate_size=8)).eval()
     ids, cache = torch.randint(0, 16, (1, 50_000)), TaipanCache(model)
     with torch.no_grad():
-        model(ids[:, :4000], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :4000], cache=cache, logits_to_keep=1)
         early = cache.nbytes
-        model(ids[:, 4000:], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, 4000:], cache=cache, logits_to_keep=1)
         for _ in range(19):
-            out = model(ids, past_key_values=cache, logits_to_keep=1)
+            out = model(ids, cache=cache, logits_to_keep=1)
     assert cache.get_seq_length() == 1_000_000
     assert int(cache.layers[1].counts) == 1_000_000
     assert cache.nbytes == early
@@ -89,7 +89,7 @@ def test_rows_files_forks_and_reset(name, tmp_path):
 
     def goes_on(cache, rows=slice(None)):
         with torch.no_grad():
-            got = model(more[rows], past_key_values=cache).logits
+            got = model(more[rows], cache=cache).logits
         assert error(got, want[rows]) < BOUND
 
     cache = fed(model, ids)
@@ -124,9 +124,9 @@ def test_what_a_cache_cannot_do_is_refused_with_the_reason(tmp_path):
         SSDCache.load(tmp_path / "cache.safetensors")
     for changes in (dict(sliding_window=9), dict(kv_scope="selected"), dict(attention_every=2)):
         with pytest.raises(ValueError, match="made for another model"):
-            build(**changes)(tokens(29, 2, 1), past_key_values=cache)
+            build(**changes)(tokens(29, 2, 1), cache=cache)
     with pytest.raises(ValueError, match="holds 2 rows, the input has 3"):
-        model(tokens(29, 3, 1), past_key_values=cache)
+        model(tokens(29, 3, 1), cache=cache)
 
 
 def test_a_step_writes_the_ring_where_it_is():
@@ -146,7 +146,7 @@ def test_gradients_flow_through_the_rings(name):
     want = torch.autograd.grad(model(ids).logits.square().sum(), list(model.parameters()))
     cache, total = TaipanCache(model), 0.0
     for piece in ids.split([10, 1, 13], 1):
-        total = total + model(piece, past_key_values=cache).logits.square().sum()
+        total = total + model(piece, cache=cache).logits.square().sum()
     got = torch.autograd.grad(total, list(model.parameters()))
     assert max(error(a, b) for a, b in zip(got, want, strict=True)) < BOUND
 
@@ -156,5 +156,5 @@ def test_autocast_goes_on_with_a_cache_made_without_it():
     with torch.no_grad():
         cache = fed(model, ids[:, :20])
         with torch.autocast("cpu", torch.bfloat16):
-            outs = [model(piece, past_key_values=cache).logits for piece in ids[:, 20:].split([1, 5, 1, 3], 1)]
+            outs = [model(piece, cache=cache).logits for piece in ids[:, 20:].split([1, 5, 1, 3], 1)]
     assert torch.isfinite(torch.cat(outs, 1)).all()

@@ -59,7 +59,7 @@ def test_a_model_of_three_sizes_computes(hidden_size, layers):
     model = TaipanForCausalLM(TaipanConfig(hidden_size=hidden_size, num_hidden_layers=layers, vocab_size=1))
     ids = torch.zeros(2, 5, dtype=torch.int64)
     assert model(ids).logits.isfinite().all()
-    assert relative(model.eval()(ids[:, 4:], past_key_values=model(ids[:, :4]).past_key_values).logits[:, 0],
+    assert relative(model.eval()(ids[:, 4:], cache=model(ids[:, :4]).cache).logits[:, 0],
                     model(ids).logits[:, 4]) < 2e-5  # fmt: skip
 
 

@@ -173,9 +173,9 @@ def test_compaction_projects_selected_rows_alone(name):
     counts = {proj: [] for proj in ("q_proj", "k_proj", "v_proj", "o_proj")}
     hooks = [rows_of(getattr(attn, proj), seen) for proj, seen in counts.items()]
     with torch.no_grad(), gates(model) as found:
-        cache = model(ids[:, :80], use_cache=True).past_key_values
+        cache = model(ids[:, :80], use_cache=True).cache
         for t in range(80, 100):
-            model(ids[:, t : t + 1], past_key_values=cache)
+            model(ids[:, t : t + 1], cache=cache)
     for hook in hooks:
         hook.remove()
     selected = sum(int((delta > 0).sum()) for i, delta in found if i == 0)
@@ -193,10 +193,10 @@ def test_a_step_reads_the_rings_of_selected_rows_alone(monkeypatch):
     original = selective.select_attention_step
     monkeypatch.setattr(selective, "select_attention_step", lambda q, *args: read.append(len(q)) or original(q, *args))
     with torch.no_grad(), gates(model) as found:
-        cache = model(ids[:, :20], use_cache=True).past_key_values
+        cache = model(ids[:, :20], use_cache=True).cache
         found.clear()
         for t in range(20, 40):
-            model(ids[:, t : t + 1], past_key_values=cache)
+            model(ids[:, t : t + 1], cache=cache)
     counts = [int((delta > 0).sum()) for _, delta in found]
     assert read == [count for count in counts if count]
     assert 0 in counts or min(counts) < 6

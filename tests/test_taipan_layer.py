@@ -99,7 +99,7 @@ def test_T6_given_the_same_input_a_layer_selects_the_same_tokens_whole_or_step_b
     cache = build(dtype=dtype).cache_class(build().config)
     with torch.no_grad(), gates(block) as found:
         whole, _ = block(h, plain())
-        steps = [block(h[:, t : t + 1], Layout(torch.full((2, 1), t)), past_key_values=cache)[0] for t in range(40)]
+        steps = [block(h[:, t : t + 1], Layout(torch.full((2, 1), t)), cache=cache)[0] for t in range(40)]
     (_, first), *rest = found
     assert torch.equal(torch.cat([delta for _, delta in rest], 1), first)
     # bfloat16 keeps 8 bits
@@ -193,8 +193,8 @@ def test_training_mode_through_a_cache_equals_one_pass(name, attention, monkeypa
     want, cache = model(ids).logits, None
     logits = []
     for piece in ids.split([13, 1, 8, 18], 1):
-        out = model(piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(piece, cache=cache, use_cache=True)
+        cache = out.cache
         logits.append(out.logits)
     assert error(torch.cat(logits, 1), want) < BOUND
 

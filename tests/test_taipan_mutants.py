@@ -44,10 +44,9 @@ def check_padding(name):
     ids = tokens(29, 3, LENGTH)
     mask = torch.stack([torch.arange(LENGTH) >= 20 - n for n in lengths]).long()
     with torch.no_grad():
-        past = model(ids[:, :20], attention_mask=mask[:, :20], use_cache=True).past_key_values
+        past = model(ids[:, :20], attention_mask=mask[:, :20], use_cache=True).cache
         steps = [
-            model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=past).logits
-            for t in range(20, LENGTH)
+            model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=past).logits for t in range(20, LENGTH)
         ]
         for row, n in enumerate(lengths):
             expect(torch.cat(steps, 1)[row], model(ids[row : row + 1, 20 - n :]).logits[0, n:])
@@ -58,13 +57,13 @@ def check_beams(name):
     model, ids, order = build(name), tokens(29, 3, LENGTH), torch.tensor([2, 0, 0])
     mask = torch.stack([torch.arange(20) >= 20 - n for n in (20, 13, 2)]).long()
     with torch.no_grad():
-        past = model(ids[:, :20], attention_mask=mask, use_cache=True).past_key_values
+        past = model(ids[:, :20], attention_mask=mask, use_cache=True).cache
         past.reorder_cache(order)
         history, mask = ids[:, :20][order], mask[order]
         for t in range(20, 30):
             history = torch.cat([history, ids[:, t : t + 1]], 1)
             mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
-            got = model(ids[:, t : t + 1], attention_mask=mask, past_key_values=past).logits[:, -1]
+            got = model(ids[:, t : t + 1], attention_mask=mask, cache=past).logits[:, -1]
             expect(got, model(history, attention_mask=mask).logits[:, -1])
 
 

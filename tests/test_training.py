@@ -82,13 +82,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(entry):
         model.zero_grad()
         torch.manual_seed(3)
         out = model(ids, attention_mask=mask, labels=ids)
-        assert out.past_key_values is None
+        assert out.cache is None
         out.loss.backward()
         grads.append([p.grad.clone() for p in trainable(model)])
     for other in grads[1:]:
         assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
     with pytest.raises(ValueError, match="cannot advance a cache"):
-        model(ids, past_key_values=entry.model.cache_class(model))
+        model(ids, cache=entry.model.cache_class(model))
 
 
 def test_trainer_learns(entry, tmp_path):
@@ -113,7 +113,7 @@ def test_autocast_stays_near_float32_and_keeps_states_exact(entry):
         got.loss.backward()
     assert abs(got.loss.item() - want.loss.item()) < 2e-2 * want.loss.item()
     if entry.recurrent:
-        held = [layer.tensors() for layer in got.past_key_values.layers]
+        held = [layer.tensors() for layer in got.cache.layers]
         assert {tensors["state"].dtype for tensors in held if "state" in tensors} == {torch.float32}
     autocast = [p.grad.clone() for p in trainable(model)]
     model.zero_grad()

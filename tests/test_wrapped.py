@@ -26,6 +26,7 @@ from scrubjay import (
     TaipanConfig,
     TaipanForCausalLM,
 )
+from scrubjay.modeling.cache_argument import CACHE, named
 
 WRAPPERS = {
     "recycled": (RecycledConfig, RecycledForCausalLM, dict(budget=8, stride=3)),
@@ -146,12 +147,12 @@ def test_padding_is_remembered_when_the_next_call_does_not_repeat_it(kind, mask)
     seen = torch.stack([torch.arange(20) >= 20 - n for n in (7, 20)]).long()
     masks = {"none": None, "of the new columns": seen.new_ones(2, 1)}
     with torch.no_grad():
-        cache = model(ids[:, :20], attention_mask=seen).past_key_values
-        alone = model(ids[:1, 13:20]).past_key_values
+        cache = model(ids[:, :20], attention_mask=seen)[CACHE]
+        alone = model(ids[:1, 13:20])[CACHE]
         for t in range(20, 24):
             masks["of all columns"] = torch.cat([seen, seen.new_ones(2, t - 19)], 1)
-            got = model(ids[:, t : t + 1], attention_mask=masks[mask], past_key_values=cache).logits
-            want = model(ids[:1, t : t + 1], past_key_values=alone).logits
+            got = model(ids[:, t : t + 1], attention_mask=masks[mask], **named(cache)).logits
+            want = model(ids[:1, t : t + 1], **named(alone)).logits
             assert relative(got[:1], want) < EXACT
 
 
@@ -174,10 +175,10 @@ def caches(model):
 def turns(model, cache, ids, first):
     """Logits of steps after a prompt that was read under `first`."""
     with first:
-        model(ids[:, :20], past_key_values=cache)
+        model(ids[:, :20], **named(cache))
     with torch.no_grad():
-        later = model(ids[:, 20:24], past_key_values=cache).logits
-        return torch.cat([later, *(model(x, past_key_values=cache).logits for x in ids[:, 24:].split(1, 1))], 1)
+        later = model(ids[:, 20:24], **named(cache)).logits
+        return torch.cat([later, *(model(x, **named(cache)).logits for x in ids[:, 24:].split(1, 1))], 1)
 
 
 @pytest.mark.parametrize("which", range(7))
@@ -202,7 +203,7 @@ def interrupted(model, cache):
 
     hook = model.model.layers[1].register_forward_hook(stop)
     with pytest.raises(KeyboardInterrupt), torch.no_grad():
-        model(small(1, 1), past_key_values=cache)
+        model(small(1, 1), **named(cache))
     hook.remove()
 
 
@@ -212,13 +213,13 @@ def test_an_interrupted_call_leaves_no_trace(which, ending):
     model = decoder()
     inner, ids = model.get_decoder(), small(1, 20)
     with torch.no_grad():
-        want = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+        want = model(ids, **named(DynamicCache(config=model.config))).logits
         cache = list(caches(model))[which]()
-        model(ids, past_key_values=cache)
+        model(ids, **named(cache))
     interrupted(model, cache)
     if ending == "next call":
         with torch.no_grad():
-            assert torch.equal(model(ids, past_key_values=DynamicCache(config=model.config)).logits, want)
+            assert torch.equal(model(ids, **named(DynamicCache(config=model.config))).logits, want)
     elif ending == "close":
         cache.close()
     else:

@@ -55,10 +55,8 @@ def pieces(model, ids, mask, cuts):
     cache, logits, done = None, [], 0
     for piece in ids.split(cuts, 1):
         done += piece.shape[1]
-        out = model(
-            **moved(model, input_ids=piece, attention_mask=mask[:, :done]), past_key_values=cache, use_cache=True
-        )
-        cache = out.past_key_values
+        out = model(**moved(model, input_ids=piece, attention_mask=mask[:, :done]), cache=cache, use_cache=True)
+        cache = out.cache
         logits.append(out.logits.cpu())
     return torch.cat(logits, 1)
 

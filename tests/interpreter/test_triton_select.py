@@ -197,9 +197,9 @@ MODELS = ["defaults", "selected keys", "selected keys by rank", "norm after atte
 
 @torch.no_grad()
 def stepped(model, ids):
-    cache, logits = model(ids[:, :12], use_cache=True).past_key_values, []
+    cache, logits = model(ids[:, :12], use_cache=True).cache, []
     for t in range(12, ids.shape[1]):
-        logits.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
+        logits.append(model(ids[:, t : t + 1], cache=cache).logits)
     return torch.cat(logits, 1)
 
 
