@@ -16,10 +16,13 @@ define TRITON
 	.venv/bin/python examples/kernels_aot.py --check; }
 endef
 
-CONTRACT = $(wildcard tests/test_modeling.py tests/test_generate.py tests/test_hub*.py)
+CONTRACT = $(wildcard tests/test_modeling.py tests/test_generate.py tests/test_hub*.py tests/test_recycled_generate.py \
+	tests/test_adore_cache.py)
+# What peft, accelerate and trl do; their releases are new as well.
+TRAINING = tests/test_peft.py tests/test_peft_training.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-kernels gpu style quality types clean
+.PHONY: help demo test test-oldest test-newest record-newest test-kernels gpu style quality types clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +37,15 @@ test: .venv/.dev ## the whole test-suite, on CPU, offline
 test-oldest: .venv-oldest/.test ## the model contract on the oldest supported transformers
 	$(if $(CONTRACT),,$(error no contract test found: tests/test_modeling.py, tests/test_generate.py, tests/test_hub*.py))
 	$(call PYTEST,.venv-oldest) -n $(WORKERS) $(CONTRACT)
+
+# Nothing is pinned but torch. A warning that transformers is newer than what is tested (configuration/tested_versions.py)
+# is no failure here.
+test-newest: .venv-newest/bin/pip ## the model contract on the newest releases that pip finds
+	@.venv-newest/bin/python .ci/newest.py test env $(call PYTEST,.venv-newest) -n $(WORKERS) \
+	-W 'ignore:scrubjay is tested on' $(CONTRACT) $(TRAINING)
+
+record-newest: .venv-newest/bin/pip ## write down the releases on which test-newest has passed
+	@.venv-newest/bin/python .ci/newest.py record
 
 test-kernels: .venv/.dev ## the kernels alone: PyTorch's, Triton's in its interpreter, Triton's compiled without a GPU
 	$(call PYTEST,.venv) -n $(WORKERS) $(wildcard tests/test_kernels*.py)
@@ -55,12 +67,12 @@ quality: .venv/.dev ## what style would change, and the types
 types: .venv/.dev .mypy_path/scrubjay ## mypy on configuration, kernels, modeling, conversion
 	.venv/bin/mypy
 
-clean: ## remove builds and caches; the environments stay (.venv, .venv-oldest)
+clean: ## remove builds and caches; the environments stay (.venv*)
 	rm -rf build dist *.egg-info .mypy_path .mypy_cache .pytest_cache .ruff_cache
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # One environment is a folder; what is installed in it, a stamp beside its bin. pip is the last thing venv puts there.
-.venv/bin/pip .venv-oldest/bin/pip: %/bin/pip:
+.venv/bin/pip .venv-oldest/bin/pip .venv-newest/bin/pip: %/bin/pip:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	"scrubjay needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.11" % sys.version_info[:2])'
