@@ -34,9 +34,17 @@ test: .venv/.dev ## the whole test-suite, on CPU, offline
 	$(call PYTEST,.venv) -n $(WORKERS)
 	$(TRITON)
 
-test-oldest: .venv-oldest/.test ## the model contract on the oldest supported transformers
+# a folder that one version saved, under the other
+define ACROSS
+	@set -e; for way in ".venv-oldest .venv" ".venv .venv-oldest"; do set -- $$way; folder=$$(mktemp -d); \
+	OMP_NUM_THREADS=1 $$1/bin/python tests/across_versions.py save $$folder; \
+	OMP_NUM_THREADS=1 HF_MODULES_CACHE=$$folder $$2/bin/python tests/across_versions.py check $$folder; rm -rf $$folder; done
+endef
+
+test-oldest: .venv-oldest/.test .venv/.dev ## the model contract on the oldest supported transformers, and its folders on the pinned one
 	$(if $(CONTRACT),,$(error no contract test found: tests/test_modeling.py, tests/test_generate.py, tests/test_hub*.py))
 	$(call PYTEST,.venv-oldest) -n $(WORKERS) $(CONTRACT)
+	$(ACROSS)
 
 # Nothing is pinned but torch. A warning that transformers is newer than what is tested (configuration/tested_versions.py)
 # is no failure here.
