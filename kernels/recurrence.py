@@ -127,16 +127,6 @@ def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torc
     return memory[shape, dtype]
 
 
-def decay_sums(a: torch.Tensor, dim: int, wide: torch.dtype) -> torch.Tensor:
-    """Inclusive sums of log-decays along `dim`, in float64 and in units of log 2, because on some CPUs exp is many
-    times slower than exp2.
-
-    What forgets everything counts as `FORGETS`. No factor changes, those that it is part of are 0 in `wide` as before;
-    and a difference of sums loses nothing of the weak decays beside it, as beside 1e14, and is one, as beside -inf.
-    """
-    return (a.clamp(min=FORGETS[wide]).double() * LOG2_E).cumsum(dim)
-
-
 def crossing(pairs: torch.Tensor, dim: int, memory: dict) -> torch.Tensor:
     """sum of pairs[i, j] over i >= t > j, those that a_t decays: axes i = `dim` and j = `dim` + 1 become the axis t.
 
@@ -149,8 +139,14 @@ def crossing(pairs: torch.Tensor, dim: int, memory: dict) -> torch.Tensor:
 
 
 @without_autocast
-def chunked(piece, size, state, cu_seqlens, *sequences):
-    """y and the final state of a linear recurrence over (B, T, ...) sequences; `piece`: see `ChunkedRecurrence`."""
+def chunked(piece, size, state, cu_seqlens, q, k, v, a, *more):
+    """y and the final state of a linear recurrence over (B, T, ...) sequences; `piece`: see `ChunkedRecurrence`.
+
+    A log-decay that forgets everything counts as `FORGETS`. No result changes, for each factor that it is part of is 0
+    as before; but a difference of sums then is a number, beside -inf, and loses nothing of weak decays, as beside 1e14.
+    Such a decay has no gradient, not even a rounding error, which what it is made of might multiply by 1e30.
+    """
+    sequences = q, k, v, a.clamp(min=FORGETS[state.dtype]), *more
     if not exported():
         return ChunkedRecurrence.apply(piece, size, state, cu_seqlens, *sequences)
     return _at_once(piece, size, state, *sequences)
@@ -189,7 +185,7 @@ def _first(x, count):
 class ChunkedRecurrence(torch.autograd.Function):
     """y and the final state of a linear recurrence, one chunk after the other.
 
-    `piece(memory, q, k, v, a, ...)`, sequences (B, Q, ...), solves one chunk as products: `outputs(s)` are its y,
+    `piece(memory, q, k, v, ...)`, sequences (B, Q, ...), solves one chunk as products: `outputs(s)` are its y,
     shaped as v, from the state before it, `advance_(s)` replaces that state by the one after it, `gradients_(dy, s,
     ds)` returns the gradients of the sequences and replaces the gradient of the state after the chunk by that of the
     state before it. `total()` is log2 of what a chunk leaves of the state, (B, decays) in float64; `carried(weights,
@@ -233,9 +229,6 @@ class ChunkedRecurrence(torch.autograd.Function):
                 part = parts.pop()
                 for whole, new in zip(grads, part.gradients_(dy[:, c], entered.pop(), dstate[rows]), strict=True):
                     whole[:, c] = new
-        # exp(a) times what was lost: 0. Of `crossing` 1e-16 may be left, and `a` be made of what is larger than 1e30.
-        a, da = sequences[3], grads[3]
-        da.masked_fill_(a <= FORGETS[state.dtype], 0)
         return None, None, dstate, None, *grads
 
 

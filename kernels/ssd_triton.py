@@ -341,7 +341,7 @@ def _sums(
     FORGETS: tl.constexpr, SCALE: tl.constexpr,
 ):
     """Program (tile of heads, chunk). sums: (3, H, chunks, Q), c in log2, rounded, what was rounded off, and the gain.
-    After the chunk's last step c stays and the gain is 0. A decay below FORGETS counts as that, see `decay_sums`."""
+    After the chunk's last step c stays and the gain is 0. A decay below FORGETS counts as that, see `chunked`."""
     tiles = tl.cdiv(H, BH)
     chunk = tl.program_id(0) // tiles
     start, stop = _place(starts, stops, chunk, T, Q)
