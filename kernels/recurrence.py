@@ -139,9 +139,25 @@ def crossing(pairs: torch.Tensor, dim: int, memory: dict) -> torch.Tensor:
 @without_autocast
 def chunked(piece, size, state, cu_seqlens, *sequences):
     """y and the final state of a linear recurrence over (B, T, ...) sequences; `piece`: see `ChunkedRecurrence`."""
-    if not exported():
+    if exported():
+        return _at_once(piece, size, state, *sequences)
+    if wants_gradient(state, *sequences):
         return ChunkedRecurrence.apply(piece, size, state, cu_seqlens, *sequences)
-    return _at_once(piece, size, state, *sequences)
+    return _in_turn(piece, size, state, cu_seqlens, *sequences)
+
+
+def _in_turn(piece, size, state, cu_seqlens, *sequences):
+    """`chunked`, one chunk after the other."""
+    memory: dict = {}
+    state = state.clone(memory_format=torch.contiguous_format)
+    y = torch.empty_like(sequences[2], memory_format=torch.contiguous_format)
+    for rows, start, stop in documents(cu_seqlens, *y.shape[:2]):
+        s = state[rows]
+        for c in chunks(start, stop, size):
+            part = piece(memory, *(x[:, c] for x in sequences))
+            y[:, c] = part.outputs(s)
+            part.advance_(s)
+    return y, state
 
 
 def _at_once(piece, size, state, *sequences):
@@ -190,16 +206,7 @@ class ChunkedRecurrence(torch.autograd.Function):
     def forward(ctx, piece, size, state, cu_seqlens, *sequences):
         ctx.save_for_backward(state, cu_seqlens, *sequences)
         ctx.piece, ctx.size = piece, size
-        memory = {}
-        state = state.clone(memory_format=torch.contiguous_format)
-        y = torch.empty_like(sequences[2], memory_format=torch.contiguous_format)
-        for rows, start, stop in documents(cu_seqlens, *y.shape[:2]):
-            s = state[rows]
-            for c in chunks(start, stop, size):
-                part = piece(memory, *(x[:, c] for x in sequences))
-                y[:, c] = part.outputs(s)
-                part.advance_(s)
-        return y, state
+        return _in_turn(piece, size, state, cu_seqlens, *sequences)
 
     @staticmethod
     @once_differentiable
