@@ -78,7 +78,8 @@ def _convolved(weight, bias, *parts):
 
 
 class _Convolution(torch.autograd.Function):
-    """`_convolved` with a gradient. Keeps its inputs alone; the backward pass computes what SiLU was applied to again, tile by tile."""
+    """`_convolved` with a gradient. Keeps its inputs alone; the backward pass computes what SiLU was applied to again,
+    tile by tile."""
 
     @staticmethod
     def forward(ctx, weight, bias, *parts):

@@ -29,8 +29,8 @@ def documents(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[
         return [(slice(0, batch), 0, length)]
     if exported():
         raise ValueError(
-            "torch.export cannot write down packed documents: where they end is a value of cu_seqlens. Export a call of "
-            "one document a row."
+            "torch.export cannot write down packed documents: where they end is a value of cu_seqlens. Export a call "
+            "of one document a row."
         )
     offsets = _numbers(cu_seqlens)
     if batch != 1:
@@ -113,7 +113,7 @@ def by_steps(step, state, cu_seqlens, *sequences):
     return torch.stack(ys, 1), torch.cat(states)
 
 
-def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
     """A tensor that the chunks of one call write in turn. Fresh pages cost more time than the arithmetic on them.
 
     None where torch is to make one: in an exported program an `out` would stand in the way of autograd.
@@ -197,8 +197,8 @@ class ChunkedRecurrence(torch.autograd.Function):
     as v, from the state before it, `advance_(s)` replaces that state by the one after it, `gradients_(dy, s, ds)`
     returns the gradients of the sequences and replaces the gradient of the state after the chunk by that of the state
     before it. `total()` is log2 of what a chunk leaves of the state, (B, decays) in float64; `carried(weights, states)`
-    sums states (B, C, ...) with weights (B, decays, C, C). The working set is one chunk, which stays in the processor's cache, and the backward pass recomputes it,
-    so that nothing of size T x Q is kept; `memory` is a dict for `reuse`.
+    sums states (B, C, ...) with weights (B, decays, C, C). The working set is one chunk, which stays in the processor's
+    cache, and the backward pass recomputes it, so that nothing of size T x Q is kept; `memory` is a dict for `reuse`.
     """
 
     @staticmethod

@@ -5,7 +5,7 @@
     logits, *state = step.module()(logits.argmax(-1, keepdim=True), *state)
 
 `torch.export.save` writes a program, and `torch.export.load` reads it where neither this library nor transformers is.
-Shapes: B batch, T time, V vocabulary. state: the tensors of `cache.layers[i].tensors()`, layer after layer, batch first.
+B batch, T time, V vocabulary. state: the tensors of `cache.layers[i].tensors()`, layer after layer, batch first.
 """
 
 import torch
