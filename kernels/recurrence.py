@@ -31,8 +31,8 @@ def documents(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[
         return [(slice(0, batch), 0, length)]
     if exported():
         raise ValueError(
-            "torch.export cannot write down packed documents: where they end is a value of cu_seqlens. Export a call of "
-            "one document a row."
+            "torch.export cannot write down packed documents: where they end is a value of cu_seqlens. Export a call "
+            "of one document a row."
         )
     offsets = _numbers(cu_seqlens)
     if batch != 1:
@@ -115,7 +115,7 @@ def by_steps(step, state, cu_seqlens, *sequences):
     return torch.stack(ys, 1), torch.cat(states)
 
 
-def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
     """A tensor that the chunks of one call write in turn. Fresh pages cost more time than the arithmetic on them.
 
     None where torch is to make one: in an exported program an `out` would stand in the way of autograd.
@@ -147,9 +147,25 @@ def chunked(piece, size, state, cu_seqlens, q, k, v, a, *more):
     Such a decay has no gradient, not even a rounding error, which what it is made of might multiply by 1e30.
     """
     sequences = q, k, v, a.clamp(min=FORGETS[state.dtype]), *more
-    if not exported():
+    if exported():
+        return _at_once(piece, size, state, *sequences)
+    if wants_gradient(state, *sequences):
         return ChunkedRecurrence.apply(piece, size, state, cu_seqlens, *sequences)
-    return _at_once(piece, size, state, *sequences)
+    return _in_turn(piece, size, state, cu_seqlens, *sequences)
+
+
+def _in_turn(piece, size, state, cu_seqlens, *sequences):
+    """`chunked`, one chunk after the other."""
+    memory: dict = {}
+    state = state.clone(memory_format=torch.contiguous_format)
+    y = torch.empty_like(sequences[2], memory_format=torch.contiguous_format)
+    for rows, start, stop in documents(cu_seqlens, *y.shape[:2]):
+        s = state[rows]
+        for c in chunks(start, stop, size):
+            part = piece(memory, *(x[:, c] for x in sequences))
+            y[:, c] = part.outputs(s)
+            part.advance_(s)
+    return y, state
 
 
 def _at_once(piece, size, state, *sequences):
@@ -185,13 +201,12 @@ def _first(x, count):
 class ChunkedRecurrence(torch.autograd.Function):
     """y and the final state of a linear recurrence, one chunk after the other.
 
-    `piece(memory, q, k, v, ...)`, sequences (B, Q, ...), solves one chunk as products: `outputs(s)` are its y,
-    shaped as v, from the state before it, `advance_(s)` replaces that state by the one after it, `gradients_(dy, s,
-    ds)` returns the gradients of the sequences and replaces the gradient of the state after the chunk by that of the
-    state before it. `total()` is log2 of what a chunk leaves of the state, (B, decays) in float64; `carried(weights,
-    states)` sums states (B, C, ...) with weights (B, decays, C, C). The working set is one chunk, which stays in the
-    processor's cache, and the backward pass recomputes it, so that nothing of size T x Q is kept; `memory` is a dict
-    for `reuse`.
+    `piece(memory, q, k, v, ...)`, sequences (B, Q, ...), solves one chunk as products: `outputs(s)` are its y, shaped
+    as v, from the state before it, `advance_(s)` replaces that state by the one after it, `gradients_(dy, s, ds)`
+    returns the gradients of the sequences and replaces the gradient of the state after the chunk by that of the state
+    before it. `total()` is log2 of what a chunk leaves of the state, (B, decays) in float64; `carried(weights, states)`
+    sums states (B, C, ...) with weights (B, decays, C, C). The working set is one chunk, which stays in the processor's
+    cache, and the backward pass recomputes it, so that nothing of size T x Q is kept; `memory` is a dict for `reuse`.
     """
 
     @staticmethod
@@ -199,16 +214,7 @@ class ChunkedRecurrence(torch.autograd.Function):
     def forward(ctx, piece, size, state, cu_seqlens, *sequences):
         ctx.save_for_backward(state, cu_seqlens, *sequences)
         ctx.piece, ctx.size = piece, size
-        memory = {}
-        state = state.clone(memory_format=torch.contiguous_format)
-        y = torch.empty_like(sequences[2], memory_format=torch.contiguous_format)
-        for rows, start, stop in documents(cu_seqlens, *y.shape[:2]):
-            s = state[rows]
-            for c in chunks(start, stop, size):
-                part = piece(memory, *(x[:, c] for x in sequences))
-                y[:, c] = part.outputs(s)
-                part.advance_(s)
-        return y, state
+        return _in_turn(piece, size, state, cu_seqlens, *sequences)
 
     @staticmethod
     @once_differentiable

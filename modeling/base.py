@@ -343,9 +343,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         x = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         x = x if isinstance(keep, int) else x[:, keep]
-        logits = self.lm_head(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = None
+        logits, loss = self.head(x), None
         if labels is not None or loss_kwargs.get("shift_labels") is not None:
             compute = self.loss_function if shard is None else partial(shard.loss, self.loss_function)
             loss = compute(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
@@ -356,6 +354,11 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         }
         out = ZooCausalLMOutput(loss=loss, logits=logits, **kept)
         return self.output(out, outputs, labels, shard=shard, **loss_kwargs)
+
+    def head(self, x):
+        """The logits (..., V) of hidden states (..., D), in float32 or wider."""
+        logits = self.lm_head(x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None, shard=None):
         """What forward returns: `out`, to which a model may add what its blocks gave beside the hidden states."""
