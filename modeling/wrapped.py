@@ -132,13 +132,20 @@ def _remove(handles, undo) -> None:
         handle.remove()
 
 
-class ZooWrapperModel(ZooPreTrainedModel):
+class ZooWrapperPreTrainedModel(ZooPreTrainedModel):
+    """What a `ZooWrapperModel` and all that stands on one share: new weights start by the decoder's own rule."""
+
+    _supports_sdpa = True
+
+    def _init_weights(self, module):
+        self.base_model.decoder._init_weights(module)
+
+
+class ZooWrapperModel(ZooWrapperPreTrainedModel):
     """A decoder of transformers whose default cache is the zoo's. Its parameters have the decoder's own names.
 
     Positions are those of the real tokens of each row, so that padding on any side changes nothing.
     """
-
-    _supports_sdpa = True
 
     def __init__(self, config):
         config.validate()  # from_pretrained changes fields after it has read them
@@ -150,9 +157,6 @@ class ZooWrapperModel(ZooPreTrainedModel):
         self.__dict__["decoder"] = decoder  # not as a module: its children are this model's own, under their own names
         self._no_split_modules = decoder._no_split_modules
         self.post_init()
-
-    def _init_weights(self, module):
-        self.decoder._init_weights(module)
 
     def __setattr__(self, name, value):
         """As in torch; what replaces a child (an adapter, other embeddings) does so in the decoder, too."""
@@ -253,13 +257,8 @@ def _check_devices(config):
         )
 
 
-class ZooWrapperForCausalLM(ZooForCausalLM):
+class ZooWrapperForCausalLM(ZooWrapperPreTrainedModel, ZooForCausalLM):
     """A `ZooWrapperModel` and the decoder's language-model head. A checkpoint of the decoder loads as it is."""
-
-    _supports_sdpa = True
-
-    def _init_weights(self, module):
-        self.model._init_weights(module)
 
     def get_decoder(self):
         """transformers' own model."""
