@@ -55,7 +55,7 @@ class WrappedConfig(PreTrainedConfig):
             kwargs.setdefault("attn_implementation", given._attn_implementation)
         kwargs.pop("model_type", None)
         if self.id2label is None and kwargs.get("num_labels") is None:  # a classifier that was a decoder's
-            self.id2label, self.label2id = dict(self.base_config.id2label), dict(self.base_config.label2id)
+            self.id2label, self.label2id = copy.copy(self.base_config.id2label), copy.copy(self.base_config.label2id)
         if self.problem_type is None:
             self.problem_type = self.base_config.problem_type
         # no property: transformers 5.17 assigns to it where embeddings are tied
