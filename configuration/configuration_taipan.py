@@ -12,6 +12,7 @@ CHOICES = {
     "window_axis": ("position", "rank"),
     "st_surrogate": ("p1", "chosen"),
     "train_attention": ("dense", "compact"),
+    "train_gate": ("sample", "argmax"),
     "eval_gate": ("argmax", "sample"),
     "gate_bias_init": ("zero", "capacity"),
     "budget_reduction": ("sequence", "batch"),
@@ -58,6 +59,12 @@ class TaipanConfig(SSDConfig):
             output; no branch but the chosen one is then computed in training, and the budget takes p1 all the same.
         train_attention: "dense" attends for every token in training, so that the gate of an unselected token learns
             what attention would have done; "compact" attends for selected ones alone.
+        train_gate: "sample" draws in training: a token is selected with probability a, and two passes over the same
+            text differ. So does a policy in training from a reference with the same weights in evaluation: DPO of the
+            two does not start at ln 2. "argmax" draws nothing and selects as evaluation by "argmax" does,
+            `eval_threshold` included; the forward values are those of evaluation, bit for bit where `train_attention`
+            is "compact", and as far as sums in another order round where it is "dense". The surrogate's gradient
+            remains.
         gumbel_tau: temperature of the surrogate; read at each step, so that it can be annealed. The choice itself does
             not depend on it.
         budget_lambda: weight of the budget loss.
@@ -68,9 +75,11 @@ class TaipanConfig(SSDConfig):
         sal_pos: positions in selective attention: "none" (the paper's) or "rope".
         rope_theta: base of the rotary encoding.
         mamba_mlp: whether each Mamba-2 block is followed by a feed-forward network.
-        eval_gate: at inference select by "argmax" or "sample" as in training.
-        eval_threshold: a token is selected at inference where a is greater; 0.5 is the argmax. The rate at inference is
-            not the capacity; `TaipanForCausalLM.calibrate` sets this so that it is.
+        eval_gate: at inference select by "argmax" or "sample": with the noise of training, a token is selected with
+            probability sigmoid(delta - logit(eval_threshold)), a where the threshold is 0.5.
+        eval_threshold: a token is selected at inference where a is greater; 0.5 is the argmax. One number for all
+            selective layers, or a list of one for each, in order. The rate at inference is not the capacity;
+            `TaipanForCausalLM.calibrate` sets these so that it is, in every layer.
         state_size: N, key and query width of the recurrent state, per head.
         expand: inner width of a Mamba-2 block over `hidden_size`.
         num_heads: H, heads of a Mamba-2 block. None derives it from `head_dim`.
@@ -117,10 +126,10 @@ class TaipanConfig(SSDConfig):
             "intermediate_size": "width of the feed-forward network",
             "mamba_mlp": "whether a Mamba-2 block has a feed-forward network",
             "eval_gate": "the choice at inference",
-            "eval_threshold": "its threshold",
+            "eval_threshold": "its threshold, of all selective layers or of each",
         },
     }
-    keys_to_ignore_at_inference = [*CACHE_NAMES, "budget_loss", "selection"]
+    keys_to_ignore_at_inference = [*CACHE_NAMES, "budget_loss", "selection", "sequence_selection"]
 
     base_model_tp_plan = {
         "layers.*.mixer.in_proj": "colwise_gather_output",
@@ -149,6 +158,7 @@ class TaipanConfig(SSDConfig):
     gate_bias_init: str = "zero"
     st_surrogate: str = "p1"
     train_attention: str = "dense"
+    train_gate: str = "sample"
     gumbel_tau: float = 1.0
     budget_lambda: float = 1.0
     budget_reduction: str = "sequence"
@@ -159,7 +169,7 @@ class TaipanConfig(SSDConfig):
     rope_theta: float = 10000.0
     mamba_mlp: bool = False
     eval_gate: str = "argmax"
-    eval_threshold: float = 0.5
+    eval_threshold: float | list[float] = 0.5
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -197,6 +207,23 @@ class TaipanConfig(SSDConfig):
         return tuple(range(unit - 1, self.num_hidden_layers, unit)) or (self.num_hidden_layers - 1,)
 
     @property
+    def thresholds(self) -> tuple[float, ...]:
+        """`eval_threshold` of each selective layer.
+
+        Raises:
+            ValueError: a list of another length.
+        """
+        given, layers = self.eval_threshold, len(self.selective_layers)
+        if isinstance(given, float):
+            return (given,) * layers
+        if len(given) != layers:
+            raise ValueError(
+                f"eval_threshold must be one number, or a list of {layers}, one for each selective layer "
+                f"{self.selective_layers}; got {len(given)}: {given}."
+            )
+        return tuple(given)
+
+    @property
     def rotary_dim(self) -> int:
         """Channels of an attention head that are turned: all, or all but one of an odd number; 0 without positions."""
         return (self.attention_head_dim or 0) // 2 * 2 if self.sal_pos == "rope" else 0
@@ -228,9 +255,10 @@ class TaipanConfig(SSDConfig):
         for name in ("kv_cap", "gate_hidden"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}.")
-        for name in ("capacity", "eval_threshold"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie between 0 and 1; got {getattr(self, name)}.")
+        for name, values in (("capacity", (self.capacity,)), ("eval_threshold", self.thresholds)):
+            for value in values:
+                if not 0 < value < 1:
+                    raise ValueError(f"{name} must lie between 0 and 1; got {value}.")
         for name in ("gumbel_tau", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}.")

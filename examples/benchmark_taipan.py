@@ -43,7 +43,7 @@ SMALL = Sizes(64, 16, 32, 64, 0.15, 256, (64, 256), 4, (64, 256), 32)
 
 
 @lru_cache(maxsize=1)
-def unit(sizes: Sizes) -> tuple[TaipanForCausalLM, float]:
+def unit(sizes: Sizes) -> tuple[TaipanForCausalLM, float | list[float]]:
     """One unit with random weights, and the threshold at which it selects a share C of `prompt`."""
     model = build(sizes, sizes.hidden_size)
     model.calibrate(prompt(sizes, sizes.length), sizes.capacity)
@@ -71,7 +71,7 @@ def all_and_few(sizes: Sizes, work: Callable[[], object], units: int) -> dict[st
     """The same work with all tokens selected (peer) and with a share C of them."""
     model, threshold = unit(sizes)
 
-    def at(value: float) -> Callable[[], int]:
+    def at(value: float | list[float]) -> Callable[[], int]:
         @torch.no_grad()
         def run() -> int:
             model.config.eval_threshold = value
@@ -92,7 +92,7 @@ def layer_prefill(sizes: Sizes) -> dict[str, Callable[[], int]]:
         torch.randn(1, sizes.length, sizes.hidden_size, generator=generator),
         Layout(torch.arange(sizes.length)[None]),
     )
-    return all_and_few(sizes, lambda: block(h, layout), 1)
+    return all_and_few(sizes, lambda: block(h, layout, threshold=model.config.thresholds[0]), 1)
 
 
 def unit_prefill(sizes: Sizes) -> dict[str, Callable[[], int]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.conv_triton import causal_conv_triton, conv_fits
-from scrubjay.kernels.dispatch import choose, without_autocast
+from scrubjay.kernels.dispatch import choose, exported, without_autocast
 from scrubjay.kernels.recurrence import by_steps, chunks, documents, num_states
 
 TILE = 2**17  # elements that the backward pass works on at a time on a CPU: they stay in cache
@@ -137,6 +137,8 @@ def _packed(x, weight, bias, state, cu_seqlens):
 def _end(state, x):
     """The last K - 1 steps of [state, x]."""
     taps = state.shape[1]
+    if exported():  # x may be of any length
+        return torch.cat([state, x], 1)[:, x.shape[1] :]
     window = torch.cat([state, x[:, max(0, x.shape[1] - taps) :]], 1)
     return window[:, window.shape[1] - taps :]
 

@@ -21,9 +21,9 @@ from scrubjay.kernels.ddts_triton import ddts_fits, ddts_step_triton, ddts_trito
 from scrubjay.kernels.dispatch import choose, without_autocast
 from scrubjay.kernels.recurrence import (
     LOG2_E,
-    ChunkedRecurrence,
     OuterSum,
     by_steps,
+    chunked,
     crossing,
     decay_to_end,
     decayed,
@@ -80,7 +80,7 @@ def ddts(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=16, overwrite
         return y[:, None], state
     if fused:
         return ddts_triton(q, k, v, a, state, cu_seqlens)
-    return ChunkedRecurrence.apply(_Chunk, chunk, state, cu_seqlens, q, k, v, a)
+    return chunked(_Chunk, chunk, state, cu_seqlens, q, k, v, a)
 
 
 def ddts_change_reference(k, v, a):
@@ -133,6 +133,14 @@ class _Chunk:
         scores = torch.matmul(self.keys(), self.q[..., None])[..., 0]  # (B, Q, Q)
         within = torch.matmul(scores.to(self.low), self.v)
         return within + torch.matmul((self.q * self.into).to(self.low), s.to(self.low))
+
+    def total(self):
+        """c_Q in units of log 2: (B, N)."""
+        return self.sums[:, -1]
+
+    def carried(self, weights, states):
+        """Sums of states over chunks."""
+        return torch.einsum("bnts,bsnm->btnm", weights, states)
 
     def advance_(self, s):
         """Replace the state before the chunk by the state after it."""

@@ -9,6 +9,18 @@ from scrubjay.kernels.triton_tools import interpreted, triton, works
 BACKENDS = ("torch", "triton")
 
 
+def traced() -> bool:
+    """Whether torch.compile or torch.export reads this call, to which the values of tensors say nothing."""
+    return torch.compiler.is_compiling()
+
+
+def exported() -> bool:
+    """Whether torch.export reads this call. What it writes down runs without this library, for tensors of other values
+    and lengths, and leaves those that it is given as they are: so no kernel of ours, no loop over time, no work in
+    place on a state."""
+    return torch.compiler.is_exporting()
+
+
 def choose(backend: str | None, op: str, *tensors: torch.Tensor, fused: bool = False) -> str:
     """Name the path that `op` takes for these operands: "torch" or "triton".
 
@@ -24,6 +36,7 @@ def choose(backend: str | None, op: str, *tensors: torch.Tensor, fused: bool = F
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be None or one of {BACKENDS}; got {backend!r}.")
     devices = sorted({t.device.type for t in tensors})
+    fused = fused and not exported()
     if backend == "triton":
         if not fused:
             raise ValueError(f"{op} has no Triton kernel for this call. Pass backend=None to let it choose.")
@@ -40,7 +53,7 @@ def choose(backend: str | None, op: str, *tensors: torch.Tensor, fused: bool = F
         return "triton"
     wanted = backend is None and fused and triton is not None and devices == ["cuda"]
     # torch.compile, whose own code for a GPU is Triton's, must not trace the question.
-    return "triton" if wanted and (torch.compiler.is_compiling() or works()) else "torch"
+    return "triton" if wanted and (traced() or works()) else "torch"
 
 
 def without_autocast(function):

@@ -3,8 +3,8 @@
     x = RMSNorm(h);   s = W x + b in R^2;   delta = s_1 - s_0 = (W_1 - W_0) . x + (b_1 - b_0)     drop: s_0, keep: s_1
     a = softmax(s)_1 = sigmoid(delta)
     training:   m = [delta + g_1 - g_0 > 0],  g_0, g_1 ~ Gumbel(0, 1)        P(m = 1) = a, whatever the temperature is
-    inference:  m = [a > threshold]
-    backward:   m is given the gradient of p = sigmoid((delta + g_1 - g_0) / tau)
+    inference:  m = [a > t] = [delta - logit(t) > 0],  t a threshold; with noise  m = [delta - logit(t) + g_1 - g_0 > 0]
+    backward:   m is given the gradient of p = sigmoid(score / tau), score what is compared with 0
     h <- (1 - a) h + a o  where m = 1                                        h as it is where m = 0
 
 D hidden size, n inner width of a gate with a SiLU network before W. h: (..., D)   delta, a, m, p: (...)   all float32,
@@ -24,6 +24,7 @@ from scrubjay.kernels.dispatch import choose, without_autocast
 from scrubjay.kernels.gate_triton import gate_fits, gate_logit_triton, norm_gate_triton, row_norm_triton
 
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
+THRESHOLDS = (1e-300, 1 - 2**-53)  # the least and the largest that are told from 0 and 1
 
 
 def gate_logit_reference(h, weight, bias, norm_weight=None, eps=1e-5, hidden=None):
@@ -132,17 +133,45 @@ def gumbel_difference(like: torch.Tensor) -> torch.Tensor:
     return u.log() - (-u).log1p()
 
 
+def logit(threshold: float) -> float:
+    """The delta at which a is the threshold."""
+    return math.log(threshold) - math.log1p(-threshold)
+
+
 def select(delta, threshold=0.5, noise=None, real=None):
     """The hard choice m, (...) bool. A tie drops.
 
     Args:
         delta: (...) from `gate_logit`.
-        threshold: without noise, a token is selected where a is greater. Compared on delta: a rounds, delta does not.
+        threshold: without noise, a token is selected where a is greater; with it, with probability
+            sigmoid(delta - logit(threshold)). Compared on delta: a rounds, delta does not.
         noise: (...) from `gumbel_difference`, or None: no chance.
         real: (...) bool, tokens that are no padding; None: all.
     """
-    kept = delta > math.log(threshold) - math.log1p(-threshold) if noise is None else delta + noise > 0
+    kept = (delta if noise is None else delta + noise) > logit(threshold)
     return kept if real is None else kept & real
+
+
+def threshold_for(delta, rate: float, sampled: bool = False) -> float:
+    """The threshold at which `select` takes a share `rate` of the tokens: to the token as far as their deltas differ,
+    or with noise (`sampled`) on average.
+
+    Args:
+        delta: (n,), n > 0.
+        rate: between 0 and 1.
+    """
+    delta = delta.double().sort().values
+    if sampled:
+        low, high = (float(edge) - logit(rate) for edge in (delta[0], delta[-1]))
+        for _ in range(64):
+            middle = (low + high) / 2
+            low, high = (middle, high) if float(torch.sigmoid(delta - middle).mean()) > rate else (low, middle)
+    else:
+        dropped = len(delta) - round(rate * len(delta))
+        edges = torch.cat([delta[:1] - 1, delta, delta[-1:] + 1])
+        low, high = (float(edge) for edge in edges[dropped : dropped + 2])
+    between = float(torch.sigmoid(torch.tensor((low + high) / 2, dtype=torch.float64)))
+    return min(max(between, THRESHOLDS[0]), THRESHOLDS[1])
 
 
 def straight_through(m, p):

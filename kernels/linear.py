@@ -9,6 +9,8 @@ linear: x (..., I), weight (O, I), bias (O,) -> x weight^T + bias (..., O).
 import torch
 import torch.nn.functional as F
 
+from scrubjay.kernels.dispatch import traced
+
 # Multiplications below which MKL's lower cost per call wins: about 10 microseconds.
 WORTH_IT = 2**20
 LONG = 2**14  # sums over more terms (gradients through a head of many words) are taken in blocks: 104 ms, not 125
@@ -38,11 +40,13 @@ _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def _wins(a, b, multiplications):
-    if _onednn is None or multiplications < WORTH_IT or not a.dtype == b.dtype == torch.float32:
+    if _onednn is None or traced():
+        return False
+    if multiplications < WORTH_IT or not a.dtype == b.dtype == torch.float32:
         return False
     if type(a) not in _TENSORS or type(b) not in _TENSORS or not a.device.type == b.device.type == "cpu":
         return False
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:
+    if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
         return False
     return not torch._C._are_functorch_transforms_active()  # torch.func: its tensors hide behind the plain type
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
-from scrubjay.kernels.dispatch import without_autocast
+from scrubjay.kernels.dispatch import exported, without_autocast
 
 LOG2_E = 1 / math.log(2)  # exp(x) = exp2(x LOG2_E)
 OUTER_BLOCK = 2048  # steps that `OuterSum` takes at a time, which bounds its temporaries
@@ -27,6 +27,11 @@ def documents(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[
     """
     if cu_seqlens is None:
         return [(slice(0, batch), 0, length)]
+    if exported():
+        raise ValueError(
+            "torch.export cannot write down packed documents: where they end is a value of cu_seqlens. Export a call of "
+            "one document a row."
+        )
     offsets = _numbers(cu_seqlens)
     if batch != 1:
         raise ValueError(f"cu_seqlens describes documents packed into one row; got a batch of {batch} rows.")
@@ -57,7 +62,7 @@ def num_states(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> int:
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether a backward pass may come: a single step then takes the chunked form too, whose backward is exact."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return not exported() and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -86,8 +91,14 @@ def decayed(state: torch.Tensor, factor: torch.Tensor, overwrite: bool) -> torch
 
 
 def locked(state: torch.Tensor | None) -> bool:
-    """Whether a state's memory may not be written: autograd's leaf, or made in inference mode and used outside."""
-    return state is None or state.requires_grad or (state.is_inference() and not torch.is_inference_mode_enabled())
+    """Whether a state's memory may not be written: autograd's leaf, made in inference mode and used outside, or the
+    input of an exported program."""
+    return (
+        state is None
+        or exported()
+        or state.requires_grad
+        or (state.is_inference() and not torch.is_inference_mode_enabled())
+    )
 
 
 def by_steps(step, state, cu_seqlens, *sequences):
@@ -102,8 +113,13 @@ def by_steps(step, state, cu_seqlens, *sequences):
     return torch.stack(ys, 1), torch.cat(states)
 
 
-def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor that the chunks of one call write in turn. Fresh pages cost more time than the arithmetic on them."""
+def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """A tensor that the chunks of one call write in turn. Fresh pages cost more time than the arithmetic on them.
+
+    None where torch is to make one: in an exported program an `out` would stand in the way of autograd.
+    """
+    if exported():
+        return None
     if (shape, dtype) not in memory:
         memory[shape, dtype] = torch.empty(shape, dtype=dtype, device=device)
     return memory[shape, dtype]
@@ -120,13 +136,52 @@ def crossing(pairs: torch.Tensor, dim: int, memory: dict) -> torch.Tensor:
     return difference.flip(dim).cumsum(dim).flip(dim).to(pairs.dtype)
 
 
+@without_autocast
+def chunked(piece, size, state, cu_seqlens, *sequences):
+    """y and the final state of a linear recurrence over (B, T, ...) sequences; `piece`: see `ChunkedRecurrence`."""
+    if not exported():
+        return ChunkedRecurrence.apply(piece, size, state, cu_seqlens, *sequences)
+    return _at_once(piece, size, state, *sequences)
+
+
+def _at_once(piece, size, state, *sequences):
+    """`chunked` without a loop, for any number of chunks C: each is a row of a batch, and the state that enters one is
+    a decayed sum over what the earlier ones added, one product of a (C, C) matrix for each decay. The last chunk is
+    empty: what enters it is the final state, and torch.export need not ask whether C is 1."""
+    (B, T), inner = sequences[0].shape[:2], state.shape[1:]
+    C = (T + size - 1) // size + 1
+    # steps after the end add nothing and forget nothing
+    padded = (F.pad(x, (0, 0) * (x.ndim - 2) + (0, C * size - T)) for x in sequences)
+    part = piece({}, *(_shaped(x, B * C, size, *x.shape[2:]) for x in padded))
+    added = state.new_zeros(B * C, *inner)
+    part.advance_(added)
+    total = _shaped(part.total(), B, C, -1).transpose(1, 2)  # (B, decays, C)
+    sums = total.cumsum(2) - total  # before each chunk
+    weights = (sums[..., :, None] - sums[..., None, :]).to(state.dtype).clamp(max=0).exp2().tril()
+    added = _first(torch.cat([state[:, None], _shaped(added, B, C, *inner)], 1), C)
+    states = part.carried(weights, added)
+    y = part.outputs(_shaped(states, B * C, *inner)).to(sequences[2].dtype)
+    return _first(_shaped(y, B, C * size, *y.shape[2:]), T), states[:, -1]
+
+
+def _shaped(x, *shape):
+    """x.reshape(shape) by way of one axis: torch.export would ask of axes that are merged or cut whether one is 1."""
+    return x.reshape(-1).reshape(shape)
+
+
+def _first(x, count):
+    """x[:, :count], a copy: torch.export would ask whether that is all of x."""
+    return x.index_select(1, torch.arange(count, device=x.device))
+
+
 class ChunkedRecurrence(torch.autograd.Function):
     """y and the final state of a linear recurrence, one chunk after the other.
 
     `piece(memory, q, k, v, ...)`, sequences (B, Q, ...), solves one chunk as products: `outputs(s)` are its y, shaped
     as v, from the state before it, `advance_(s)` replaces that state by the one after it, `gradients_(dy, s, ds)`
     returns the gradients of the sequences and replaces the gradient of the state after the chunk by that of the state
-    before it. The working set is one chunk, which stays in the processor's cache, and the backward pass recomputes it,
+    before it. `total()` is log2 of what a chunk leaves of the state, (B, decays) in float64; `carried(weights, states)`
+    sums states (B, C, ...) with weights (B, decays, C, C). The working set is one chunk, which stays in the processor's cache, and the backward pass recomputes it,
     so that nothing of size T x Q is kept; `memory` is a dict for `reuse`.
     """
 

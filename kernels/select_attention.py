@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from scrubjay.kernels.dispatch import choose, without_autocast
+from scrubjay.kernels.dispatch import choose, exported, without_autocast
 from scrubjay.kernels.recurrence import wants_gradient
 from scrubjay.kernels.select_attention_triton import (
     select_attention_fits,
@@ -60,13 +60,16 @@ class Packed:
 
 
 def pack(mask: torch.Tensor, window: int, *, every: bool = False, tiled: bool | None = None) -> Packed:
-    """Gather the columns of (B, T) bool `mask` for `select_attention`; `every`: all of them, whatever it says.
+    """Gather the columns of (B, T) bool `mask` for `select_attention`; `every`: all of them, whatever it says, as always
+    where the call is exported.
 
     A tile covers as many columns as make one product worth its call and few enough that the keys read for it are not
     many more than a window: 64 to 256. `tiled` is the order; None takes the one that the mask's device is fastest with.
     """
-    (B, T), tile = mask.shape, max(64, min(256, window // 4))
-    tile = min(tile, T)
+    B, T = mask.shape
+    if exported():
+        return Packed(torch.arange(B * T, device=mask.device), (B, T), T, False)
+    tile = min(max(64, min(256, window // 4)), T)
     if not (mask.device.type == "cpu" if tiled is None else tiled):
         index = torch.arange(B * T, device=mask.device) if every else mask.flatten().nonzero()[:, 0]
         return Packed(index, (B, T), tile, False)
@@ -83,16 +86,21 @@ def select_attention_reference(
     (B, T), (_, H, P), S = packed.shape, q.shape, k.shape[1] - packed.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     every = q.new_zeros(B * T, H, P, dtype=wide).index_copy(0, packed.index, q.to(wide)).view(B, T, H, P)
-    i, j = torch.arange(S, S + T, device=q.device)[:, None], torch.arange(S + T, device=q.device)
-    seen = (j <= i) & (i - j < window) & (i - j <= before[..., None])
-    for c, reach in limits:
-        seen = seen & (c[:, S:, None] - c[:, None] < reach)
-    if readable is not None:
-        seen = seen & (readable[:, None] | (i == j))
+    seen = _seen_by_all(S, before, window, limits, readable)
     keys, values = (x.to(wide).repeat_interleave(H // k.shape[2], 2) for x in (k, v))
     scores = torch.einsum("bihp,bjhp->bhij", every, keys) * _scale(q, scale)
     weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
     return torch.einsum("bhij,bjhp->bihp", weights, values).flatten(0, 1)[packed.index]
+
+
+def _seen_by_all(S, before, window, limits, readable):
+    """(B, T, S + T) bool: what each column would see."""
+    T, device = before.shape[1], before.device
+    i, j = torch.arange(S, S + T, device=device)[:, None], torch.arange(S + T, device=device)
+    seen = (j <= i) & (i - j < window) & (i - j <= before[..., None])
+    for c, reach in limits:
+        seen = seen & (c[:, S:, None] - c[:, None] < reach)
+    return seen if readable is None else seen & (readable[:, None] | (i == j))
 
 
 @without_autocast
@@ -122,9 +130,9 @@ def select_attention_step(q, keys, values, seen, scale=None, rows=None, *, backe
 
 def steps_by_mask(keys) -> bool:
     """Whether a step over `keys` is faster for all rows, with a mask of those that attend, than for those alone: to
-    name them, a GPU has to be waited for. Not where a gradient may be wanted."""
+    name them, a GPU has to be waited for. Not where a gradient may be wanted; always where the call is exported."""
     fused = _step_fits(keys, keys, keys) and not torch.is_grad_enabled()
-    return choose(None, "select_attention_step", keys, fused=fused) == "triton"
+    return exported() or choose(None, "select_attention_step", keys, fused=fused) == "triton"
 
 
 def _step_fits(q, keys, values):
@@ -144,7 +152,7 @@ def select_attention(
     scale=None,
     backend=None,
 ):
-    """Attend for the selected columns alone: n * (w + tile) scores a head, whatever T is.
+    """Attend for the selected columns alone: n * (w + tile) scores a head, whatever T is. Exported, for every column.
 
     Args:
         q: queries in `packed`'s order; k, v, before, limits, readable: see the header. The last T columns of k and v
@@ -159,7 +167,11 @@ def select_attention(
     """
     _check(q, k, v, packed, before, window, limits, readable)
     path = choose(backend, "select_attention", q, k, v, fused=select_attention_fits(q, k, v, limits))
-    if not len(q):
+    if exported():
+        (B, T), S = packed.shape, k.shape[1] - packed.shape[1]
+        seen = _seen_by_all(S, before, window, limits, readable)
+        return _attend(q.view(B, T, *q.shape[1:]), k, v, seen, _scale(q, scale)).flatten(0, 1)
+    if not q.shape[0]:
         return q + 0 * (k.sum() + v.sum())  # every parameter keeps a gradient, zero
     if path == "triton":
         return select_attention_triton(q, k, v, packed, before, window, limits, readable, _scale(q, scale))
@@ -259,7 +271,7 @@ def _scale(q, scale):
 
 def _check(q, k, v, packed, before, window, limits, readable):
     B, T = packed.shape
-    fits = q.ndim == 3 and k.ndim == 4 and k.shape == v.shape and len(q) == len(packed.index)
+    fits = q.ndim == 3 and k.ndim == 4 and k.shape == v.shape and q.shape[0] == packed.index.shape[0]
     fits = fits and k.shape[0] == B and k.shape[1] >= T and k.shape[3] == q.shape[2] and not q.shape[1] % k.shape[2]
     if not fits:
         raise ValueError(

@@ -20,9 +20,9 @@ from scrubjay.kernels.dispatch import choose, without_autocast
 from scrubjay.kernels.linear import matmul
 from scrubjay.kernels.recurrence import (
     LOG2_E,
-    ChunkedRecurrence,
     OuterSum,
     by_steps,
+    chunked,
     crossing,
     decay_to_end,
     decayed,
@@ -90,7 +90,7 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
         y, state = ssd_step(*(x[:, 0] for x in sequences), _initial(q, v, initial_state, None), overwrite)
         return y[:, None], state
     state = _grouped(_initial(q, v, initial_state, cu_seqlens), q.shape[2])
-    y, state = ChunkedRecurrence.apply(_Chunk, chunk, state, cu_seqlens, *sequences)
+    y, state = chunked(_Chunk, chunk, state, cu_seqlens, *sequences)
     return y, _per_head(state, v.shape[3])
 
 
@@ -164,6 +164,15 @@ class _Chunk:
         within = torch.matmul(weights.to(self.low), self.v.transpose(1, 2)).transpose(1, 2)
         carried = self.ungroup(matmul(self.q, s.to(self.low)))
         return torch.addcmul(within.to(self.wide), carried.to(self.wide), self.into)
+
+    def total(self):
+        """c_Q in units of log 2: (B, H)."""
+        return self.sums[..., -1]
+
+    def carried(self, weights, states):
+        """Sums of grouped states over chunks."""
+        weights, states = weights.unflatten(1, (self.G, self.R)), states.unflatten(-1, (self.R, self.P))
+        return torch.einsum("bgrts,bsgnrp->btgnrp", weights, states).flatten(-2)
 
     def decay_(self, s):
         """Scale a grouped state by exp(c_Q)."""

@@ -10,7 +10,7 @@ head h mod V (tiled, not the grouped order of other models). SW-SKA has K = 1 an
 import torch
 import torch.nn.functional as F
 
-from scrubjay.kernels.dispatch import choose, without_autocast
+from scrubjay.kernels.dispatch import choose, exported, without_autocast
 from scrubjay.kernels.recurrence import documents, wants_gradient
 from scrubjay.kernels.window_triton import window_fits, window_step_triton, window_triton
 
@@ -55,7 +55,7 @@ def window_attention_step(q, keys, values, held, scale=None, *, backend=None):
 
 
 def window_attention(q, k, v, window, past=None, cu_seqlens=None, *, scale=None, dropout=0.0, backend=None):
-    """Attend over whole sequences in O(T * W) time and memory; keys are never repeated over heads.
+    """Attend over whole sequences in O(T * W) time and memory; keys are never repeated over heads. Exported, in O(T^2).
 
     Args:
         q, k, v: shapes in the header; positions already encoded.
@@ -89,25 +89,32 @@ def _banded(q, k, v, window, past, scale, dropout):
     of a slice is as large as what it was cut from."""
     T, H = q.shape[1:3]
     k, v = (_tiled(x, H) for x in (k, v))
-    if past is None and window >= T:
+    if past is None and not exported() and window >= T:
         return _attend(q, k, v, None, scale, dropout)
     S = 0
     real = None
     if past is not None:
         k, v = torch.cat([_tiled(past[0], H), k], 1), torch.cat([_tiled(past[1], H), v], 1)
         S, real = past[0].shape[1], F.pad(past[2], (0, T), value=True)
-    ks, vs = k.split(BLOCK, 1), v.split(BLOCK, 1)
-    outs, time = [], torch.arange(S + T, device=q.device)
+    time = torch.arange(S + T, device=q.device)
+    if exported():  # T may be any: blocks are not to be counted
+        return _attend(q, k, v, _seen(time[S:], time, window, real), scale, dropout)
+    ks, vs, outs = k.split(BLOCK, 1), v.split(BLOCK, 1), []
     for start, block in zip(range(S, S + T, BLOCK), q.split(BLOCK, 1), strict=True):
         stop = start + block.shape[1]
         first, last = max(0, start - window + 1) // BLOCK, (stop - 1) // BLOCK + 1
-        i, j = time[start:stop, None], time[first * BLOCK : last * BLOCK]
-        seen = ((j <= i) & (i - j < window))[None, None]
-        if real is not None:
-            seen = seen & real[:, None, None, first * BLOCK : last * BLOCK]
+        reach = slice(first * BLOCK, last * BLOCK)
+        seen = _seen(time[start:stop], time[reach], window, None if real is None else real[:, reach])
         keys, values = (torch.cat(x[first:last], 1) if last - first > 1 else x[first] for x in (ks, vs))
         outs.append(_attend(block, keys, values, seen, scale, dropout))
     return torch.cat(outs, 1)
+
+
+def _seen(i, j, window, real):
+    """(1 | B, 1, Q, S) bool: which keys at times j (S,), `real` (B, S) of them, queries at times i (Q,) see."""
+    back = i[:, None] - j
+    seen = ((back >= 0) & (back < window))[None, None]
+    return seen if real is None else seen & real[:, None, None]
 
 
 def _attend(q, k, v, seen, scale, dropout):

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
+from scrubjay.kernels.dispatch import exported
 from scrubjay.kernels.loss import cross_entropy
 from scrubjay.modeling.adapters import adapts, give_own_weight, keep_unpacked, make_replaceable
 from scrubjay.modeling.arguments import given, refuse_unknown
@@ -150,6 +151,7 @@ class ZooModel(ZooPreTrainedModel):
             attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row.
             position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as transformers' collators give them: positions
                 that restart, offsets (D + 1,), or document numbers (B, T). Positions are counted by the model itself.
+                torch.export writes down one document a row, and its program refuses positions that restart.
             cache: the model's own, advanced in place. `past_key_values` is the same, as before transformers 5.24.
             inputs_embeds: (B, T, D) instead of input_ids.
             shard: the T columns are one rank's slice of longer rows, as `shard_sequence` says.
@@ -236,8 +238,8 @@ class ZooModel(ZooPreTrainedModel):
         A block gives its output, or a pair: the output, and sums over tokens that are kept in `notes`.
         """
         T = x.shape[1]
-        whole = layout.cu_seqlens is not None or layout.shard is not None
-        if T <= SEGMENT or torch.is_grad_enabled() or x.device.type != "cpu" or whole:
+        whole = exported() or layout.cu_seqlens is not None or layout.shard is not None
+        if whole or T <= SEGMENT or torch.is_grad_enabled() or x.device.type != "cpu":
             pieces = [(x, layout)]
         else:
             cache = cache if cache is not None else self.cache_class(self.config)
@@ -387,4 +389,6 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
                 "that covers the old ones too."
             )
         inputs = {"next_sequence_length": next_sequence_length, "inputs_embeds": inputs_embeds, **named(cache)}
-        return super().prepare_inputs_for_generation(input_ids, **inputs, **kwargs)
+        prepared = super().prepare_inputs_for_generation(input_ids, **inputs, **kwargs)
+        # peft (0.21.2), which looks in here whether a prompt was read already, knows the older name alone
+        return prepared if cache is None else prepared | dict.fromkeys(CACHE_NAMES, cache)

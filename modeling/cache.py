@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from scrubjay.kernels.dispatch import exported
+
 
 class StateLayer(CacheLayerMixin):
     """The state of one recurrent block. O(1) bytes, whatever the number of tokens.
@@ -46,11 +48,11 @@ class StateLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Rows held; -1 before the first token, as transformers' caches answer."""
-        return len(self.counts) if self.is_initialized else -1
+        return self.counts.shape[0] if self.is_initialized else -1
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Allocate zeros for the batch, dtype and device of (B, ...) inputs."""
-        batch, device = len(key_states), key_states.device
+        batch, device = key_states.shape[0], key_states.device
         wide = torch.promote_types(key_states.dtype, torch.float32)
         self.conv = key_states.new_zeros(batch, *self.shapes["conv"])
         self.state = torch.zeros(batch, *self.shapes["state"], dtype=wide, device=device)
@@ -148,14 +150,14 @@ class WindowStateLayer(StateLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Allocate zeros for the batch, dtype and device of (B, ...) inputs."""
         super().lazy_initialization(key_states)
-        self.keys = key_states.new_zeros(len(key_states), *self.shapes["keys"])
-        self.values = key_states.new_zeros(len(key_states), *self.shapes["values"])
+        self.keys = key_states.new_zeros(key_states.shape[0], *self.shapes["keys"])
+        self.values = key_states.new_zeros(key_states.shape[0], *self.shapes["values"])
 
     def past(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """The last S < W steps in order: (B, S, K, P), (B, S, V, P) and which are real, (B, S); None before any."""
         if self.seen == 0 or self.window == 1:
             return None
-        steps = min(self.window - 1, self.seen)
+        steps = self.window - 1 if exported() else min(self.window - 1, self.seen)
         at = self.counts[:, None] + torch.arange(-steps, 0, device=self.counts.device)
         slots = at % self.window
         return take_slots(self.keys, slots).transpose(1, 2), take_slots(self.values, slots).transpose(1, 2), at >= 0
@@ -168,17 +170,25 @@ class WindowStateLayer(StateLayer):
 
     def append(self, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Write the last W real steps of k (B, T, K, P) and v (B, T, V, P); `lengths` (B,) are real, None: all T."""
-        columns = k.shape[1]
-        ends = torch.full_like(self.counts, columns) if lengths is None else lengths
-        steps = ends[:, None] + torch.arange(-min(columns, self.window), 0, device=k.device)
+        steps, real = last_steps(k, lengths, self.window)
         slots = (self.counts[:, None] + steps) % self.window
-        real = None if lengths is None else steps >= 0
         self.keys = put_slots(self.keys, slots, take_slots(k.transpose(1, 2), steps.clamp(min=0)), real)
         self.values = put_slots(self.values, slots, take_slots(v.transpose(1, 2), steps.clamp(min=0)), real)
 
     def held(self, new: int = 0) -> torch.Tensor:
         """(B, W): slots that hold a token once `new` more have been written."""
         return torch.arange(self.window, device=self.counts.device) < self.counts[:, None] + new
+
+
+def last_steps(x: torch.Tensor, lengths: torch.Tensor | None, window: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Which steps of x (B, T, ...) a window ends with, (B, S) in order, and which of them are real (None: all).
+
+    S = min(T, W); in an exported program, whose T may be any, W.
+    """
+    (B, T), any_length = x.shape[:2], exported() and x.shape[1] != 1
+    ends = torch.full((B,), T, dtype=torch.int64, device=x.device) if lengths is None else lengths
+    steps = ends[:, None] + torch.arange(-(window if any_length else min(T, window)), 0, device=x.device)
+    return steps, None if lengths is None and not any_length else steps >= 0
 
 
 def _at(slots: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -196,11 +206,12 @@ def take_slots(ring: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 
 
 def put_slots(ring: torch.Tensor, slots: torch.Tensor, new: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """Write (B, K, S, P) to slots (B, S), distinct in a row. In place unless a gradient may need what was there."""
+    """Write (B, K, S, P) to slots (B, S), distinct in a row. In place unless a gradient may need what was there, or it is
+    the input of an exported program."""
     new = new.to(ring.dtype)
     if real is not None:
         new = torch.where(real[:, None, :, None], new, take_slots(ring, slots))
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or exported():
         return ring.scatter(2, _at(slots, ring), new)
     return writable(ring).scatter_(2, _at(slots, ring), new)
 

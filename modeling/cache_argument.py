@@ -73,7 +73,7 @@ def takes_cache(forward):
 
     parameters = list(own.parameters.values())
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    call.__signature__ = own.replace(parameters=[*parameters[:at], *others, *parameters[at:]])  # type: ignore[attr-defined]
+    call.__signature__ = own.replace(parameters=[*parameters[:at], *others, *parameters[at:]])
     return call
 
 

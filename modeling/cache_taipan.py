@@ -6,7 +6,8 @@ B batch, W ring size, K key heads, P head size.
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from scrubjay.modeling.cache import SSDCache, StateCache, StateLayer, put_slots, take_slots
+from scrubjay.kernels.dispatch import exported
+from scrubjay.modeling.cache import SSDCache, StateCache, StateLayer, last_steps, put_slots, take_slots
 
 
 class RingLayer(StateLayer):
@@ -40,7 +41,7 @@ class RingLayer(StateLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Allocate zeros for the batch, dtype and device of (B, ...) inputs."""
-        batch, device = len(key_states), key_states.device
+        batch, device = key_states.shape[0], key_states.device
         self.counts = torch.full((batch,), self.seen, dtype=torch.int64, device=device)
         self.keys = key_states.new_zeros(batch, *self.shapes["keys"])
         self.values = key_states.new_zeros(batch, *self.shapes["keys"])
@@ -61,9 +62,9 @@ class RingLayer(StateLayer):
 
         Positions that are not real mean nothing.
         """
-        steps = min(self.window - 1, self.seen)
-        if steps == 0:
+        if self.seen == 0 or self.window == 1:
             return None
+        steps = self.window - 1 if exported() else min(self.window - 1, self.seen)
         at = self.writes[:, None] + torch.arange(-steps, 0, device=device)
         slots = at % self.window
         places = self.places.gather(1, slots) if self.selected else at
@@ -96,18 +97,15 @@ class RingLayer(StateLayer):
 
         `lengths` (B,) columns of a row are real, None: all T.
         """
-        columns = k.shape[1]
-        ends = torch.full_like(self.counts, columns) if lengths is None else lengths
-        steps = ends[:, None] + torch.arange(-min(columns, self.window), 0, device=k.device)
+        steps, real = last_steps(k, lengths, self.window)
         slots, held = (self.writes[:, None] + steps) % self.window, steps.clamp(min=0)
-        real = None if lengths is None else steps >= 0
         self.keys = put_slots(self.keys, slots, take_slots(k.transpose(1, 2), held), real)
         self.values = put_slots(self.values, slots, take_slots(v.transpose(1, 2), held), real)
         if self.selected:
             new = positions.gather(1, held)
             new = new if real is None else torch.where(real, new, self.places.gather(1, slots))
             self.places = self.places.scatter(1, slots, new)
-            self.written = self.written + ends
+            self.written = self.written + (k.shape[1] if lengths is None else lengths)
 
     def held(self, new: int = 0) -> torch.Tensor:
         """(B, W): slots that hold a token once `new` more have been written."""

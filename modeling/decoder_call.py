@@ -39,6 +39,15 @@ def sizes_of(config):
     ]
 
 
+def device_of(model) -> torch.device:
+    """Where a model's inputs are to be: with its embedding, or where accelerate runs that, whose weights may be away."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    devices = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", (hook,))]
+    known = [device for device in devices if device is not None]
+    return torch.device(known[0]) if known else embedding.weight.device
+
+
 def mesh_of(decoder):
     """The devices that hold parts of the decoder's weights; None where each of them is whole."""
     return getattr(decoder.layers[0].self_attn.q_proj.weight, "device_mesh", None)

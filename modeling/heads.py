@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import can_return_tuple
 
+from scrubjay.kernels.dispatch import traced
 from scrubjay.modeling.base import ZooPreTrainedModel, causal_lm_loss
 from scrubjay.modeling.cache_argument import CACHE, ZooClassifierOutput, takes_cache
 from scrubjay.modeling.layers import Linear
@@ -124,12 +125,8 @@ class ZooForSequenceClassification(ZooClassifier):
             if bool((ends.cu_seqlens.diff() == 0).any()):
                 raise ValueError("cu_seq_lens_q has a document without tokens, which has no score. Leave it out.")
             return x.flatten(0, 1)[ends.cu_seqlens[1:].to(x.device) - 1]
-        if mask is not None and not bool((real := mask.any(1)).all()):
-            rows = (~real).nonzero()[:, 0].tolist()
-            raise ValueError(
-                f"Row {rows[0]} of {shape[0]} has no token in this call by its attention_mask, and so no score (rows "
-                f"without: {len(rows)}). Leave such rows out."
-            )
+        if mask is not None:
+            _check_tokens(mask)
         pad = self.config.pad_token_id
         if mask is None and input_ids is not None and pad is not None:
             mask = (input_ids != pad).to(x.device)
@@ -189,6 +186,18 @@ def sequence_loss(logits, labels, config, num_items_in_batch=None):
     compare = F.mse_loss if config.problem_type == PROBLEMS[0] else F.binary_cross_entropy_with_logits
     total = compare(logits, labels.reshape(rows, count).to(logits.dtype), reduction="sum")
     return total / (labels.numel() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).to(total))
+
+
+def _check_tokens(mask):
+    real = mask.any(1)
+    if traced():  # the values are not known yet
+        torch._assert_async(real.all(), "A row has no token in this call by its attention_mask, and so no score.")
+    elif not bool(real.all()):
+        rows = (~real).nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"Row {rows[0]} of {len(mask)} has no token in this call by its attention_mask, and so no score (rows "
+            f"without: {len(rows)}). Leave such rows out."
+        )
 
 
 def _check(labels, shapes, what):

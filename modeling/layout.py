@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from scrubjay.kernels.dispatch import exported, traced
 from scrubjay.modeling.context_parallel import SequenceShard
 
 
@@ -93,7 +94,10 @@ def arrange(shape, device, counts, mask=None, position_ids=None, cu_seqlens=None
     """
     _check_shapes(shape, mask, position_ids, seq_idx, seen)
     mask = None if mask is None else mask[:, -shape[1] :].bool()
-    padded = mask is not None and not bool(mask.all())
+    padded = mask is not None and _padded(mask, position_ids, cu_seqlens, seq_idx)
+    if exported():
+        _refuse_documents(shape, mask, position_ids, cu_seqlens, seq_idx)
+        position_ids = None
     offsets = _documents(shape, device, position_ids, cu_seqlens, seq_idx, padded)
     if offsets is not None:
         if padded or seen:
@@ -106,8 +110,37 @@ def arrange(shape, device, counts, mask=None, position_ids=None, cu_seqlens=None
     positions = base[:, None] + torch.arange(shape[1], device=device)
     if not padded:
         return Arrangement(Layout(positions), shape)
-    order = mask.int().argsort(dim=1, descending=True, stable=True)
-    return Arrangement(Layout(positions, lengths=mask.sum(1)), shape, order)
+    return Arrangement(Layout(positions, lengths=mask.sum(1)), shape, _tokens_first(mask))
+
+
+def _tokens_first(mask):
+    return mask.int().argsort(dim=1, descending=True, stable=True)
+
+
+def _padded(mask, *packing) -> bool:
+    """Whether a row of the mask has padding. Where its values are not known, all of them may: no padding is a case of
+    it. A compiled call that may be of packed documents has to look, for with those padding is refused."""
+    if exported() or (traced() and all(x is None for x in packing)):
+        return True
+    return not bool(mask.all())
+
+
+def _refuse_documents(shape, mask, position_ids, cu_seqlens, seq_idx):
+    """In a call that is exported: where documents end is a value, which nobody knows."""
+    if cu_seqlens is not None or seq_idx is not None:
+        raise ValueError(
+            "torch.export cannot write down packed documents (cu_seq_lens_q, seq_idx): how many there are is no shape. "
+            "Export a call of one document a row, with an attention_mask."
+        )
+    if position_ids is None or shape[1] == 1:
+        return
+    positions, goes_on = position_ids.expand(shape), None
+    if mask is not None:
+        order = _tokens_first(mask)
+        positions, goes_on = positions.gather(1, order), ~mask.gather(1, order)[:, 1:]
+    rise = positions.diff(dim=1) > 0
+    one = rise if goes_on is None else rise | goes_on
+    torch._assert_async(one.all(), "position_ids restart: this program was exported for one document a row.")
 
 
 def _documents(shape, device, position_ids, cu_seqlens, seq_idx, padded):

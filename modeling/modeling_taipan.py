@@ -9,7 +9,7 @@ No code was published, and the paper leaves much open; what was chosen, and the 
 Choices that matter: keys and values come from every token of the window, queries from selected ones alone; the budget
 loss is given the soft probability p1 of every token, because with equation 3 as printed it would push tokens that were
 not selected towards being selected; at inference there is no noise, and the share of tokens selected is what the gate
-makes it, not C.
+makes it, not C, unless `calibrate` has set the thresholds.
 
 In training the budget loss is part of `loss`; in evaluation `loss` is the cross-entropy alone, so that it can be read
 as a perplexity. With gradient accumulation (`num_items_in_batch`) it is weighted by the call's share of the labels, so
@@ -20,6 +20,7 @@ B batch, T time, D hidden size, H heads, K key heads, P head size, n selected to
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_taipan import TaipanConfig
+from scrubjay.kernels.gate import logit, select, threshold_for
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel
 from scrubjay.modeling.cache_argument import ZooCausalLMOutput, ZooClassifierOutput, ZooModelOutput
 from scrubjay.modeling.cache_taipan import TaipanCache
@@ -41,10 +43,12 @@ from scrubjay.modeling.sharding import spread
 @dataclass
 class TaipanModelOutput(ZooModelOutput):
     """budget_loss: scalar, without its weight. selection: (selective layers, 3) shares of the real tokens, detached:
-    selected in this call, mean of a, selected by argmax."""
+    selected in this call, mean of a, selected by argmax. sequence_selection: (rows or packed documents, selective
+    layers, 3), the same of each; zeros where one has no real token."""
 
     budget_loss: torch.Tensor | None = None
     selection: torch.Tensor | None = None
+    sequence_selection: torch.Tensor | None = None
 
 
 @dataclass
@@ -53,6 +57,7 @@ class TaipanCausalLMOutput(ZooCausalLMOutput):
 
     budget_loss: torch.Tensor | None = None
     selection: torch.Tensor | None = None
+    sequence_selection: torch.Tensor | None = None
 
 
 @dataclass
@@ -61,6 +66,7 @@ class TaipanClassifierOutput(ZooClassifierOutput):
 
     budget_loss: torch.Tensor | None = None
     selection: torch.Tensor | None = None
+    sequence_selection: torch.Tensor | None = None
 
 
 class SelectiveBlock(GradientCheckpointingLayer):
@@ -72,8 +78,8 @@ class SelectiveBlock(GradientCheckpointingLayer):
         self.ffn_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.ffn = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, layout, state=None):
-        x, sums = self.attn(x, layout, state)
+    def forward(self, x, layout, state=None, threshold=0.5):
+        x, sums = self.attn(x, layout, state, threshold)
         return x + self.ffn(self.ffn_norm(x)), sums
 
 
@@ -90,6 +96,11 @@ class MixerBlock(SSDBlock):
     def forward(self, x, layout, state=None):
         x = super().forward(x, layout, state)
         return x if self.ffn is None else x + self.ffn(self.ffn_norm(x))
+
+
+def _is_selective(block) -> bool:
+    """Of a block as it was made, or with torch's wrapper for checkpoints around it."""
+    return hasattr(block, "attn")
 
 
 class TaipanPreTrainedModel(SSDPreTrainedModel):
@@ -137,9 +148,19 @@ class TaipanModel(TaipanPreTrainedModel, ZooModel):
     def make_block(self, place):
         return (SelectiveBlock if place in self.config.selective_layers else MixerBlock)(self.config)
 
+    def _run(self, block, place, *args):
+        """A selective block is told its threshold, which belongs to its place as well."""
+        if not _is_selective(block):
+            return super()._run(block, place, *args)
+        threshold = self.config.eval_threshold
+        if not isinstance(threshold, float):
+            self.check_places()
+            threshold = self.config.thresholds[self.config.selective_layers.index(place)]
+        return super()._run(partial(block, threshold=threshold), place, *args)
+
     def check_places(self):
         super().check_places()
-        places = [i for i, block in enumerate(self.layers) if isinstance(block, SelectiveBlock)]
+        places = [i for i, block in enumerate(self.layers) if _is_selective(block)]
         if places != list(self.config.selective_layers):
             raise ValueError(
                 f"The model has selective blocks at {places} and its configuration at "
@@ -163,8 +184,13 @@ class TaipanModel(TaipanPreTrainedModel, ZooModel):
             budget = errors.sum() / filled.sum().clamp(min=1)
         else:
             budget = (capacity - selected.sum(1) / total).square().sum()
-        selection = (sums[..., :3].sum(1) / total).detach()
-        return TaipanModelOutput(**fields, budget_loss=budget, selection=selection)
+        found, real = sums.detach().split([3, 1], -1)
+        return TaipanModelOutput(
+            **fields,
+            budget_loss=budget,
+            selection=found.sum(1) / real.sum(1).clamp(min=1),
+            sequence_selection=(found / real.clamp(min=1)).transpose(0, 1),
+        )
 
 
 class WithBudget:
@@ -182,7 +208,12 @@ class WithBudget:
                 asked = (targets != -100).sum().to(loss.device)
                 share = (asked if shard is None else shard.sum(asked)) / num_items_in_batch
             loss = loss + self.config.budget_lambda * share * outputs.budget_loss
-        return self.output_class(**{**out, "loss": loss}, budget_loss=outputs.budget_loss, selection=outputs.selection)
+        return self.output_class(
+            **{**out, "loss": loss},
+            budget_loss=outputs.budget_loss,
+            selection=outputs.selection,
+            sequence_selection=outputs.sequence_selection,
+        )
 
 
 class TaipanForCausalLM(TaipanPreTrainedModel, WithBudget, ZooForCausalLM, GenerationMixin):
@@ -191,47 +222,65 @@ class TaipanForCausalLM(TaipanPreTrainedModel, WithBudget, ZooForCausalLM, Gener
     output_class = TaipanCausalLMOutput
 
     @torch.no_grad()
-    def calibrate(self, input_ids: torch.Tensor, rate: float | None = None, passes: int = 8) -> float:
-        """Set `config.eval_threshold` so that at inference a share `rate` of these tokens attends, over all layers.
+    def calibrate(
+        self, input_ids: torch.Tensor, rate: float | None = None, attention_mask: torch.Tensor | None = None
+    ) -> list[float]:
+        """Set `config.eval_threshold` so that at inference a share `rate` of these tokens attends, in each layer.
 
-        Nothing else makes that share the capacity: training controls the mean of a, inference asks where a > 1/2.
+        Nothing else makes that share the capacity: training controls the mean of a, inference asks where a > 1/2. One
+        pass over the text for each selective layer, in order: what a layer selects changes what later ones see.
 
         Args:
-            input_ids: (B, T) text like that to come, without padding; a few thousand tokens.
+            input_ids: (B, T) text like that to come; a few thousand tokens.
             rate: None is `config.capacity`.
-            passes: passes over the text; what a layer selects changes what later ones see. The best one is kept.
+            attention_mask: (B, T), 1 for tokens, 0 for padding, which does not count; None: all are tokens.
 
-        Returns: the share that is selected on this text.
+        Returns: the share of this text that each selective layer selects, in order; with eval_gate="sample" the
+            expected one.
 
         Raises:
-            ValueError: a rate that is not between 0 and 1.
+            ValueError: a rate that is not between 0 and 1, a text of padding alone, blocks that are not where the
+                configuration says. As after any other error, nothing
+                is changed then.
         """
         rate = self.config.capacity if rate is None else rate
         if not 0 < rate < 1:
             raise ValueError(f"rate must lie between 0 and 1; got {rate}.")
-        deltas: list[torch.Tensor] = []
-        hooks = [
-            module.register_forward_hook(lambda module, args, delta: deltas.append(delta.flatten().double().cpu()))
-            for module in self.modules()
-            if isinstance(module, Gate)
-        ]
-        training, before, tried = self.training, self.config.eval_threshold, []
+        if attention_mask is not None and not attention_mask.any():
+            raise ValueError("calibrate needs at least one real token; attention_mask is 0 everywhere.")
+        self.model.check_places()
+        config, sampled, shares = self.config, self.config.eval_gate == "sample", []
+        before, thresholds = config.eval_threshold, list(config.thresholds)
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            for _ in range(passes):
-                deltas.clear()
-                self.model(input_ids=input_ids, use_cache=False)
-                a, threshold = torch.sigmoid(torch.cat(deltas)), self.config.eval_threshold
-                share = float((a > threshold).double().mean())
-                tried.append((abs(share - rate), threshold, share))
-                self.config.eval_threshold = min(max(float(a.quantile(1 - rate)), 1e-9), 1 - 1e-9)
+            for place, layer in enumerate(config.selective_layers):
+                delta = self._deltas(layer, input_ids, attention_mask)
+                thresholds[place] = threshold_for(delta, rate, sampled)
+                config.eval_threshold = list(thresholds)
+                odds = torch.sigmoid(delta.double() - logit(thresholds[place]))
+                shares.append(float((odds if sampled else select(delta, thresholds[place]).double()).mean()))
+        except BaseException:
+            config.eval_threshold = before
+            raise
         finally:
-            self.config.eval_threshold = before
-            for hook in hooks:
-                hook.remove()
-            self.train(training)
-        _, self.config.eval_threshold, share = min(tried)
-        return share
+            for module, training in modes:
+                module.training = training
+        return shares
+
+    def _deltas(self, layer, input_ids, attention_mask):
+        """(n,): what the gate of a layer says of the real tokens."""
+        found: list[torch.Tensor] = []
+        hook = self.model.layers[layer].attn.gate.register_forward_hook(lambda gate, args, delta: found.append(delta))
+        try:
+            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        finally:
+            hook.remove()
+        delta = torch.cat(found, 1)  # of the segments of a long text
+        if attention_mask is None:
+            return delta.flatten()
+        lengths = attention_mask.bool().sum(1, keepdim=True).to(delta.device)
+        return delta[torch.arange(delta.shape[1], device=delta.device) < lengths]  # blocks see real tokens first
 
 
 class TaipanForSequenceClassification(TaipanPreTrainedModel, WithBudget, ZooForSequenceClassification):

@@ -7,10 +7,12 @@ row.
 import torch
 from torch import nn
 
+from scrubjay.kernels.dispatch import exported
 from scrubjay.kernels.gate import (
     gate_logit,
     gumbel_difference,
     in_one_pass,
+    logit,
     mix,
     norm_gate,
     row_norm,
@@ -60,25 +62,22 @@ class SelectiveAttention(nn.Module):
         self.o_proj = ends_branch(Linear(config.num_attention_heads * self.head_dim, d, bias=False))
         self.post_norm = RMSNorm(d, config.layer_norm_epsilon) if config.sal_post_norm else None
 
-    def forward(self, h, layout, ring=None):
-        """`ring`: the layer's `RingLayer`, advanced in place, or None.
+    def forward(self, h, layout, ring=None, threshold=0.5):
+        """`ring`: the layer's `RingLayer`, advanced in place, or None. `threshold`: above which a selects at inference.
 
         Returns the new h, and sums for each sequence, (rows or documents, 4): selected, with its surrogate's gradient;
         a; selected by argmax; tokens.
         """
         config, real = self.config, None if layout.real is None else layout.real[..., 0]
         x, delta = self._norm_and_gate(h)
-        a, sampled = torch.sigmoid(delta), self.training or config.eval_gate == "sample"
-        noise = gumbel_difference(delta) if sampled else None
-        m = select(delta, config.eval_threshold, noise, real)
-        p1 = None if noise is None else torch.sigmoid((delta + noise) / config.gumbel_tau)
+        a, (m, p1) = torch.sigmoid(delta), self._choose(delta, real, threshold)
         soft = m.to(a.dtype) if p1 is None else straight_through(m, p1)
         dense = self.training and config.train_attention == "dense" and config.st_surrogate == "p1"
         if ring is not None:
-            ring.prepare(x.new_empty(len(x), 0, dtype=self.norm.weight.dtype))
+            ring.prepare(x.new_empty(x.shape[0], 0, dtype=self.norm.weight.dtype))
         index, o = self.attend(x.to(self.norm.weight.dtype), a, m, layout, ring, dense)
         if index is None:
-            h = torch.where(m[..., None], mix(h[:, 0], o, a[:, 0], config.refine)[:, None], h)
+            h = torch.where(m[..., None], mix(h, o.view_as(h), a, config.refine), h)
         else:
             flat, strength = h.flatten(0, 1), a.flatten()[index]
             if self.training and config.st_surrogate == "p1":
@@ -90,6 +89,19 @@ class SelectiveAttention(nn.Module):
             drawn = torch.where(m, p1, 1 - p1)  # equation 3: the probability of the branch that was drawn
             h = (h * straight_through(torch.ones_like(m), drawn)[..., None]).to(h.dtype)
         return h, _sums(torch.stack([soft, a.detach(), select(delta.detach()).to(a.dtype)], -1), layout)
+
+    def _choose(self, delta, real, threshold):
+        """m, (B, T) bool, and p1, (B, T), the soft choice whose gradient it is given; None where it is given none."""
+        config = self.config
+        sampled = (config.train_gate if self.training else config.eval_gate) == "sample"
+        if self.training and sampled:
+            threshold = 0.5
+        noise = gumbel_difference(delta) if sampled else None
+        m = select(delta, threshold, noise, real)
+        if not (sampled or self.training):
+            return m, None
+        score = (delta if noise is None else delta + noise) - logit(threshold)
+        return m, torch.sigmoid(score / config.gumbel_tau)
 
     def _norm_and_gate(self, h):
         """x (B, T, D), in float32 or the layer's dtype, and delta (B, T)."""
@@ -103,17 +115,18 @@ class SelectiveAttention(nn.Module):
     def attend(self, x, a, m, layout, ring, dense):
         """(index, o): which of the B * T columns attended, and what they found, (n, D).
 
-        Index None: all B rows of a step, some of which may not have been selected.
+        Index None: all of them, some of which may not have been selected.
         """
         if ring is not None and x.shape[1] == 1 and layout.lengths is None and layout.shard is None and not dense:
             index, o = self._step(x, a, m, layout, ring)
         elif self.config.kv_scope == "all":
             index, o = self._among_all(x, a, m, layout, ring, dense)
-        elif dense:
+        elif dense or exported():
             index, o = self._dense_among_selected(x, a, m, layout, ring)
         else:
             index, o = self._among_selected(x, a, m, layout, ring)
-        o = _of_rows(self.o_proj, o.flatten(1), m.shape, index)
+        o = _of_rows(self.o_proj, o.flatten(1), layout, index, x.shape[-1])
+        index = None if exported() else index  # every column attended, where nobody reads which were selected
         return index, o if self.post_norm is None else self.post_norm(o)
 
     def _queries(self, x, a, layout, index):
@@ -121,11 +134,13 @@ class SelectiveAttention(nn.Module):
         x = x.flatten(0, 1)[index] if x.ndim == 3 else x
         if self.config.refine_first:  # on the norm's output: a norm would undo what scales its input
             x = x * (1 - a.flatten()[index])[:, None].to(x.dtype)
-        return self._turn(_of_rows(self.q_proj, x, a.shape, index), layout, index)
+        width = self.config.num_attention_heads * self.head_dim
+        return self._turn(_of_rows(self.q_proj, x, layout, index, width), layout, index)
 
-    def _keys(self, x, layout, shape=None, index=None):
-        """k, v: (B, T, K, P) of x (B, T, D), or (n, K, P) of x (n, D): rows `index` of `shape`, (B, T)."""
-        k, v = (_of_rows(proj, x, shape, index) for proj in (self.k_proj, self.v_proj))
+    def _keys(self, x, layout, index=None):
+        """k, v: (B, T, K, P) of x (B, T, D), or (n, K, P) of x (n, D): rows `index` of the B * T."""
+        width = self.config.num_key_value_heads * self.head_dim
+        k, v = (_of_rows(proj, x, layout, index, width) for proj in (self.k_proj, self.v_proj))
         return self._turn(k, layout, index), v.unflatten(-1, (-1, self.head_dim))
 
     def _turn(self, x, layout, index):
@@ -155,14 +170,14 @@ class SelectiveAttention(nn.Module):
         live = torch.arange(columns, device=m.device) < lengths[:, None]  # (B, N)
         packed = pack(live, self.config.ring_size) if live.shape[1] else None
         if packed is None:
-            return _nothing(x, self)
+            return self._nothing(x, a, layout)
         tokens = m.flatten().nonzero()[:, 0]  # row after row
         index = tokens[(lengths.cumsum(0) - lengths)[packed.rows] + packed.columns]
         x = x.flatten(0, 1)[index]
-        k, v = (_spread(t, packed) for t in self._keys(x, layout, m.shape, index))
+        k, v = (_spread(t, packed) for t in self._keys(x, layout, index))
         positions = _spread(layout.positions.flatten()[index], packed)
         past = self._past(k, v, layout, ring, positions, lengths)
-        before = torch.arange(live.shape[1], device=m.device).expand(len(m), -1)
+        before = torch.arange(live.shape[1], device=m.device).expand(m.shape[0], -1)
         if past is not None:
             before = before + past[3].sum(1, keepdim=True)
         elif layout.cu_seqlens is not None:
@@ -190,14 +205,14 @@ class SelectiveAttention(nn.Module):
         ranks = m.cumsum(1) - m.long()
         before, positions, readable, window = layout.positions, layout.positions, m, T
         if past is not None:
-            ranks = torch.cat([torch.arange(-past[2].shape[1], 0, device=m.device).expand(len(m), -1), ranks], 1)
+            ranks = torch.cat([torch.arange(-past[2].shape[1], 0, device=m.device).expand(m.shape[0], -1), ranks], 1)
             before = torch.arange(T, device=m.device) + past[3].sum(1, keepdim=True)
             positions, readable = torch.cat([past[2], positions], 1), torch.cat([past[3], m], 1)
             window = ranks.shape[1]
         limits = []
         if config.window_axis == "position":
             limits.append((positions, config.sliding_window))
-            window = min(window, config.sliding_window)
+            window = window if exported() else min(window, config.sliding_window)
         reach = config.ring_size if config.window_axis == "rank" else config.kv_cap
         if reach:
             limits.append((ranks, reach))
@@ -228,17 +243,17 @@ class SelectiveAttention(nn.Module):
         """One token of each row: a row that is not selected makes no query and reads nothing. Where steps go by mask it
         makes keys and a query in vain, and still reads nothing: a GPU is not asked which rows those are."""
         masked, every = steps_by_mask(ring.keys), self.config.kv_scope == "all"
-        index = torch.arange(len(m), device=m.device) if masked else m[:, 0].nonzero()[:, 0]
+        index = torch.arange(m.shape[0], device=m.device) if masked else m[:, 0].nonzero()[:, 0]
         if not len(index) and not every:
-            return _nothing(x, self)
-        k, v = self._keys(x, layout) if every or masked else self._keys(x[index, 0], layout, m.shape, index)
+            return self._nothing(x, a, layout)
+        k, v = self._keys(x, layout) if every or masked else self._keys(x[index, 0], layout, index)
         positions, lengths = layout.positions, None if every else m[:, 0].long()
         if not (every or masked):
             k, v = (t.new_zeros(len(m), 1, *t.shape[1:]).index_copy(0, index, t[:, None]) for t in (k, v))
         seen = ring.held(1)
         ring.append(k, v, positions, lengths)
         if not len(index):
-            return _nothing(x, self)
+            return self._nothing(x, a, layout, k, v)
         keys, values = ring.keys, ring.values
         if not every and self.config.window_axis == "position":
             seen = seen & (positions - ring.places < self.config.sliding_window)
@@ -248,6 +263,13 @@ class SelectiveAttention(nn.Module):
         if len(index) < len(m):
             keys, values, seen = keys[index], values[index], seen[index]
         return index, select_attention_step(q, keys, values, seen)
+
+    def _nothing(self, x, a, layout, k=None, v=None):
+        """As `attend` before its output projection, where no token was selected. Keys may have been made already."""
+        index = torch.zeros(0, dtype=torch.int64, device=x.device)
+        if k is None:
+            k, v = self._keys(x.flatten(0, 1)[index], layout, index)
+        return index, self._queries(x, a, layout, index) + 0 * (k.sum() + v.sum())
 
 
 def _selected_first(k, v, m, layout):
@@ -264,24 +286,27 @@ def _after(past, k, v):
     return tuple(torch.cat([old.to(new.dtype), new], 1) for old, new in zip(past[:2], (k, v), strict=True))
 
 
-def _of_rows(proj, x, shape, index):
-    """The projection of x (n, D), which are the rows `index` of B * T; None: x is the batch itself, or a column of it.
+def _of_rows(proj, x, layout, index, width):
+    """The projection, to `width` channels, of x (n, D), which are the rows `index` of B * T; None: x is the batch
+    itself, or a column of it.
 
     Where rows of a batch have adapters of their own, peft tells them by the batch's first axis, which it has to see.
+
+    No layer is given an input of no rows, on which quantized ones fail. For n = 0 it is called with a row of zeros
+    where somebody waits for the call: a gradient, that each parameter has one, if of zeros; another process, for what
+    is gathered in the call or sent after it. Else it is not called.
     """
-    if not (adapts(proj) and hooked(proj)) or x.ndim == 3:
+    if x.ndim == 3:
         return proj(x)
-    batch = x if index is None else x.new_zeros(shape.numel(), x.shape[-1]).index_copy(0, index, x)
-    y = proj(batch.view(*shape, -1)).flatten(0, 1)
-    return y if index is None else y[index]
-
-
-def _nothing(x, layer):
-    """No token was selected; every parameter keeps a gradient, zero."""
-    index, shape, x = torch.zeros(0, dtype=torch.int64, device=x.device), x.shape[:2], x.flatten(0, 1)[:0]
-    projections = (layer.q_proj, layer.k_proj, layer.v_proj)  # products of no rows
-    q, k, v = (_of_rows(proj, x, shape, index).unflatten(-1, (-1, layer.head_dim)) for proj in projections)
-    return index, q + 0 * (k.sum() + v.sum())
+    if adapts(proj) and hooked(proj):
+        shape = layout.positions.shape
+        batch = x if index is None else x.new_zeros(shape.numel(), x.shape[-1]).index_copy(0, index, x)
+        y = proj(batch.view(*shape, -1)).flatten(0, 1)
+        return y if index is None else y[index]
+    if len(x):
+        return proj(x)
+    awaited = torch.is_grad_enabled() or layout.shard is not None or any(hooked(part) for part in proj.modules())
+    return proj(x.sum(0, keepdim=True))[:0] if awaited else x.new_zeros(0, width)
 
 
 def _spread(x, packed):
@@ -305,5 +330,5 @@ def _sums(x, layout):
         return torch.cat([sums, sizes[:, None].to(x.dtype)], 1)
     if layout.lengths is not None:
         x = x * layout.real
-    lengths = x.new_full((len(x),), x.shape[1]) if layout.lengths is None else layout.lengths.to(x.dtype)
+    lengths = x.new_full(x.shape[:1], x.shape[1]) if layout.lengths is None else layout.lengths.to(x.dtype)
     return torch.cat([x.sum(1), lengths[:, None]], 1)

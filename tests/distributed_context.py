@@ -351,6 +351,7 @@ def results(folder):
         found[f"{name} of remote code"] = of_remote_code(name, folder)
     found["taipan with selected keys prefilled"] = prefilled("taipan", **SELECTED)
     found["taipan with selected keys prefilled in short slices"] = prefilled("taipan", 3, **BY_RANK)
+    found["taipan with nothing selected prefilled"] = prefilled("taipan", **SELECTED, eval_threshold=1 - 1e-9)
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])] if world == 4 else []
     for name in RECURRENT if groups else ():
         found[f"{name} of two texts"] = two_texts(name, groups)

@@ -35,7 +35,8 @@ def _token(weights, sizes, token, t, memory, wrong, chosen):
             continue
         rows = []
         for b, row in enumerate(h):
-            found, delta, selected = _selective(_under(w, "attn."), sizes, row, t, memory[i]["entries"][b], wrong)
+            entries, threshold = memory[i]["entries"][b], _threshold(sizes, i, wrong)
+            found, delta, selected = _selective(_under(w, "attn."), sizes, row, t, entries, threshold, wrong)
             if chosen is not None:
                 chosen.append((i, b, t, float(delta), selected))
             if selected or wrong != "feed-forward network for selected tokens alone":
@@ -45,12 +46,22 @@ def _token(weights, sizes, token, t, memory, wrong, chosen):
     return _rms(h, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
 
 
-def _selective(w, sizes, h, t, entries, wrong):
+def _threshold(sizes, i, wrong):
+    """Of layer i: one for all, or the one that stands at its place among the selective layers."""
+    if wrong == "threshold ignored":
+        return 0.5
+    if not isinstance(sizes.eval_threshold, list):
+        return sizes.eval_threshold
+    place = sum(is_selective(sizes, earlier) for earlier in range(i))
+    return sizes.eval_threshold[0 if wrong == "threshold of the first layer" else place]
+
+
+def _selective(w, sizes, h, t, entries, threshold, wrong):
     """(h after equation 5, delta, whether the token is selected). `entries`: (t, k, v) of the tokens that wrote."""
     x = _rms(h, w["norm.weight"], sizes.layer_norm_epsilon)
     delta = _delta(w, sizes, h if sizes.gate_norm == (wrong == "gate reads the other stream") else x)
     keep = _sigmoid(delta)
-    selected = bool(keep > (0.5 if wrong == "threshold ignored" else sizes.eval_threshold))
+    selected = bool(keep > threshold)
     if wrong == "all selected":
         selected = True
     share = 1 - keep if wrong == "a exchanged" else keep

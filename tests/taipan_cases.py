@@ -38,6 +38,7 @@ CASES = {
     "gate network": dict(gate_hidden=10),
     "gate of the stream": dict(gate_norm=False, gate_hidden=10),
     "threshold 0.7": dict(eval_threshold=0.7),
+    "a threshold for each layer": dict(eval_threshold=[0.3, 0.7]),
     "residual": dict(refine="residual", tie_word_embeddings=False),
     "refined first": dict(refine_first=True),
     "norm after attention": dict(sal_post_norm=True),
@@ -56,16 +57,16 @@ def build(name="defaults", seed=0, dtype=torch.float64, **changes):
         _, found = recorded(model, ids)  # again for each: what one selects changes the next one's input
         delta = torch.cat([delta.flatten() for j, delta in found if j == i])
         with torch.no_grad():
-            module.bias[1] -= delta.quantile(0.6) - logit(model.config.eval_threshold)
+            module.bias[1] -= delta.quantile(0.6) - logit(of_layer(model.config.eval_threshold, i))
     return model.to(dtype)
 
 
 @contextmanager
-def gates(model):
+def gates(model, detach=True):
     """Every delta that the model's gates give, in order: (layer's number, (B, T) tensor)."""
     found, modules = [], [module for module in model.modules() if isinstance(module, Gate)]
     hooks = [
-        module.register_forward_hook(lambda module, args, out, i=i: found.append((i, out.detach())))
+        module.register_forward_hook(lambda module, args, out, i=i: found.append((i, out.detach() if detach else out)))
         for i, module in enumerate(modules)
     ]
     try:
@@ -79,14 +80,19 @@ def logit(share):
     return float(torch.tensor(share, dtype=torch.float64).logit())
 
 
+def of_layer(threshold, i):
+    """The threshold of the i-th selective layer, of one number or a list."""
+    return threshold[i] if isinstance(threshold, list) else threshold
+
+
 def masks(found, layer, threshold=0.5):
     """Selection of one layer over the calls recorded by `gates`, joined in time: (B, T) bool."""
-    return torch.cat([delta > logit(threshold) for i, delta in found if i == layer], 1)
+    return torch.cat([delta > logit(of_layer(threshold, i)) for i, delta in found if i == layer], 1)
 
 
 def margin(found, threshold=0.5):
-    """Smallest distance of any delta from the threshold: a comparison near a tie means nothing."""
-    return min(float((delta - logit(threshold)).abs().min()) for _, delta in found)
+    """Smallest distance of any delta from its threshold: a comparison near a tie means nothing."""
+    return min(float((delta - logit(of_layer(threshold, i))).abs().min()) for i, delta in found)
 
 
 @torch.no_grad()

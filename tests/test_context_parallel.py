@@ -125,6 +125,7 @@ def test_training_over_ranks_equals_one_process(name, found):
         *(f"{name} prefilled{how}" for name in RECURRENT for how in ("", " in short slices")),
         "taipan with selected keys prefilled",
         "taipan with selected keys prefilled in short slices",
+        "taipan with nothing selected prefilled",
     ],
 )
 def test_prefill_over_ranks_gives_the_cache_of_one_process(prefill, found):

@@ -9,6 +9,8 @@ import types
 
 import pytest
 import torch
+from added_adapters import needs_add_adapter
+from peft import LoraConfig
 from test_cli import error_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from zoo import ZOO
@@ -141,10 +143,10 @@ def test_a_tokenizer_that_was_given_leaves_nothing_of_another(tmp_path):
     assert "AutoTokenizer" in (tmp_path / "README.md").read_text()
 
 
+@needs_add_adapter
 def test_adapters_on_a_model_are_saved_alone(tmp_path):
-    peft = pytest.importorskip("peft")
     model = SSD.build()
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["in_proj"]))
+    model.add_adapter(LoraConfig(r=2, target_modules=["in_proj"]))
     model.save_pretrained(tmp_path, tokenizer=Tokenizer())
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
     assert set(contents(tmp_path)) - {"generation_config.json"} == adapter | {"tokenizer.json", "tokenizer_config.json"}

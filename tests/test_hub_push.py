@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from added_adapters import needs_add_adapter
 from hub_server import HubServer
 
 from scrubjay.modeling.model_card import BEGIN, END, pinned
@@ -214,6 +215,7 @@ def test_what_trainer_pushes_loads_and_the_models_own_push_gives_it_its_card(sto
     assert story.loaded["after"]["jay/trained"] == 0
 
 
+@needs_add_adapter
 def test_an_adapter_is_pushed_alone_and_not_over_a_model(story):
     found = story.pushed["adapters"]
     assert "jay/ssd holds a whole model, and this is an adapter" in found["over a model"]

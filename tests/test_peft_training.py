@@ -1,6 +1,7 @@
-"""trl's SFTTrainer with packing and LoRA or QLoRA, on every model."""
+"""trl's SFTTrainer with packing and LoRA or QLoRA, and its DPOTrainer, on every model."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from peft_cases import whole
 from tiny_tokenizer import tiny_tokenizer
 from transformers import BitsAndBytesConfig, Trainer
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from zoo import VOCAB, ZOO, relative
 
 LENGTHS = (5, 9, 7, 12, 6, 8, 10, 4) * 3
@@ -128,3 +129,49 @@ def test_taipans_budget_is_in_the_models_own_loss_alone(train):
         loss.backward()
         gates[trainer_class] = [p.grad for name, p in model.named_parameters() if "modules_to_save" in name]
     assert all(relative(a, b) > 0.1 for a, b in zip(*gates.values(), strict=True))
+
+
+@pytest.fixture
+def against_itself(tokenizer, tmp_path):
+    """(entry, changes) -> losses of trl's DPO of a model, in training, against one of the same weights."""
+    logging.disable_progress_bar()
+
+    def words(start, count):
+        return " ".join(f"w{2 + (start + i) % (VOCAB - 2)}" for i in range(count))
+
+    rows = [
+        {
+            "prompt": words(3 * i, 4 + i % 3),
+            "chosen": " " + words(i, 3 + i % 4),
+            "rejected": " " + words(7 * i, 6 - i % 3),
+        }
+        for i in range(8)
+    ]
+
+    def losses_of(entry, **changes):
+        args = DPOConfig(
+            output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, max_steps=2, learning_rate=1e-2,
+            logging_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        policy, reference = (entry.build(**changes) for _ in range(2))
+        data = Dataset.from_list(rows)
+        trainer = DPOTrainer(
+            model=policy, ref_model=reference, args=args, train_dataset=data, processing_class=tokenizer
+        )
+        trainer.train()
+        return losses(trainer)
+
+    return losses_of
+
+
+def test_dpo_of_a_model_against_itself_starts_at_ln_2(entry, against_itself):
+    """In training and in evaluation a model is the same, but for Taipan's noise."""
+    changes = {"train_gate": "argmax"} if entry.samples else {}
+    first, second = against_itself(entry, **changes)
+    assert abs(first - math.log(2)) < 1e-4
+    assert abs(second - math.log(2)) > 1e-2  # the optimizer has moved one of the two
+
+
+def test_dpo_of_a_taipan_that_draws_does_not_start_at_ln_2(against_itself):
+    entry = next(entry for entry in ZOO if entry.name == "taipan")
+    assert abs(against_itself(entry)[0] - math.log(2)) > 1e-4

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from added_adapters import needs_add_adapter
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from zoo import ZOO
@@ -34,6 +35,7 @@ def test_an_adapter_of_a_sharded_model_is_saved_whole(entry, tmp_path):
     assert all(torch.equal(again[name], state[name]) for name in state)
 
 
+@needs_add_adapter
 @pytest.mark.usefixtures("group")
 def test_an_adapter_that_transformers_added_is_saved_whole(entry, tmp_path):
     model = entry.build()

@@ -155,6 +155,8 @@ MISTAKES = [
     ("queries not refined", "refined first"),
     ("scores not scaled", "defaults"),
     ("threshold ignored", "threshold 0.7"),
+    ("threshold ignored", "a threshold for each layer"),
+    ("threshold of the first layer", "a threshold for each layer"),
     ("unselected tokens write nothing", "defaults"),
     ("up and gate exchanged", "defaults"),
     ("v of h before the norm", "defaults"),

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import math
 import re
 from pathlib import Path
@@ -37,7 +38,7 @@ OTHER_VALUES = SSD_VALUES[SSDConfig] | {
     "sal_post_norm": True,
     "rope_theta": 500.0,
     "mamba_mlp": True,
-    "eval_threshold": 0.6,
+    "eval_threshold": [0.6],
 }
 
 
@@ -194,6 +195,9 @@ def test_every_field_is_documented_and_none_that_is_gone():
             for name in ("gumbel_tau", "rope_theta")
             for value in (0.0, -1.0, math.inf, math.nan)
         ),
+        ({"eval_threshold": [0.5, 1.0, 0.5]}, "eval_threshold must lie between 0 and 1; got 1.0"),
+        ({"eval_threshold": [0.5, 0.4]}, r"list of 3, one for each selective layer \(6, 13, 20\); got 2: \[0.5, 0.4\]"),
+        ({"eval_threshold": []}, r"list of 3, .* got 0: \[\]"),
         *(({"budget_lambda": x}, f"budget_lambda must be finite .* got {x}") for x in (-1.0, math.inf, math.nan)),
         ({"sal_pos": "rope", "attention_head_dim": 1}, "needs attention_head_dim of at least 2; got 1"),
         ({"n_groups": 5}, "n_groups must divide num_heads = 24; got 5"),
@@ -206,11 +210,27 @@ def test_sizes_that_do_not_fit_are_refused_with_value_and_rule(given, said):
         TaipanConfig(**given)
 
 
-@pytest.mark.parametrize("given", [{"kv_scope": 1}, {"capacity": "0.15"}, {"gate_norm": 1}, {"kv_cap": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [{"kv_scope": 1}, {"capacity": "0.15"}, {"gate_norm": 1}, {"kv_cap": 0.5}, {"eval_threshold": ["0.5"]}],
+    ids=str,
+)
 def test_values_of_a_wrong_type_are_refused_by_name(given):
     ((name, value),) = given.items()
     with pytest.raises(StrictDataclassFieldValidationError, match=rf"'{name}'(.|\n)*{value}"):
         TaipanConfig(**given)
+
+
+def test_thresholds_survive_a_file_in_every_bit_and_one_is_that_of_all_layers(tmp_path):
+    """A folder that was saved when there was one threshold holds a number."""
+    each = [0.1 + 1e-16, 1 / 3, 1 - 2**-53]
+    for given, want in ((0.3, (0.3, 0.3, 0.3)), (each, tuple(each))):
+        TaipanConfig(eval_threshold=given).save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["eval_threshold"] == given
+        loaded = TaipanConfig.from_pretrained(tmp_path)
+        assert (loaded.eval_threshold, loaded.thresholds) == (given, want)
+    with pytest.raises(StrictDataclassClassValidationError, match=r"list of 2, .* got 3"):
+        TaipanConfig.from_pretrained(tmp_path, num_hidden_layers=14).validate()
 
 
 def test_chunk_size_survives_a_file_of_either_kind(tmp_path):

@@ -17,6 +17,7 @@ from scrubjay.kernels.gate import (
     row_norm,
     select,
     straight_through,
+    threshold_for,
 )
 from scrubjay.modeling import selective
 
@@ -128,6 +129,37 @@ def test_a_tie_drops_and_padding_is_never_selected():
     around = torch.tensor([at - 1e-3, at + 1e-3])
     assert select(around, 0.7).tolist() == [False, True]
     assert torch.equal(select(around, 0.7), torch.sigmoid(around) > 0.7)
+
+
+def test_with_a_threshold_a_token_is_drawn_with_the_odds_that_are_left():
+    """p / (1 - p) = a / (1 - a) * (1 - t) / t, and the choice without noise where there is none."""
+    delta, draws = torch.tensor([-3.0, -1.0, 0.0, 0.5, 2.0]).double(), 40_000
+    noise = gumbel_difference(delta.expand(draws, -1))
+    for t in (0.1, 0.5, 0.8):
+        odds = delta.exp() * (1 - t) / t
+        p = odds / (1 + odds)
+        share = select(delta.expand(draws, -1), t, noise).double().mean(0)
+        assert ((share - p).abs() < 5 * (p * (1 - p) / draws).sqrt()).all()
+        assert torch.equal(select(delta, t, torch.zeros_like(delta)), select(delta, t))
+    low = delta.float().expand(draws, -1)
+    assert torch.equal(select(low, noise=noise.float()), low + noise.float() > 0)  # the bits of the rule of training
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.15, 0.5, 0.998])
+def test_the_threshold_for_a_rate_selects_that_many(rate):
+    delta = 3 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert int(select(delta, threshold_for(delta, rate)).sum()) == round(1000 * rate)
+    odds = torch.sigmoid(delta.double() - math.log(1 / (1 / threshold_for(delta, rate, sampled=True) - 1)))
+    assert float(odds.mean()) == pytest.approx(rate, rel=1e-9)
+
+
+def test_the_threshold_for_a_rate_takes_none_or_all_and_stays_between_0_and_1():
+    delta = torch.tensor([-1000.0, 0.0, 1.0, 1000.0])
+    for rate, selected in ((0.1, 0), (0.5, 2), (0.9, 4)):
+        threshold = threshold_for(delta[1:3] if selected != 2 else delta, rate)
+        assert 0 < threshold < 1
+        assert int(select(delta[1:3] if selected != 2 else delta, threshold).sum()) == min(selected, 2)
+    assert 0 < threshold_for(delta[:1], 0.9) < threshold_for(delta[3:], 0.1) < 1
 
 
 def test_the_hard_choice_is_exact_and_has_the_gradient_of_the_soft_one():

@@ -1,5 +1,7 @@
 """The selective layer alone: its extremes, its training forms against the formulas, and its margin from ties."""
 
+import math
+
 import parity_cases
 import pytest
 import torch
@@ -57,10 +59,9 @@ def sdpa(attn, h, mask):
 
 def test_T5_with_everything_selected_and_a_long_window_it_is_causal_attention_and_equation_5():
     block, h = layer_of(sliding_window=64)
-    block.attn.config.eval_threshold = 1e-9
     o, a = sdpa(block.attn, h, torch.ones(40, 40, dtype=torch.bool).tril())
     mixed = (1 - a) * h + a * o
-    assert error(block(h, plain())[0], mixed + block.ffn(block.ffn_norm(mixed))) < BOUND
+    assert error(block(h, plain(), threshold=1e-9)[0], mixed + block.ffn(block.ffn_norm(mixed))) < BOUND
 
 
 @pytest.mark.parametrize("w", [1, 5, 8])
@@ -99,7 +100,10 @@ def test_T6_given_the_same_input_a_layer_selects_the_same_tokens_whole_or_step_b
     cache = build(dtype=dtype).cache_class(build().config)
     with torch.no_grad(), gates(block) as found:
         whole, _ = block(h, plain())
-        steps = [block(h[:, t : t + 1], Layout(torch.full((2, 1), t)), cache=cache)[0] for t in range(40)]
+        steps = []
+        for t in range(40):
+            steps.append(block(h[:, t : t + 1], Layout(torch.full((2, 1), t)), state=cache.layers[1])[0])
+            cache.count(1, 1, None)
     (_, first), *rest = found
     assert torch.equal(torch.cat([delta for _, delta in rest], 1), first)
     # bfloat16 keeps 8 bits
@@ -144,13 +148,15 @@ def formula(attn, h, m, p1, o, a, surrogate, attention):
     return h + strength * (o - h)
 
 
+@pytest.mark.parametrize("gate", ["sample", "argmax"])
 @pytest.mark.parametrize("scope", ["all", "selected"])
 @pytest.mark.parametrize(
     ("surrogate", "attention"), [("p1", "dense"), ("p1", "compact"), ("chosen", "dense"), ("chosen", "compact")]
 )
-def test_training_equals_the_formulas_gradients_included(surrogate, attention, scope, monkeypatch):
+def test_training_equals_the_formulas_gradients_included(surrogate, attention, scope, gate, monkeypatch):
+    """The threshold is one of evaluation, which training by argmax follows and drawing does not."""
     changes = dict(st_surrogate=surrogate, train_attention=attention, kv_scope=scope, gumbel_tau=0.7)
-    block, h = layer_of(**changes)
+    block, h = layer_of(**changes, train_gate=gate)
     attn, noise = block.train().attn, 2 * torch.randn(2, 40, dtype=torch.float64)
     monkeypatch.setattr(selective, "gumbel_difference", lambda like: noise)
     h.requires_grad_()
@@ -158,13 +164,14 @@ def test_training_equals_the_formulas_gradients_included(surrogate, attention, s
     x = F.rms_norm(h, h.shape[-1:], attn.norm.weight, attn.norm.eps)
     s = F.linear(x, attn.gate.weight, attn.gate.bias)
     delta = s[..., 1] - s[..., 0]
-    m, p1 = delta + noise > 0, torch.sigmoid((delta + noise) / 0.7)
+    score = delta + noise if gate == "sample" else delta - math.log(0.6 / 0.4)
+    m, p1 = score > 0, torch.sigmoid(score / 0.7)
     seen = ((j <= i) & (i - j < 8)).expand(2, -1, -1)
     if scope == "selected":
         seen = seen & (m[:, None] | (i == j))
     o, a = sdpa(attn, h, seen[:, None])
     want = formula(attn, h, m, p1, o, a, surrogate, attention)
-    got, sums = attn(h, plain())
+    got, sums = attn(h, plain(), threshold=0.6)
     assert error(got, want) < BOUND
     assert torch.equal(sums[:, 0].round(), m.sum(1).double())
     given = torch.randn_like(h)
@@ -197,52 +204,3 @@ def test_training_mode_through_a_cache_equals_one_pass(name, attention, monkeypa
         cache = out.cache
         logits.append(out.logits)
     assert error(torch.cat(logits, 1), want) < BOUND
-
-
-@pytest.mark.parametrize("rate", [None, 0.3, 0.8])
-def test_calibration_makes_the_share_at_inference_what_is_asked(rate):
-    model, ids = build().train(), tokens(29, 4, 600)
-    reached = model.calibrate(ids, rate)
-    assert model.training
-    with torch.no_grad():
-        selection = model.eval()(ids).selection
-    assert selection[:, 0].mean() == pytest.approx(reached)
-    assert abs(reached - (rate or 0.15)) < 0.01  # of random tokens: thresholds move what later layers see
-    assert not any(module._forward_hooks for module in model.modules())
-    with pytest.raises(ValueError, match="rate must lie between 0 and 1; got 1"):
-        model.calibrate(ids, 1.0)
-
-
-def test_calibration_keeps_the_best_of_its_passes(monkeypatch):
-    """Thresholds that jump about: the share of the third pass is the one that was asked for."""
-    model, ids = build(), tokens(29, 1, 1000)
-    shares = iter([0.9, 0.6, 0.3, 0.7, 0.8])
-    monkeypatch.setattr(torch.Tensor, "quantile", lambda a, at: torch.sort(a).values[-int(next(shares) * len(a))])
-    first = float(model(ids).selection[:, 0].mean())
-    reached = model.calibrate(ids, 0.3, passes=5)
-    assert abs(first - 0.3) > 0.05
-    assert abs(reached - 0.3) < 0.03
-    assert model(ids).selection[:, 0].mean() == pytest.approx(reached)
-
-
-def test_a_calibration_that_fails_changes_nothing():
-    model = build().train()
-    before = model.config.eval_threshold
-    with pytest.raises(IndexError):
-        model.calibrate(torch.full((1, 8), 10**6))
-    assert model.training
-    assert model.config.eval_threshold == before
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_sampling_at_inference_follows_the_gate():
-    model, ids = build(eval_gate="sample"), tokens(29, 4, 61)
-    rates = []
-    with torch.no_grad():
-        for seed in range(60):
-            torch.manual_seed(seed)
-            rates.append(model(ids).selection[0])
-    rates = torch.stack(rates)
-    assert rates[:, 0].std() > 0
-    assert abs(rates[:, 0].mean() - rates[0, 1]) < 5 * rates[:, 0].std() / 60**0.5  # mean of a, the same in each draw
-    assert (rates[:, 1:].std(0) < 1e-12).all()

@@ -133,8 +133,8 @@ def compact_index(original):
 
 
 def perturbed_share(original):
-    def forward(self, h, layout, ring=None):
-        new, sums = original(self, h, layout, ring)
+    def forward(self, h, layout, *rest):
+        new, sums = original(self, h, layout, *rest)
         return (new + 1e-4 * (new - h) if h.shape[1] == 1 else new), sums
 
     return forward
@@ -157,6 +157,10 @@ def padding_in_the_sums(original):
 
 def product(original):
     return lambda x, weight, bias, hidden=None: (x @ weight.t() + bias).diff(dim=-1)[..., 0]
+
+
+def thresholds_of_others(original):
+    return property(lambda self: original.fget(self)[::-1])
 
 
 def unnormalised_values(original):
@@ -182,6 +186,13 @@ MUTANTS = {
     "a perturbed in steps": (SelectiveAttention, "forward", perturbed_share, check_prefill, NAMES),
     "values before the norm": (SelectiveAttention, "_keys", unnormalised_values, check_whole, NAMES),
     "padding in the budget": (selective, "_sums", padding_in_the_sums, check_budget, NAMES),
+    "thresholds of other layers": (
+        TaipanConfig,
+        "thresholds",
+        thresholds_of_others,
+        check_whole,
+        ["a threshold for each layer"],
+    ),
     "gate by a product": (selective, "gate_logit", product, check_gate_bits, NAMES[:1]),
 }
 

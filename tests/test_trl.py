@@ -9,7 +9,7 @@ from heads_cases import KINDS, with_head
 from tiny_tokenizer import tiny_tokenizer
 from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
-from zoo import VOCAB, relative, trainable
+from zoo import relative, trainable
 
 PROMPTS = [f"w{5 + i} w{20 + i}" + f" w{40 + i}" * (i % 3) for i in range(8)]
 GOOD, BAD = "w11 w12", "w13"
@@ -136,7 +136,7 @@ NEAR = {"float32": 1e-5, "bfloat16": 0.3, "mixed": 0.3}
 
 @torch.no_grad()
 def by_hand(model, inputs):
-    """(rows, completion) log-probabilities of what was generated, each text alone and without padding; 0 after its end."""
+    """(rows, completion) log-probabilities of what was generated, each text alone and unpadded; 0 after its end."""
     found = torch.zeros(inputs["completion_ids"].shape)
     for row, (prompt, completion) in enumerate(zip(inputs["prompt_ids"], inputs["completion_ids"], strict=True)):
         prompt = prompt[inputs["prompt_mask"][row].bool()]
