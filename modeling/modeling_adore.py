@@ -74,6 +74,7 @@ class WithController:
     """What all heads share: the controller of the model without head, by a short name."""
 
     model_class = AdoreModel
+    model: AdoreModel
 
     @property
     def controller(self) -> Controller:
