@@ -30,6 +30,7 @@ from scrubjay.modeling.controller import Scorer, scorer_for
 from scrubjay.modeling.decoder_call import (
     as_attention_takes_it,
     check_decoder,
+    check_layers,
     cut,
     device_of,
     each,
@@ -114,6 +115,7 @@ class AdoreCache(AttachedCache):
         if self._failed:
             raise ValueError("A call with this cache failed half way: its layers differ. reset() it or make a new one.")
         check_decoder(decoder)
+        check_layers(decoder, len(self.layers))
         real = self._real(kwargs)
         pieces = None
         if self.settings.prefill == "chunked" and real.shape[1] > self.settings.cache_size:

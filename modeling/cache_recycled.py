@@ -16,7 +16,7 @@ from scrubjay.configuration.configuration_wrapped import WrappedConfig
 from scrubjay.kernels.recycle import decode, decode_with_scores, top
 from scrubjay.modeling.attention_recycled import NAMES, PREFIX
 from scrubjay.modeling.cache import read_tensors, writable, write_tensors
-from scrubjay.modeling.decoder_call import device_of, mean_over_devices, mesh_of
+from scrubjay.modeling.decoder_call import check_layers, device_of, mean_over_devices, mesh_of
 from scrubjay.modeling.evicting import EvictingLayer
 from scrubjay.modeling.kept_keys import TAIL, Call, KeepingLayer, Kept, row_bytes
 from scrubjay.modeling.wrapped import AttachedCache, decoder_of
@@ -253,6 +253,7 @@ class RecycledCache(AttachedCache):
 
     def enter(self, decoder, kwargs):
         """Note padding and positions, and make the decoder run `recycled_attention` for this call."""
+        check_layers(decoder, len(self.layers))
         stock = decoder.config._attn_implementation
         stock = stock.rpartition("_")[2] if stock.startswith(PREFIX) else stock
         if stock not in NAMES:

@@ -8,6 +8,24 @@ import torch
 from scrubjay.modeling.wrapped import ATTENTION
 
 
+def check_layers(decoder, count):
+    """Refuse layers that would call a cache of `count` layers out of order, twice, or not at all."""
+    layers = decoder.layers[: decoder.config.num_hidden_layers]
+    places = [layer.self_attn.layer_idx for layer in layers]
+    if places != list(range(count)):
+        raise ValueError(
+            f"The decoder's layers call the cache by the numbers {places}, and it has {count} layers. Where layers "
+            "were taken out, exchanged or repeated (each time a copy.deepcopy), number them anew and make a new cache: "
+            "for i, layer in enumerate(decoder.layers): layer.self_attn.layer_idx = i; "
+            "decoder.config.num_hidden_layers = len(decoder.layers)."
+        )
+    checkpointing = decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    if checkpointing and (torch.is_grad_enabled() or not all(layer._can_checkpoint_with_cache for layer in layers)):
+        raise ValueError(
+            "Gradient checkpointing runs layers twice and cannot advance a cache: pass none, or call model.eval()."
+        )
+
+
 def check_decoder(decoder):
     """Refuse what the cache cannot work with."""
     chosen = decoder.config._attn_implementation
@@ -15,10 +33,6 @@ def check_decoder(decoder):
         raise ValueError(
             f"AdoreCache gives attention a mask of its own, which {chosen!r} does not take. Load the model with "
             f"attn_implementation= one of {ATTENTION}."
-        )
-    if decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers):
-        raise ValueError(
-            "Gradient checkpointing runs layers twice and cannot advance a cache: pass none, or call model.eval()."
         )
     kind = (getattr(decoder.config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
@@ -40,7 +54,7 @@ def sizes_of(config):
 
 
 def device_of(model) -> torch.device:
-    """Where a model's inputs are to be: with its embedding, or where accelerate runs that, whose weights may be away."""
+    """Where a model's inputs are to be: with its embedding, or where accelerate runs it and fetches its weights to."""
     embedding = model.get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)
     devices = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", (hook,))]

@@ -156,6 +156,8 @@ class ZooWrapperModel(ZooWrapperPreTrainedModel):
             self.add_module(name, child)
         self.__dict__["decoder"] = decoder  # not as a module: its children are this model's own, under their own names
         self._no_split_modules = decoder._no_split_modules
+        for layer in decoder.layers:  # before 5.24 one that checkpoints drops its cache even without gradients
+            layer._can_checkpoint_with_cache = True
         self.post_init()
 
     def __setattr__(self, name, value):

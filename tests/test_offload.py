@@ -28,6 +28,9 @@ def found(model, ids, mask):
         )
 
 
+@pytest.mark.filterwarnings(
+    "ignore:You are calling .generate.. with the `input_ids` being on a device type:UserWarning"
+)
 @pytest.mark.parametrize("where", OFFLOADS)
 def test_an_offloaded_model_gives_the_same_bits(entry, where, tmp_path):
     model, ids = (
