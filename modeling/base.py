@@ -48,7 +48,7 @@ class ZooPreTrainedModel(Published):
     _is_stateful = True  # assisted decoding would have to take tokens back from a sum
     cache_class: type
     no_weight_decay: tuple[str, ...] = ()
-    no_weight_decay_on_embedding = False  # where the head has weights of its own
+    no_weight_decay_on_embedding = False  # where it is not a language model's head as well
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -85,7 +85,8 @@ class ZooPreTrainedModel(Published):
     def weight_decay_groups(self, weight_decay: float) -> list[dict]:
         """Parameter groups for an optimizer: matrices decay; biases, norms, and gates' own parameters do not."""
         spared = self.no_weight_decay
-        if self.no_weight_decay_on_embedding and not self.config.tie_word_embeddings:
+        tied = self.config.tie_word_embeddings and self.get_output_embeddings() is not None
+        if self.no_weight_decay_on_embedding and not tied:
             spared += ("embed_tokens",)
         decayed: list[nn.Parameter] = []
         kept: list[nn.Parameter] = []

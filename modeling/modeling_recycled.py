@@ -8,15 +8,20 @@ from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.modeling.attention_recycled import NAMES
 from scrubjay.modeling.cache_argument import takes_cache
 from scrubjay.modeling.cache_recycled import RecycledCache
-from scrubjay.modeling.wrapped import ZooWrapperForCausalLM, ZooWrapperModel
+from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
+from scrubjay.modeling.wrapped import ZooWrapperForCausalLM, ZooWrapperModel, ZooWrapperPreTrainedModel
 
 
-class RecycledModel(ZooWrapperModel):
-    """The decoder without a head."""
+class RecycledPreTrainedModel(ZooWrapperPreTrainedModel):
+    """What all models below share."""
 
     config_class = RecycledConfig
     cache_class = RecycledCache
     _is_stateful = False  # the cache gives tokens back, so another model may propose some
+
+
+class RecycledModel(RecycledPreTrainedModel, ZooWrapperModel):
+    """The decoder without a head."""
 
     @takes_cache
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, **kwargs):
@@ -47,13 +52,28 @@ class RecycledModel(ZooWrapperModel):
         return settings, config.full_layers
 
 
-class RecycledForCausalLM(ZooWrapperForCausalLM, GenerationMixin):
+class RecycledForCausalLM(RecycledPreTrainedModel, ZooWrapperForCausalLM, GenerationMixin):
     """The decoder and its head."""
 
-    config_class = RecycledConfig
-    cache_class = RecycledCache
     model_class = RecycledModel
-    _is_stateful = False
 
 
-__all__ = ["RecycledForCausalLM", "RecycledModel"]
+class RecycledForSequenceClassification(RecycledPreTrainedModel, ZooForSequenceClassification):
+    """The decoder with scores of a text."""
+
+    model_class = RecycledModel
+
+
+class RecycledForTokenClassification(RecycledPreTrainedModel, ZooForTokenClassification):
+    """The decoder with scores of each token."""
+
+    model_class = RecycledModel
+
+
+__all__ = [
+    "RecycledForCausalLM",
+    "RecycledForSequenceClassification",
+    "RecycledForTokenClassification",
+    "RecycledModel",
+    "RecycledPreTrainedModel",
+]

@@ -132,13 +132,20 @@ def _remove(handles, undo) -> None:
         handle.remove()
 
 
-class ZooWrapperModel(ZooPreTrainedModel):
+class ZooWrapperPreTrainedModel(ZooPreTrainedModel):
+    """What a `ZooWrapperModel` and all that stands on one share: new weights start by the decoder's own rule."""
+
+    _supports_sdpa = True
+
+    def _init_weights(self, module):
+        self.base_model.decoder._init_weights(module)
+
+
+class ZooWrapperModel(ZooWrapperPreTrainedModel):
     """A decoder of transformers whose default cache is the zoo's. Its parameters have the decoder's own names.
 
     Positions are those of the real tokens of each row, so that padding on any side changes nothing.
     """
-
-    _supports_sdpa = True
 
     def __init__(self, config):
         config.validate()  # from_pretrained changes fields after it has read them
@@ -152,9 +159,6 @@ class ZooWrapperModel(ZooPreTrainedModel):
         for layer in decoder.layers:  # before 5.24 one that checkpoints drops its cache even without gradients
             layer._can_checkpoint_with_cache = True
         self.post_init()
-
-    def _init_weights(self, module):
-        self.decoder._init_weights(module)
 
     def __setattr__(self, name, value):
         """As in torch; what replaces a child (an adapter, other embeddings) does so in the decoder, too."""
@@ -255,13 +259,8 @@ def _check_devices(config):
         )
 
 
-class ZooWrapperForCausalLM(ZooForCausalLM):
+class ZooWrapperForCausalLM(ZooWrapperPreTrainedModel, ZooForCausalLM):
     """A `ZooWrapperModel` and the decoder's language-model head. A checkpoint of the decoder loads as it is."""
-
-    _supports_sdpa = True
-
-    def _init_weights(self, module):
-        self.model._init_weights(module)
 
     def get_decoder(self):
         """transformers' own model."""
