@@ -153,9 +153,9 @@ def test_decoding_is_exported_of_one_size_on_request():
     prefill, step = (program.module() for program in export_decoding(model, batch_size=2, length=5))
     logits, *state = prefill(tokens(2, 5), torch.ones(2, 5, dtype=torch.long))
     assert relative(logits, model(tokens(2, 5)).logits[:, -1]) < BOUND
-    with pytest.raises(AssertionError, match="Guard failed|to be equal to"):
+    with pytest.raises(AssertionError, match=r"Guard failed|to be equal to"):
         prefill(tokens(2, 6), torch.ones(2, 6, dtype=torch.long))
-    with pytest.raises(AssertionError, match="Guard failed|to be equal to"):
+    with pytest.raises(AssertionError, match=r"Guard failed|to be equal to"):
         step(tokens(3, 1), *state)
 
 
