@@ -27,7 +27,16 @@ from scrubjay.modeling.adapters import in_use
 from scrubjay.modeling.adore_layer import AdoreLayer, Step, row_bytes
 from scrubjay.modeling.cache import read_tensors, write_tensors
 from scrubjay.modeling.controller import Scorer, scorer_for
-from scrubjay.modeling.decoder_call import as_attention_takes_it, check_decoder, cut, each, given, joined, sizes_of
+from scrubjay.modeling.decoder_call import (
+    as_attention_takes_it,
+    check_decoder,
+    cut,
+    each,
+    given,
+    joined,
+    one_text,
+    sizes_of,
+)
 from scrubjay.modeling.history import TokenHistory
 from scrubjay.modeling.wrapped import AttachedCache, decoder_of
 
@@ -105,6 +114,7 @@ class AdoreCache(AttachedCache):
         if self._failed:
             raise ValueError("A call with this cache failed half way: its layers differ. reset() it or make a new one.")
         check_decoder(decoder)
+        kwargs = one_text(kwargs, self, self.history.length)
         real = self._real(kwargs)
         pieces = None
         if self.settings.prefill == "chunked" and real.shape[1] > self.settings.cache_size:
@@ -157,11 +167,7 @@ class AdoreCache(AttachedCache):
             )
         if mask is None:
             return torch.ones(batch, new, dtype=torch.bool, device=x.device)
-        allowed = ((batch, new), (batch, self.history.length + new))
-        if not isinstance(mask, torch.Tensor) or tuple(mask.shape) not in allowed:
-            got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise ValueError(f"attention_mask must have one of the shapes {allowed}; got {got}.")
-        return mask[:, -new:].bool()
+        return mask[:, -new:]
 
     def _run_ahead(self, decoder, kwargs):
         """Outputs of all pieces of a prompt but the last, and the arguments of the last."""

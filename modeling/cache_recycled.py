@@ -16,7 +16,7 @@ from scrubjay.configuration.configuration_wrapped import WrappedConfig
 from scrubjay.kernels.recycle import decode, decode_with_scores, top
 from scrubjay.modeling.attention_recycled import NAMES, PREFIX
 from scrubjay.modeling.cache import read_tensors, writable, write_tensors
-from scrubjay.modeling.decoder_call import mean_over_devices, mesh_of
+from scrubjay.modeling.decoder_call import given, mean_over_devices, mesh_of, one_text
 from scrubjay.modeling.evicting import EvictingLayer
 from scrubjay.modeling.kept_keys import TAIL, Call, KeepingLayer, Kept, row_bytes
 from scrubjay.modeling.wrapped import AttachedCache, decoder_of
@@ -260,11 +260,12 @@ class RecycledCache(AttachedCache):
                 f"RecycledCache needs the attention implementation {' or '.join(map(repr, NAMES))}, which it can "
                 f"stand in for; the model has {stock!r}. Call model.set_attn_implementation('sdpa')."
             )
-        given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        (batch, columns), seen = given.shape[:2], self.get_seq_length()
+        x = given(kwargs)
+        (batch, columns), seen = x.shape[:2], self.get_seq_length()
+        kwargs = one_text(kwargs, self, seen)
         self._check(batch, seen, columns, kwargs.get("attention_mask"))
         self.call.real = real = self._real(kwargs.get("attention_mask"), batch, seen, columns)
-        at = torch.arange(columns, device=given.device)
+        at = torch.arange(columns, device=x.device)
         self.call.source = None
         if real is not None and not bool(real[:, seen:].all()):
             self.call.source = torch.where(real[:, seen:], at, -1).cummax(1).values[:, -TAIL:]
@@ -273,7 +274,7 @@ class RecycledCache(AttachedCache):
             positions = (seen + at)[None] if positions is None else positions
             if self.call.source is not None:
                 positions = positions.expand(batch, -1).gather(1, self.call.source.clamp(min=0))
-            self.call.rotary = decoder.rotary_emb(torch.empty(0, device=given.device), positions[:, -TAIL:])
+            self.call.rotary = decoder.rotary_emb(torch.empty(0, device=x.device), positions[:, -TAIL:])
         config, call = decoder.config, self.call
         config._attn_implementation_internal, call.active, call.table = NAMES[stock], True, decoder.rotary_emb
         call.mesh = mesh_of(decoder)
@@ -308,7 +309,7 @@ class RecycledCache(AttachedCache):
     def _real(self, mask, batch, seen, columns):
         """(B, n + T) bool, None without padding."""
         if mask is not None:
-            return None if bool(mask.all()) else mask.bool()
+            return None if bool(mask.all()) else mask
         if self.call.real is None or not seen:
             return None
         return F.pad(self.call.real[:, :seen], (0, columns), value=True)  # new columns are tokens

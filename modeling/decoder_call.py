@@ -5,7 +5,9 @@ B batch, T time, Q queries, K keys, H heads, D hidden size.
 
 import torch
 
-from scrubjay.modeling.wrapped import ATTENTION
+from scrubjay.modeling.columns import read_columns
+
+ATTENTION = ("sdpa", "eager")
 
 
 def check_decoder(decoder):
@@ -61,9 +63,24 @@ def given(kwargs):
     return x
 
 
+def one_text(kwargs, cache, seen):
+    """A call's keyword arguments, its mask read, for a cache of `seen` columns: each row goes on with its text.
+
+    Raises:
+        ValueError: a row of several documents; arguments that do not fit.
+    """
+    x, mask = given(kwargs), kwargs.get("attention_mask")
+    if x.shape[1] == 1 and mask is None:
+        return kwargs
+    marks = [kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "seq_idx", "cu_seq_lens_k")]
+    columns = read_columns(x.shape[:2], x.device, mask, *marks, seen=seen)
+    columns.refuse_cache(cache, seen)
+    return kwargs if columns.mask is None else kwargs | {"attention_mask": columns.mask}
+
+
 def as_attention_takes_it(mask, decoder):
     """(B, Q, K) bool to the 4-D mask of the decoder's attention: bool for sdpa, additive for eager."""
-    if decoder.config._attn_implementation == "sdpa":
+    if decoder.config._attn_implementation.endswith("sdpa"):  # or what stands in for it
         return mask[:, None]
     low = torch.finfo(decoder.dtype).min
     return torch.zeros(mask.shape, dtype=decoder.dtype, device=mask.device).masked_fill_(~mask, low)[:, None]
