@@ -114,6 +114,7 @@ class AdoreCache(AttachedCache):
         if self._failed:
             raise ValueError("A call with this cache failed half way: its layers differ. reset() it or make a new one.")
         check_decoder(decoder)
+        self._check(kwargs)
         kwargs = one_text(kwargs, self, self.history.length)
         real = self._real(kwargs)
         pieces = None
@@ -155,8 +156,8 @@ class AdoreCache(AttachedCache):
             )
         return super().update(key_states, value_states, layer_idx, self._step)
 
-    def _real(self, kwargs):
-        """Which of the new columns are tokens, (B, q) bool."""
+    def _check(self, kwargs):
+        """Refuse other rows than are held, and a mask of another shape."""
         x, mask = given(kwargs), kwargs.get("attention_mask")
         batch, new = x.shape[:2]
         held = self.history.batch_size
@@ -165,9 +166,17 @@ class AdoreCache(AttachedCache):
                 f"This cache holds {held} rows, the input has {batch}. Use a new AdoreCache(model), or "
                 "cache.batch_repeat_interleave / cache.batch_select_indices to change its rows."
             )
+        allowed = ((batch, new), (batch, self.history.length + new))
+        if mask is not None and (not isinstance(mask, torch.Tensor) or tuple(mask.shape) not in allowed):
+            got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(f"attention_mask must have one of the shapes {allowed}; got {got}.")
+
+    def _real(self, kwargs):
+        """Which of the new columns are tokens, (B, q) bool."""
+        x, mask = given(kwargs), kwargs.get("attention_mask")
         if mask is None:
-            return torch.ones(batch, new, dtype=torch.bool, device=x.device)
-        return mask[:, -new:]
+            return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return mask[:, -x.shape[1] :]
 
     def _run_ahead(self, decoder, kwargs):
         """Outputs of all pieces of a prompt but the last, and the arguments of the last."""

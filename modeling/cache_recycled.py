@@ -262,8 +262,8 @@ class RecycledCache(AttachedCache):
             )
         x = given(kwargs)
         (batch, columns), seen = x.shape[:2], self.get_seq_length()
-        kwargs = one_text(kwargs, self, seen)
         self._check(batch, seen, columns, kwargs.get("attention_mask"))
+        kwargs = one_text(kwargs, self, seen)
         self.call.real = real = self._real(kwargs.get("attention_mask"), batch, seen, columns)
         at = torch.arange(columns, device=x.device)
         self.call.source = None

@@ -120,8 +120,9 @@ def read_mask(mask: torch.Tensor, look: bool = True) -> tuple[torch.Tensor, torc
     if mask.dtype == torch.bool:
         return mask, None
     zero = mask == 0
-    ones, additive, empty = (zero | (mask == 1)).all(), (zero | (mask <= HIDDEN)).all(), zero.all()
-    unclear = empty & mask.is_floating_point()
+    ones, additive, unclear = (zero | (mask == 1)).all(), (zero | (mask <= HIDDEN)).all(), zero.all()
+    if not mask.is_floating_point():
+        additive, unclear = additive & False, unclear & False
     if not look:
         wanted = "attention_mask must be of 1 and 0, or of what is added to scores, when a program is traced."
         torch._assert_async((ones | additive) & ~unclear, wanted)

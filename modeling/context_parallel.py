@@ -239,7 +239,7 @@ def _check_plain(batch, x):
             "shard_sequence cannot split a padded batch. Pass rows that are full: cut them to one length, or put "
             "padding after the text and -100 into its labels, without an attention_mask."
         )
-    marks += [f"{name} that {'restart' if name == 'position_ids' else 'number them'}" for name in columns.marks]
+    marks += [f"{name} that {'restart' if name == 'position_ids' else 'numbers them'}" for name in columns.marks]
     if marks:
         raise ValueError(f"shard_sequence cannot split packed documents ({', '.join(marks)}): pass one a row.")
     if pop_cache(batch) is not None:

@@ -70,9 +70,9 @@ def one_text(kwargs, cache, seen):
         ValueError: a row of several documents; arguments that do not fit.
     """
     x, mask = given(kwargs), kwargs.get("attention_mask")
-    if x.shape[1] == 1 and mask is None:
-        return kwargs
     marks = [kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "seq_idx", "cu_seq_lens_k")]
+    if x.shape[1] == 1 and marks[1:] == [None] * 3 and (mask is None or not mask.is_floating_point()):
+        return kwargs if mask is None else kwargs | {"attention_mask": mask != 0}  # a step waits for no value
     columns = read_columns(x.shape[:2], x.device, mask, *marks, seen=seen)
     columns.refuse_cache(cache, seen)
     return kwargs if columns.mask is None else kwargs | {"attention_mask": columns.mask}
