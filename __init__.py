@@ -16,6 +16,7 @@ from scrubjay.modeling.cache_adore import AdoreCache
 from scrubjay.modeling.cache_recycled import RecycledCache
 from scrubjay.modeling.cache_taipan import TaipanCache
 from scrubjay.modeling.context_parallel import average_gradients, shard_sequence
+from scrubjay.modeling.exporting import DecodeStep, Prefill, export_decoding
 from scrubjay.modeling.modeling_adore import AdoreForCausalLM, AdoreModel
 from scrubjay.modeling.modeling_recycled import RecycledForCausalLM, RecycledModel
 from scrubjay.modeling.modeling_rodimus import RodimusForCausalLM, RodimusModel
@@ -41,6 +42,8 @@ __all__ = [
     "AdoreConfig",
     "AdoreForCausalLM",
     "AdoreModel",
+    "DecodeStep",
+    "Prefill",
     "RecycledCache",
     "RecycledConfig",
     "RecycledForCausalLM",
@@ -59,6 +62,7 @@ __all__ = [
     "TaipanModel",
     "adapter_report",
     "average_gradients",
+    "export_decoding",
     "save_adapter",
     "shard_model",
     "shard_sequence",

@@ -8,6 +8,9 @@ from transformers import CONFIG_MAPPING
 from transformers.configuration_utils import PreTrainedConfig
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
+from scrubjay.configuration.tested_versions import tell_of_untested
+
+tell_of_untested()
 
 BASES = ("llama", "qwen2", "qwen3", "mistral")
 # What peft looks for in the dictionary of any configuration.

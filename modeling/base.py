@@ -151,9 +151,8 @@ class ZooModel(ZooPreTrainedModel):
             attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row. Also
                 the numbers of packed documents from 1 on, or what is added to scores; see `columns.MASKS`.
             position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as collators give them: positions that restart,
-                offsets (D + 1,) over the B * T columns, or document numbers (B, T), negative at padding. Rows of
-                documents may be padded: what comes back of padding is zeros. Positions are counted by the model itself.
-                torch.export writes down one document a row, and its program refuses positions that restart.
+                offsets (D + 1,) over the B * T columns, or document numbers (B, T), negative at padding. Padding beside
+                documents comes back as zeros. Positions are counted by the model. torch.export takes one document a row.
             cache: the model's own, advanced in place. `past_key_values` is the same, as before transformers 5.24.
             inputs_embeds: (B, T, D) instead of input_ids.
             shard: the T columns are one rank's slice of longer rows, as `shard_sequence` says.
@@ -167,11 +166,9 @@ class ZooModel(ZooPreTrainedModel):
         cache, use_cache = self._cache(held, use_cache, x)
         seen = 0 if cache is None else cache.get_seq_length()
         counts = cache.layers[0].counts.to(x.device) if seen else None
-        marks = (position_ids, cu_seq_lens_q, seq_idx, kwargs.get("cu_seq_lens_k"))
-        columns = read_columns(x.shape[:2], x.device, attention_mask, *marks, seen=seen)
-        if columns.packed:
-            columns.refuse_cache(held, seen)
-            cache = None  # documents that end in a row have no state to hand on
+        marks = (attention_mask, position_ids, cu_seq_lens_q, seq_idx, kwargs.get("cu_seq_lens_k"))
+        columns = read_columns(x.shape[:2], x.device, *marks, seen=seen, cache=held)
+        cache = None if columns.packed else cache  # documents that end in a row have no state to hand on
         plan = arrange(columns, counts)
         layout = plan.layout if shard is None else _slice(plan.layout, shard, x.shape, seen, cache)
         layout = self.locate(layout, x.dtype)
@@ -349,9 +346,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         x = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         x = x if isinstance(keep, int) else x[:, keep]
-        logits = self.lm_head(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = None
+        logits, loss = self.head(x), None
         if labels is not None or loss_kwargs.get("shift_labels") is not None:
             compute = self.loss_function if shard is None else partial(shard.loss, self.loss_function)
             loss = compute(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
@@ -362,6 +357,11 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         }
         out = ZooCausalLMOutput(loss=loss, logits=logits, **kept)
         return self.output(out, outputs, labels, shard=shard, **loss_kwargs)
+
+    def head(self, x):
+        """The logits (..., V) of hidden states (..., D), in float32 or wider."""
+        logits = self.lm_head(x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None, shard=None):
         """What forward returns: `out`, to which a model may add what its blocks gave beside the hidden states."""

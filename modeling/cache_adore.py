@@ -30,7 +30,10 @@ from scrubjay.modeling.controller import Scorer, scorer_for
 from scrubjay.modeling.decoder_call import (
     as_attention_takes_it,
     check_decoder,
+    check_layers,
+    check_rows,
     cut,
+    device_of,
     each,
     given,
     joined,
@@ -114,6 +117,7 @@ class AdoreCache(AttachedCache):
         if self._failed:
             raise ValueError("A call with this cache failed half way: its layers differ. reset() it or make a new one.")
         check_decoder(decoder)
+        check_layers(decoder, len(self.layers))
         self._check(kwargs)
         kwargs = one_text(kwargs, self, self.history.length)
         real = self._real(kwargs)
@@ -160,12 +164,8 @@ class AdoreCache(AttachedCache):
         """Refuse other rows than are held, and a mask of another shape."""
         x, mask = given(kwargs), kwargs.get("attention_mask")
         batch, new = x.shape[:2]
-        held = self.history.batch_size
-        if held not in (-1, batch):
-            raise ValueError(
-                f"This cache holds {held} rows, the input has {batch}. Use a new AdoreCache(model), or "
-                "cache.batch_repeat_interleave / cache.batch_select_indices to change its rows."
-            )
+        if self.history.rows:
+            check_rows(self, self.history.batch_size, batch)
         allowed = ((batch, new), (batch, self.history.length + new))
         if mask is not None and (not isinstance(mask, torch.Tensor) or tuple(mask.shape) not in allowed):
             got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
@@ -373,8 +373,7 @@ class AdoreCache(AttachedCache):
             ValueError: a file of another kind of cache or of another model, or another scorer.
         """
         decoder: Any = decoder_of(model)
-        device = decoder.get_input_embeddings().weight.device
-        tensors, about = read_tensors(path, cls, device)
+        tensors, about = read_tensors(path, cls, device_of(decoder))
         cache = cls(model, AdoreSettings(**about["settings"]), controller=controller)
         held = [about["num_layers"], tensors["0.keys"].shape[1], tensors["0.keys"].shape[3]]
         if held != sizes_of(decoder.config):

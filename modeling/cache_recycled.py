@@ -16,7 +16,7 @@ from scrubjay.configuration.configuration_wrapped import WrappedConfig
 from scrubjay.kernels.recycle import decode, decode_with_scores, top
 from scrubjay.modeling.attention_recycled import NAMES, PREFIX
 from scrubjay.modeling.cache import read_tensors, writable, write_tensors
-from scrubjay.modeling.decoder_call import given, mean_over_devices, mesh_of, one_text
+from scrubjay.modeling.decoder_call import check_layers, check_rows, device_of, mean_over_devices, mesh_of, one_text
 from scrubjay.modeling.evicting import EvictingLayer
 from scrubjay.modeling.kept_keys import TAIL, Call, KeepingLayer, Kept, row_bytes
 from scrubjay.modeling.wrapped import AttachedCache, decoder_of
@@ -253,6 +253,7 @@ class RecycledCache(AttachedCache):
 
     def enter(self, decoder, kwargs):
         """Note padding and positions, and make the decoder run `recycled_attention` for this call."""
+        check_layers(decoder, len(self.layers))
         stock = decoder.config._attn_implementation
         stock = stock.rpartition("_")[2] if stock.startswith(PREFIX) else stock
         if stock not in NAMES:
@@ -260,7 +261,7 @@ class RecycledCache(AttachedCache):
                 f"RecycledCache needs the attention implementation {' or '.join(map(repr, NAMES))}, which it can "
                 f"stand in for; the model has {stock!r}. Call model.set_attn_implementation('sdpa')."
             )
-        x = given(kwargs)
+        x = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         (batch, columns), seen = x.shape[:2], self.get_seq_length()
         self._check(batch, seen, columns, kwargs.get("attention_mask"))
         kwargs = one_text(kwargs, self, seen)
@@ -295,11 +296,8 @@ class RecycledCache(AttachedCache):
         layer = self.layers[0]
         if any(other.seen != seen for other in self.layers):
             raise ValueError("An earlier call failed between two layers; call cache.reset() and start again.")
-        if layer.is_initialized and seen and (held := len(next(iter(layer.tensors().values())))) != batch:
-            raise ValueError(
-                f"This cache holds {held} rows, the input has {batch}. Use a new RecycledCache(model), or "
-                "cache.batch_repeat_interleave / cache.batch_select_indices to change its rows."
-            )
+        if layer.is_initialized and seen:
+            check_rows(self, len(next(iter(layer.tensors().values()))), batch)
         if mask is not None and (mask.ndim != 2 or tuple(mask.shape) != (batch, seen + columns)):
             raise ValueError(
                 f"attention_mask must have shape {(batch, seen + columns)}, 1 for tokens and 0 for padding, with the "
@@ -369,7 +367,7 @@ class RecycledCache(AttachedCache):
         Raises:
             ValueError: a file of another kind of cache, or of a model of other sizes.
         """
-        device = next(model.parameters()).device if device is None else device
+        device = device_of(model) if device is None else device
         tensors, about = read_tensors(path, cls, device)
         cache = cls(model, **about["settings"])
         if about["sizes"] != _sizes(cache.settings):

@@ -64,14 +64,9 @@ class Columns:
         x = x.flatten(0, 1)
         return x if self.index is None else x[self.index]
 
-    def refuse_cache(self, cache, seen: int) -> None:
-        """Refuse packed documents beside a cache that a call was given, if it was, of `seen` columns."""
-        if self.packed and cache is not None:
-            _refuse_cache(self.marks, seen)
-
 
 def read_columns(
-    shape, device, mask=None, position_ids=None, cu_seqlens=None, seq_idx=None, cu_seqlens_k=None, seen=0
+    shape, device, mask=None, position_ids=None, cu_seqlens=None, seq_idx=None, cu_seqlens_k=None, seen=0, cache=None
 ) -> Columns:
     """Read what a call of shape (B, T) says of its columns.
 
@@ -80,10 +75,10 @@ def read_columns(
         position_ids: (B, T) or (1, T); where they do not rise from one token to the next, a document starts.
         cu_seqlens: (D + 1,) offsets over the B * T columns in order, padding included; cu_seqlens_k: the same again.
         seq_idx: (B, T) or (1, T) document numbers, negative at padding.
-        seen: S.
+        seen: S. cache: the one that the call was given, or None.
 
     Raises:
-        ValueError: arguments that do not fit the call or each other.
+        ValueError: arguments that do not fit the call or each other; documents beside a cache.
     """
     shape, cu_seqlens = tuple(shape), _same(cu_seqlens, cu_seqlens_k)
     _check_shapes(shape, mask, position_ids, cu_seqlens, seq_idx, seen)
@@ -106,6 +101,8 @@ def read_columns(
     if not look:
         return Columns(shape, device, mask, real)
     offsets, index, marks = _documents(shape, device, real, position_ids, cu_seqlens, seq_idx, segments)
+    if offsets is not None and cache is not None:
+        _refuse_cache(marks, seen)
     return Columns(shape, device, mask, real, offsets, index, marks)
 
 

@@ -105,12 +105,17 @@ class ControllerLinear(nn.Module):
         """Uniform up to in_features ** -0.5."""
         start(self)
 
-    def forward(self, x):
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+    def forward(self, x, biased: bool = True):
+        return torch.nn.functional.linear(x, self.weight, self.bias if biased else None)
 
 
 class ControllerGRU(nn.GRU):
     """A GRU of a controller, likewise."""
+
+    def forward(self, x, state):
+        # torch computes with a list of its own, which is out of date where offloading put the weights in their place
+        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        return super().forward(x, state)
 
     def reset_parameters(self):
         """Uniform up to hidden_size ** -0.5."""
@@ -268,7 +273,7 @@ class Controller(Scorer):
 
     def _turned(self, x):
         """W x, without the bias that the features already have."""
-        return torch.nn.functional.linear(x, self.first.weight)
+        return self.first(x, biased=False)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `controller.safetensors` and `controller.json` into a folder."""

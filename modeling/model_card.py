@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
 
+from scrubjay.configuration.tested_versions import OLDEST
 from scrubjay.modeling.remote_code import digest, written_class
 
 CARD = "README.md"
@@ -21,7 +22,6 @@ BEGIN = "<!-- scrubjay: every save writes this part anew; text above and below i
 END = "<!-- scrubjay: end -->"
 PART = re.compile(rf"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)})[\s\S])*?{re.escape(END)}")
 PINNED = re.compile(r"^([0-9a-f]{64})  (\S+\.py)\r?$", re.MULTILINE)
-OLDEST_TRANSFORMERS = "5.17"
 CODE_LICENSE = "Apache-2.0"
 NEEDED = {"bitsandbytes": "accelerate, bitsandbytes"}
 NOT_GIVEN = "not given"
@@ -152,7 +152,7 @@ def _part(model, folder, notes, license_name, place) -> Iterable[str]:
     yield "## How to load"
     needed = ", ".join(["torch", *(NEEDED.get(name, name) for name in _quantizer(model))])
     yield (
-        f"With {needed} and transformers {OLDEST_TRANSFORMERS} or newer; nothing else has to be installed. "
+        f"With {needed} and transformers {OLDEST} or newer; nothing else has to be installed. "
         "`trust_remote_code=True` runs the code files listed below."
     )
     yield _loading(kind, place)

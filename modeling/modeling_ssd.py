@@ -18,7 +18,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_ssd import SSDConfig
-from scrubjay.kernels.ssd import ssd, ssd_change
+from scrubjay.kernels.ssd import log_decay, ssd, ssd_change
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.cache import SSDCache
 from scrubjay.modeling.key_names import Copy, Rename, as_mapping
@@ -94,7 +94,7 @@ class SSDMixer(nn.Module):
         steps = (
             k.view(B, T, self.groups, -1),
             v.view(B, T, self.heads, -1),
-            -dt * self.A_log.to(wide).exp(),
+            log_decay(dt, self.A_log.to(wide)),
             dt,
         )
         if layout.shard is not None:

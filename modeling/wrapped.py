@@ -149,6 +149,8 @@ class ZooWrapperModel(ZooPreTrainedModel):
             self.add_module(name, child)
         self.__dict__["decoder"] = decoder  # not as a module: its children are this model's own, under their own names
         self._no_split_modules = decoder._no_split_modules
+        for layer in decoder.layers:  # before 5.24 one that checkpoints drops its cache even without gradients
+            layer._can_checkpoint_with_cache = True
         self.post_init()
 
     def _init_weights(self, module):
@@ -219,9 +221,8 @@ class ZooWrapperModel(ZooPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         use_cache = not self.checkpoints(cache) and use_cache
         seen = 0 if cache is None else cache.get_seq_length()
-        columns = read_columns(shape, device, attention_mask, *marks, seen=seen)
+        columns = read_columns(shape, device, attention_mask, *marks, seen=seen, cache=cache)
         if columns.packed:
-            columns.refuse_cache(cache, seen)
             use_cache = False  # documents that end in a row have nothing to hand on
             attention_mask, positions = _documents(columns, self.decoder)
         else:

@@ -1,4 +1,4 @@
-"""Documents and padding in one batch, in every way that collators write them: each document gives what it gives alone."""
+"""Documents and padding in one batch, in every notation of collators: each document gives what it gives alone."""
 
 import pytest
 import torch
