@@ -152,7 +152,7 @@ class ZooModel(ZooPreTrainedModel):
                 the numbers of packed documents from 1 on, or what is added to scores; see `columns.MASKS`.
             position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as collators give them: positions that restart,
                 offsets (D + 1,) over the B * T columns, or document numbers (B, T), negative at padding. Padding beside
-                documents comes back as zeros. Positions are counted by the model. torch.export takes one document a row.
+                documents comes back as zeros. Positions are counted by the model. torch.export: one document a row.
             cache: the model's own, advanced in place. `past_key_values` is the same, as before transformers 5.24.
             inputs_embeds: (B, T, D) instead of input_ids.
             shard: the T columns are one rank's slice of longer rows, as `shard_sequence` says.

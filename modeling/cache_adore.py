@@ -52,7 +52,7 @@ class AdoreCache(AttachedCache):
     Pass it as `cache` (before transformers 5.24 as `past_key_values`) to the model's forward or generate(). It takes
     part in the calls of this very model that are given it, and in no other; `close()` it, use it with `with`, or drop
     it to end that. Positions are those of the real tokens of each row: it counts them by the attention_mask, whatever
-    position_ids say.
+    position_ids say, but for packed documents, which are refused: a cache holds one text a row.
 
     Bytes: layers * B * H * (m + 1) * (P_keys + P_values) * itemsize of keys and values, whatever the number of tokens;
     and for each token, released or not, 4 (its id) + 4 + 1 + the features of its scorer (`controller_hidden` *

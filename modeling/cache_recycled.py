@@ -225,7 +225,8 @@ class RecycledCache(AttachedCache):
             `RecycledForCausalLM`, whose settings are then the defaults.
         settings: fields of `RecycledConfig`.
 
-    Steps that choose among the keys, or attend those chosen, have no gradient.
+    Steps that choose among the keys, or attend those chosen, have no gradient. A cache holds one text a row: a call of
+    packed documents is refused.
 
     Raises:
         ValueError: a model, or a setting, that it was not built for.

@@ -56,13 +56,13 @@ class Columns:
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """(N, ...) of the tokens -> (B, T, ...), zeros at padding."""
         if self.index is not None:
-            x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, self.index, x)
+            x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, self.index.to(x.device), x)
         return x.view(*self.shape, *x.shape[1:])
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) -> (N, ...) of the tokens."""
         x = x.flatten(0, 1)
-        return x if self.index is None else x[self.index]
+        return x if self.index is None else x[self.index.to(x.device)]
 
 
 def read_columns(

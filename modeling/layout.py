@@ -69,13 +69,13 @@ class Arrangement:
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """From the caller's columns to the blocks'."""
         if self.order is not None:
-            return x.gather(1, self.order[..., None].expand_as(x))
+            return x.gather(1, self.order.to(x.device)[..., None].expand_as(x))
         return self.columns.gather(x)[None] if self.columns.packed else x
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:
         """From the blocks' columns to the caller's; zeros in the padding of packed documents."""
         if self.order is not None:
-            back = self.order.argsort(dim=1)
+            back = self.order.argsort(dim=1).to(x.device)
             return x.gather(1, back[..., None].expand_as(x))
         return self.columns.spread(x[0]) if self.columns.packed else x
 
