@@ -31,11 +31,13 @@ from scrubjay.modeling.decoder_call import (
     as_attention_takes_it,
     check_decoder,
     check_layers,
+    check_rows,
     cut,
     device_of,
     each,
     given,
     joined,
+    one_text,
     sizes_of,
 )
 from scrubjay.modeling.history import TokenHistory
@@ -50,7 +52,7 @@ class AdoreCache(AttachedCache):
     Pass it as `cache` (before transformers 5.24 as `past_key_values`) to the model's forward or generate(). It takes
     part in the calls of this very model that are given it, and in no other; `close()` it, use it with `with`, or drop
     it to end that. Positions are those of the real tokens of each row: it counts them by the attention_mask, whatever
-    position_ids say.
+    position_ids say, but for packed documents, which are refused: a cache holds one text a row.
 
     Bytes: layers * B * H * (m + 1) * (P_keys + P_values) * itemsize of keys and values, whatever the number of tokens;
     and for each token, released or not, 4 (its id) + 4 + 1 + the features of its scorer (`controller_hidden` *
@@ -116,6 +118,8 @@ class AdoreCache(AttachedCache):
             raise ValueError("A call with this cache failed half way: its layers differ. reset() it or make a new one.")
         check_decoder(decoder)
         check_layers(decoder, len(self.layers))
+        self._check(kwargs)
+        kwargs = one_text(kwargs, self, self.history.length)
         real = self._real(kwargs)
         pieces = None
         if self.settings.prefill == "chunked" and real.shape[1] > self.settings.cache_size:
@@ -156,23 +160,23 @@ class AdoreCache(AttachedCache):
             )
         return super().update(key_states, value_states, layer_idx, self._step)
 
+    def _check(self, kwargs):
+        """Refuse other rows than are held, and a mask of another shape."""
+        x, mask = given(kwargs), kwargs.get("attention_mask")
+        batch, new = x.shape[:2]
+        if self.history.rows:
+            check_rows(self, self.history.batch_size, batch)
+        allowed = ((batch, new), (batch, self.history.length + new))
+        if mask is not None and (not isinstance(mask, torch.Tensor) or tuple(mask.shape) not in allowed):
+            got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(f"attention_mask must have one of the shapes {allowed}; got {got}.")
+
     def _real(self, kwargs):
         """Which of the new columns are tokens, (B, q) bool."""
         x, mask = given(kwargs), kwargs.get("attention_mask")
-        batch, new = x.shape[:2]
-        held = self.history.batch_size
-        if held not in (-1, batch):
-            raise ValueError(
-                f"This cache holds {held} rows, the input has {batch}. Use a new AdoreCache(model), or "
-                "cache.batch_repeat_interleave / cache.batch_select_indices to change its rows."
-            )
         if mask is None:
-            return torch.ones(batch, new, dtype=torch.bool, device=x.device)
-        allowed = ((batch, new), (batch, self.history.length + new))
-        if not isinstance(mask, torch.Tensor) or tuple(mask.shape) not in allowed:
-            got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise ValueError(f"attention_mask must have one of the shapes {allowed}; got {got}.")
-        return mask[:, -new:].bool()
+            return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return mask[:, -x.shape[1] :]
 
     def _run_ahead(self, decoder, kwargs):
         """Outputs of all pieces of a prompt but the last, and the arguments of the last."""

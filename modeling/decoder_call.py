@@ -5,7 +5,9 @@ B batch, T time, Q queries, K keys, H heads, D hidden size.
 
 import torch
 
-from scrubjay.modeling.wrapped import ATTENTION
+from scrubjay.modeling.columns import read_columns
+
+ATTENTION = ("sdpa", "eager")
 
 
 def check_layers(decoder, count):
@@ -23,6 +25,15 @@ def check_layers(decoder, count):
     if checkpointing and (torch.is_grad_enabled() or not all(layer._can_checkpoint_with_cache for layer in layers)):
         raise ValueError(
             "Gradient checkpointing runs layers twice and cannot advance a cache: pass none, or call model.eval()."
+        )
+
+
+def check_rows(cache, held, batch):
+    """Refuse a call of `batch` rows to a cache that holds others."""
+    if held != batch:
+        raise ValueError(
+            f"This cache holds {held} rows, the input has {batch}. Use a new {type(cache).__name__}(model), or "
+            "cache.batch_repeat_interleave / cache.batch_select_indices to change its rows."
         )
 
 
@@ -84,9 +95,23 @@ def given(kwargs):
     return x
 
 
+def one_text(kwargs, cache, seen):
+    """A call's keyword arguments, its mask read, for a cache of `seen` columns: each row goes on with its text.
+
+    Raises:
+        ValueError: a row of several documents; arguments that do not fit.
+    """
+    x, mask = given(kwargs), kwargs.get("attention_mask")
+    marks = [kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "seq_idx", "cu_seq_lens_k")]
+    if x.shape[1] == 1 and marks[1:] == [None] * 3 and (mask is None or not mask.is_floating_point()):
+        return kwargs if mask is None else kwargs | {"attention_mask": mask != 0}  # a step waits for no value
+    columns = read_columns(x.shape[:2], x.device, mask, *marks, seen=seen, cache=cache)
+    return kwargs if columns.mask is None else kwargs | {"attention_mask": columns.mask}
+
+
 def as_attention_takes_it(mask, decoder):
     """(B, Q, K) bool to the 4-D mask of the decoder's attention: bool for sdpa, additive for eager."""
-    if decoder.config._attn_implementation == "sdpa":
+    if decoder.config._attn_implementation.endswith("sdpa"):  # or what stands in for it
         return mask[:, None]
     low = torch.finfo(decoder.dtype).min
     return torch.zeros(mask.shape, dtype=decoder.dtype, device=mask.device).masked_fill_(~mask, low)[:, None]

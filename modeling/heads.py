@@ -13,11 +13,10 @@ from transformers.utils import can_return_tuple
 from scrubjay.kernels.dispatch import traced
 from scrubjay.modeling.base import ZooPreTrainedModel, causal_lm_loss
 from scrubjay.modeling.cache_argument import CACHE, ZooClassifierOutput, takes_cache
+from scrubjay.modeling.columns import read_columns
 from scrubjay.modeling.layers import Linear
-from scrubjay.modeling.layout import arrange
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
-PACKING = ("cu_seq_lens_q", "seq_idx")
 
 
 class ZooClassifier(ZooPreTrainedModel):
@@ -74,9 +73,10 @@ class ZooClassifier(ZooPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        packing = {name: kwargs.get(name) for name in PACKING} | {"position_ids": None if seen else position_ids}
+        said = {"mask": attention_mask, "position_ids": position_ids, "seen": seen}
+        said |= {"cu_seqlens": kwargs.get("cu_seq_lens_q"), "seq_idx": kwargs.get("seq_idx")}
         shard = kwargs.get("shard")
-        x = self.scored(outputs.last_hidden_state, input_ids, attention_mask, packing, shard)
+        x = self.scored(outputs.last_hidden_state, input_ids, said, shard)
         logits = self.score(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = None if labels is None else self.loss(logits, labels.to(logits.device), num_items_in_batch, shard)
@@ -88,8 +88,8 @@ class ZooClassifier(ZooPreTrainedModel):
         out = ZooClassifierOutput(loss=loss, logits=logits, **kept)
         return self.output(out, outputs, None, num_items_in_batch, shift_labels=labels, shard=shard)
 
-    def scored(self, x, input_ids, attention_mask, packing, shard):
-        """What `score` is called with, of the hidden states x (B, T, D)."""
+    def scored(self, x, input_ids, said, shard):
+        """What `score` is called with, of the hidden states x (B, T, D). said: arguments of `read_columns`."""
         raise NotImplementedError
 
     def loss(self, logits, labels, num_items_in_batch, shard):
@@ -112,27 +112,26 @@ class ZooForSequenceClassification(ZooClassifier):
     it, as in transformers.
     """
 
-    def scored(self, x, input_ids, attention_mask, packing, shard):
+    def scored(self, x, input_ids, said, shard):
         if shard is not None:
             raise ValueError(
                 f"{type(self).__name__} scores the last token of a row, which lies in one rank's slice alone. Pass "
                 "whole rows, without shard_sequence."
             )
         shape = x.shape[:2]
-        mask = None if attention_mask is None else attention_mask[:, -shape[1] :].to(x.device).bool()
-        ends = arrange(shape, x.device, None, mask, packing["position_ids"], *(packing[n] for n in PACKING)).layout
-        if ends.cu_seqlens is not None:
-            if bool((ends.cu_seqlens.diff() == 0).any()):
-                raise ValueError("cu_seq_lens_q has a document without tokens, which has no score. Leave it out.")
-            return x.flatten(0, 1)[ends.cu_seqlens[1:].to(x.device) - 1]
-        if mask is not None:
-            _check_tokens(mask)
-        pad = self.config.pad_token_id
-        if mask is None and input_ids is not None and pad is not None:
-            mask = (input_ids != pad).to(x.device)
-        if mask is None:
+        columns = read_columns(shape, x.device, **said)
+        if columns.packed:
+            if bool((columns.offsets.diff() == 0).any()):
+                raise ValueError("A document without tokens has no score. Leave it out of cu_seq_lens_q.")
+            return columns.gather(x)[columns.offsets[1:] - 1]
+        real, pad = columns.real, self.config.pad_token_id
+        if real is not None:
+            _check_tokens(real)
+        elif said["mask"] is None and input_ids is not None and pad is not None:
+            real = (input_ids != pad).to(x.device)
+        if real is None:
             return x[:, -1]
-        return x[torch.arange(shape[0], device=x.device), shape[1] - 1 - mask.flip(1).int().argmax(1)]
+        return x[torch.arange(shape[0], device=x.device), shape[1] - 1 - real.flip(1).int().argmax(1)]
 
     def loss(self, logits, labels, num_items_in_batch, shard):
         return sequence_loss(logits, labels, self.config, num_items_in_batch)
@@ -150,7 +149,7 @@ class ZooForTokenClassification(ZooClassifier):
         self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
         return Linear(config.hidden_size, config.num_labels, bias=getattr(config, "token_classification_bias", True))
 
-    def scored(self, x, input_ids, attention_mask, packing, shard):
+    def scored(self, x, input_ids, said, shard):
         return self.dropout(x)
 
     def loss(self, logits, labels, num_items_in_batch, shard):

@@ -33,6 +33,7 @@ from scrubjay.kernels.gate import logit, select, threshold_for
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel
 from scrubjay.modeling.cache_argument import ZooCausalLMOutput, ZooClassifierOutput, ZooModelOutput
 from scrubjay.modeling.cache_taipan import TaipanCache
+from scrubjay.modeling.columns import read_columns, read_mask
 from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
 from scrubjay.modeling.layers import GatedMLP, RMSNorm, rotary_table
 from scrubjay.modeling.modeling_ssd import SSDBlock, SSDMixer, SSDPreTrainedModel
@@ -233,7 +234,7 @@ class TaipanForCausalLM(TaipanPreTrainedModel, WithBudget, ZooForCausalLM, Gener
         Args:
             input_ids: (B, T) text like that to come; a few thousand tokens.
             rate: None is `config.capacity`.
-            attention_mask: (B, T), 1 for tokens, 0 for padding, which does not count; None: all are tokens.
+            attention_mask: (B, T), as `forward` takes it; padding does not count. None: all are tokens.
 
         Returns: the share of this text that each selective layer selects, in order; with eval_gate="sample" the
             expected one.
@@ -246,7 +247,7 @@ class TaipanForCausalLM(TaipanPreTrainedModel, WithBudget, ZooForCausalLM, Gener
         rate = self.config.capacity if rate is None else rate
         if not 0 < rate < 1:
             raise ValueError(f"rate must lie between 0 and 1; got {rate}.")
-        if attention_mask is not None and not attention_mask.any():
+        if attention_mask is not None and not read_mask(attention_mask)[0].any():
             raise ValueError("calibrate needs at least one real token; attention_mask is 0 everywhere.")
         self.model.check_places()
         config, sampled, shares = self.config, self.config.eval_gate == "sample", []
@@ -277,9 +278,10 @@ class TaipanForCausalLM(TaipanPreTrainedModel, WithBudget, ZooForCausalLM, Gener
         finally:
             hook.remove()
         delta = torch.cat(found, 1)  # of the segments of a long text
-        if attention_mask is None:
+        columns = read_columns(input_ids.shape, delta.device, attention_mask)
+        if columns.real is None or columns.packed:  # blocks see the tokens alone
             return delta.flatten()
-        lengths = attention_mask.bool().sum(1, keepdim=True).to(delta.device)
+        lengths = columns.real.sum(1, keepdim=True)
         return delta[torch.arange(delta.shape[1], device=delta.device) < lengths]  # blocks see real tokens first
 
 
