@@ -90,11 +90,11 @@ class ZooClassifier(ZooPreTrainedModel):
 
     def scored(self, x, input_ids, said, shard):
         """What `score` is called with, of the hidden states x (B, T, D). said: arguments of `read_columns`."""
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__} has no scores: subclasses of ZooClassifier define scored().")
 
     def loss(self, logits, labels, num_items_in_batch, shard):
         """Scalar."""
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__} has no loss: subclasses of ZooClassifier define loss().")
 
     def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None, shard=None):
         """See `ZooForCausalLM.output`."""

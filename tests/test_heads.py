@@ -104,7 +104,7 @@ def test_packed_documents_have_a_row_of_scores_each(entry, by):
 
 
 def test_documents_without_a_token_are_refused(entry):
-    with pytest.raises(ValueError, match="a document without tokens, which has no score"):
+    with pytest.raises(ValueError, match="A document without tokens has no score"):
         texts(entry)(tokens(1, 12), cu_seq_lens_q=torch.tensor([0, 5, 5, 12]))
 
 
