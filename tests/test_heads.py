@@ -237,7 +237,7 @@ def test_a_classifier_is_called_as_every_model_is(entry, kind):
 def test_a_slice_of_a_sequence_has_no_score_of_the_text(recurrent):
     model = texts(recurrent)
     with pytest.raises(ValueError, match="lies in one rank's slice alone"):
-        model.scored(torch.zeros(1, 4, 48), None, None, {}, shard=object())
+        model.scored(torch.zeros(1, 4, 48), None, {}, shard=object())
 
 
 @pytest.mark.parametrize("kind", KINDS)
