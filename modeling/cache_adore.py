@@ -27,7 +27,16 @@ from scrubjay.modeling.adapters import in_use
 from scrubjay.modeling.adore_layer import AdoreLayer, Step, row_bytes
 from scrubjay.modeling.cache import read_tensors, write_tensors
 from scrubjay.modeling.controller import Scorer, scorer_for
-from scrubjay.modeling.decoder_call import as_attention_takes_it, check_decoder, cut, each, given, joined, sizes_of
+from scrubjay.modeling.decoder_call import (
+    as_attention_takes_it,
+    check_decoder,
+    cut,
+    device_of,
+    each,
+    given,
+    joined,
+    sizes_of,
+)
 from scrubjay.modeling.history import TokenHistory
 from scrubjay.modeling.wrapped import AttachedCache, decoder_of
 
@@ -358,8 +367,7 @@ class AdoreCache(AttachedCache):
             ValueError: a file of another kind of cache or of another model, or another scorer.
         """
         decoder: Any = decoder_of(model)
-        device = decoder.get_input_embeddings().weight.device
-        tensors, about = read_tensors(path, cls, device)
+        tensors, about = read_tensors(path, cls, device_of(decoder))
         cache = cls(model, AdoreSettings(**about["settings"]), controller=controller)
         held = [about["num_layers"], tensors["0.keys"].shape[1], tensors["0.keys"].shape[3]]
         if held != sizes_of(decoder.config):

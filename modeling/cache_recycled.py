@@ -16,7 +16,7 @@ from scrubjay.configuration.configuration_wrapped import WrappedConfig
 from scrubjay.kernels.recycle import decode, decode_with_scores, top
 from scrubjay.modeling.attention_recycled import NAMES, PREFIX
 from scrubjay.modeling.cache import read_tensors, writable, write_tensors
-from scrubjay.modeling.decoder_call import mean_over_devices, mesh_of
+from scrubjay.modeling.decoder_call import device_of, mean_over_devices, mesh_of
 from scrubjay.modeling.evicting import EvictingLayer
 from scrubjay.modeling.kept_keys import TAIL, Call, KeepingLayer, Kept, row_bytes
 from scrubjay.modeling.wrapped import AttachedCache, decoder_of
@@ -368,7 +368,7 @@ class RecycledCache(AttachedCache):
         Raises:
             ValueError: a file of another kind of cache, or of a model of other sizes.
         """
-        device = next(model.parameters()).device if device is None else device
+        device = device_of(decoder_of(model)) if device is None else device
         tensors, about = read_tensors(path, cls, device)
         cache = cls(model, **about["settings"])
         if about["sizes"] != _sizes(cache.settings):

@@ -41,7 +41,18 @@ def sizes_of(config):
 
 def mesh_of(decoder):
     """The devices that hold parts of the decoder's weights; None where each of them is whole."""
-    return getattr(decoder.layers[0].self_attn.q_proj.weight, "device_mesh", None)
+    weight = getattr(decoder.layers[0].self_attn.q_proj, "weight", None)  # some quantizers keep it by another name
+    return getattr(weight, "device_mesh", None)
+
+
+def device_of(decoder) -> torch.device:
+    """Where the decoder's embeddings are looked up. Of weights that accelerate brings when they are needed, its hook
+    knows that; the weights themselves are on no device between two calls."""
+    embedding = decoder.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    asked = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", (hook,))]
+    held = [tensor.device for tensor in embedding.parameters()]
+    return torch.device(next((device for device in (*asked, *held) if device is not None), "cpu"))
 
 
 def mean_over_devices(x, mesh):
