@@ -159,7 +159,7 @@ class ZooModel(ZooPreTrainedModel):
             ValueError: inputs that do not fit each other or the cache, or that the model does not know; each says what
                 came and what was needed.
         """
-        refuse_unknown(self, kwargs)
+        refuse_unknown(self, {"output_attentions": self.config.output_attentions} | kwargs)
         x, held = self._embedded(input_ids, inputs_embeds), cache
         cache, use_cache = self._cache(held, use_cache, x)
         seen = 0 if cache is None else cache.get_seq_length()

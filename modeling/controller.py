@@ -106,7 +106,7 @@ class ControllerLinear(nn.Module):
         start(self)
 
     def forward(self, x, biased: bool = True):
-        """(..., in_features) of any dtype to (..., out_features) in the weight's; `biased`: whether the bias is added."""
+        """(..., in_features) of any dtype to (..., out_features) in the weight's; `biased`: with the bias."""
         return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias if biased else None)
 
 

@@ -1,4 +1,4 @@
-"""accelerate keeps weights elsewhere and brings a module's own when that module is called: nothing else may read them."""
+"""accelerate brings the weights of a module when that module is called, and not before: nothing else may read them."""
 
 import pytest
 import torch
