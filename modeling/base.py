@@ -17,7 +17,15 @@ from transformers.utils import can_return_tuple
 from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.kernels.dispatch import exported
 from scrubjay.kernels.loss import cross_entropy
-from scrubjay.modeling.adapters import adapts, give_own_weight, keep_unpacked, make_replaceable
+from scrubjay.modeling.adapters import (
+    NO_PREFIX,
+    adapts,
+    for_peft,
+    give_own_weight,
+    keep_unpacked,
+    make_replaceable,
+    refuse_prefix,
+)
 from scrubjay.modeling.arguments import given, refuse_unknown
 from scrubjay.modeling.cache_argument import (
     CACHE,
@@ -172,9 +180,8 @@ class ZooModel(ZooPreTrainedModel):
         x = plan.enter(self.embed(x))
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        output_hidden_states = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         states: list[torch.Tensor] = []
         notes: list[torch.Tensor] = []
         for place, block in enumerate(self.layers):
@@ -209,7 +216,8 @@ class ZooModel(ZooPreTrainedModel):
             if not isinstance(cache, self.cache_class):
                 name = self.cache_class.__name__
                 raise ValueError(
-                    f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. Pass {name}(model), or none."
+                    f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. Pass {name}(model), or none. "
+                    f"{NO_PREFIX}"
                 )
             self.check_places()
             cache.check(self.config, x.shape[0])
@@ -367,6 +375,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give generate() the model's own cache; `cache_implementation` may be "dynamic" or "offloaded"."""
+        refuse_prefix(self)
         wanted = generation_config.cache_implementation
         if wanted not in (None, "dynamic", "dynamic_full", "offloaded"):
             raise ValueError(
@@ -388,6 +397,4 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
                 "that covers the old ones too."
             )
         inputs = {"next_sequence_length": next_sequence_length, "inputs_embeds": inputs_embeds, **named(cache)}
-        prepared = super().prepare_inputs_for_generation(input_ids, **inputs, **kwargs)
-        # peft (0.21.2), which looks in here whether a prompt was read already, knows the older name alone
-        return prepared if cache is None else prepared | dict.fromkeys(CACHE_NAMES, cache)
+        return for_peft(self, super().prepare_inputs_for_generation(input_ids, **inputs, **kwargs), cache)

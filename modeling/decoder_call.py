@@ -16,10 +16,6 @@ def check_decoder(decoder):
             f"AdoreCache gives attention a mask of its own, which {chosen!r} does not take. Load the model with "
             f"attn_implementation= one of {ATTENTION}."
         )
-    if decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers):
-        raise ValueError(
-            "Gradient checkpointing runs layers twice and cannot advance a cache: pass none, or call model.eval()."
-        )
     kind = (getattr(decoder.config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise ValueError(

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from scrubjay.configuration.configuration_wrapped import BASES
+from scrubjay.modeling.adapters import prefix_tuned
 from scrubjay.modeling.arguments import given, refuse_unknown
 from scrubjay.modeling.base import ZooForCausalLM, ZooPreTrainedModel
 from scrubjay.modeling.cache_argument import CACHE, ZooModelOutput, by_its_name, named, takes_cache
@@ -66,7 +67,10 @@ class AttachedCache(Cache):
             _run(undo)
             cache, kwargs = me(), by_its_name(dict(zip(names, args, strict=False)) | kwargs)
             if cache is not None and kwargs.get(CACHE) is cache:
-                return (), cache.enter(module, kwargs)
+                undo.append(run_once(module, cache))  # refuses before the cache has changed
+                kwargs = cache.enter(module, kwargs)
+                undo.append(run_once(module, cache))  # `enter` may have run the decoder, after which all is undone
+                return (), kwargs
             return None
 
         def after(module, args, kwargs, output):
@@ -119,6 +123,34 @@ class AttachedCache(Cache):
             raise ValueError("A closed cache cannot be copied: its model is gone, or it was taken off it.")
         new.attach(decoder)
         return new
+
+
+def run_once(decoder, cache) -> Callable[[], None]:
+    """Have each layer of a decoder that is given a cache run once, so that the cache advances as always.
+
+    Gradient checkpointing runs layers twice, and takes the cache away from them: in transformers before 5.24 also where
+    no gradient is wanted (generate() in train mode).
+
+    Returns: what puts the decoder back as it was.
+
+    Raises:
+        ValueError: a gradient is wanted.
+    """
+    found = [part for part in (decoder, *decoder.layers) if getattr(part, "gradient_checkpointing", False)]
+    if cache is None or not found or not decoder.training:
+        return lambda: None
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "Gradient checkpointing runs layers twice and cannot advance a cache: pass none, or call model.eval()."
+        )
+
+    def undo():
+        for part in found:
+            part.gradient_checkpointing = True
+
+    for part in found:
+        part.gradient_checkpointing = False
+    return undo
 
 
 def _run(undo) -> None:
@@ -223,16 +255,20 @@ class ZooWrapperModel(ZooPreTrainedModel):
         positions = _positions(shape, device, attention_mask, seen, layout)
         if use_cache and cache is None:
             cache = self.cache_class(self)
-        out = self.decoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,
-            **named(cache),
-            **flags | asked,
-        )
+        undo = run_once(self.decoder, cache)
+        try:
+            out = self.decoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                return_dict=True,
+                **named(cache),
+                **flags | asked,
+            )
+        finally:
+            undo()
         return ZooModelOutput(**out)
 
 
@@ -266,14 +302,19 @@ class ZooWrapperForCausalLM(ZooForCausalLM):
         return self.model.decoder
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Give generate() the model's own cache; `cache_implementation` may be "dynamic"."""
+        """Give generate() the model's own cache; `cache_implementation` may be "dynamic".
+
+        With prefix tuning it is transformers' own, as in training: keys of no token cannot be ranked among those that
+        belong to one.
+        """
         wanted = generation_config.cache_implementation
         if wanted not in (None, "dynamic", "dynamic_full"):
             raise ValueError(
                 f"{type(self).__name__} makes a cache of its own, which no {wanted!r} one can stand in for. Leave "
                 "cache_implementation out; for full attention, pass one of transformers' own."
             )
-        if model_kwargs.get(CACHE) is not None or generation_config.use_cache is False:
+        given = model_kwargs.get(CACHE) is not None
+        if given or generation_config.use_cache is False or prefix_tuned(self):
             return super(ZooForCausalLM, self)._prepare_cache_for_generation(
                 generation_config, model_kwargs, *args, **kwargs
             )
