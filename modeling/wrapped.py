@@ -67,6 +67,7 @@ class AttachedCache(Cache):
             _run(undo)
             cache, kwargs = me(), by_its_name(dict(zip(names, args, strict=False)) | kwargs)
             if cache is not None and kwargs.get(CACHE) is cache:
+                check_places(module, cache)
                 undo.append(run_once(module, cache))  # refuses before the cache has changed
                 kwargs = cache.enter(module, kwargs)
                 undo.append(run_once(module, cache))  # `enter` may have run the decoder, after which all is undone
@@ -123,6 +124,26 @@ class AttachedCache(Cache):
             raise ValueError("A closed cache cannot be copied: its model is gone, or it was taken off it.")
         new.attach(decoder)
         return new
+
+
+def check_places(decoder, cache) -> None:
+    """Refuse layers that would advance another layer's keys: attention names its own by a number that it was made with.
+
+    Raises:
+        ValueError: what the numbers are, and how to set them.
+    """
+    places = [getattr(getattr(layer, "self_attn", None), "layer_idx", None) for layer in decoder.layers]
+    if len(places) != len(cache.layers):
+        raise ValueError(
+            f"The decoder has {len(places)} layers, this {type(cache).__name__} was made for {len(cache.layers)}. Set "
+            "num_hidden_layers in its configuration to the number of layers, and make a new cache."
+        )
+    if places != list(range(len(places))):
+        raise ValueError(
+            f"The decoder's layers stand in the order {places} of their numbers (self_attn.layer_idx), by which they "
+            "find their keys in a cache. Number them anew: for i, layer in enumerate(model.model.layers): "
+            "layer.self_attn.layer_idx = i. A layer that stands twice must be a copy (copy.deepcopy)."
+        )
 
 
 def run_once(decoder, cache) -> Callable[[], None]:

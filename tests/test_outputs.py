@@ -92,7 +92,7 @@ def test_probabilities_that_sdpa_does_not_give_are_refused_as_in_transformers(ki
 def test_a_configuration_cannot_ask_for_probabilities_where_there_are_none(recurrent):
     model, ids = recurrent.build(), tokens(1, 5)
     model.config.output_attentions = True
-    with pytest.raises(ValueError, match="output_attentions=True.*and in the configuration"):
+    with pytest.raises(ValueError, match=r"output_attentions=True.*and in the configuration"):
         model(ids)
     with torch.no_grad():
         assert model(ids, output_attentions=False).attentions is None

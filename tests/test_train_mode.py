@@ -77,7 +77,7 @@ def test_a_decoder_of_transformers_generates_in_train_mode_with_a_cache_of_the_z
 def test_a_training_step_with_checkpointing_refuses_a_cache_and_the_way_out_works(entry):
     model, ids = training(entry.build()), tokens(2, 12)
     cache = own_cache(entry, model)
-    with pytest.raises(ValueError, match="pass none, or call model.eval"):
+    with pytest.raises(ValueError, match=r"pass none, or call model\.eval"):
         model(ids, **named(cache))
     model(ids, labels=ids).loss.backward()
     assert model.model.embed_tokens.weight.grad.abs().max() > 0
@@ -93,7 +93,7 @@ def test_a_training_step_of_a_decoder_refuses_a_cache_of_the_zoo_and_the_way_out
     config = next(entry for entry in ZOO if entry.model is AdoreForCausalLM).config().base_config
     model, ids = training(AutoModelForCausalLM.from_config(config)), tokens(2, 12)
     with ATTACHED[kind](model) as cache:
-        with pytest.raises(ValueError, match="pass none, or call model.eval"):
+        with pytest.raises(ValueError, match=r"pass none, or call model\.eval"):
             model(ids, **named(cache))
         model(ids, labels=ids).loss.backward()
         with torch.no_grad():
