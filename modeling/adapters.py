@@ -5,6 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.modeling.layers import Linear
 
 logger = logging.get_logger(__name__)
@@ -77,6 +78,39 @@ def in_use(module):
     if module.disable_adapters or not names or names[0] not in module.modules_to_save:
         return module.original_module
     return module.modules_to_save[names[0]]
+
+
+# peft's, by which it gives a model a cache of keys that were trained; the model itself is told nothing of it
+PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
+NO_PREFIX = "A recurrent state cannot read keys from before the text (prefix tuning): tune a prompt, or use LoRA."
+
+
+def prefix_tuned(model) -> bool:
+    """Whether peft generates with keys that were trained in front of the text: it then prepares the model's inputs."""
+    owner = getattr(model.prepare_inputs_for_generation, "__self__", None)
+    return getattr(getattr(owner, "active_peft_config", None), "peft_type", None) in PREFIXES
+
+
+def refuse_prefix(model) -> None:
+    """Refuse generation with keys in front of the text.
+
+    Raises:
+        ValueError: what to do instead.
+    """
+    if prefix_tuned(model):
+        raise ValueError(f"{type(model).__name__}: {NO_PREFIX}")
+
+
+def for_peft(model, prepared: dict, cache) -> dict:
+    """Inputs of a step of generation, so that peft (0.21.2) finds the cache: it knows the older name alone.
+
+    It looks whether a prompt was read already, and where not puts its own keys in the place of that name.
+    """
+    if cache is None:
+        return prepared
+    if prefix_tuned(model) and not cache.get_seq_length():
+        return {name: value for name, value in prepared.items() if name not in CACHE_NAMES}
+    return prepared | dict.fromkeys(CACHE_NAMES, cache)
 
 
 def give_own_weight(model, adapter: nn.Module) -> None:

@@ -44,7 +44,7 @@ def refuse_unknown(model, kwargs: dict) -> None:
         if name in ONLY:
             raise ValueError(
                 f"{type(model).__name__} cannot be called with {name}={value!r}: it gives what {name}={ONLY[name]} "
-                "asks for. Leave it out."
+                "asks for. Leave it out, here and in the configuration."
             )
         raise ValueError(
             f"{type(model).__name__} has no argument {name!r} and would have ignored it. Leave it out, or see the "

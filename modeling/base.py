@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -16,8 +15,15 @@ from transformers.utils import can_return_tuple
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.kernels.dispatch import exported
-from scrubjay.kernels.loss import cross_entropy
-from scrubjay.modeling.adapters import adapts, give_own_weight, keep_unpacked, make_replaceable
+from scrubjay.modeling.adapters import (
+    NO_PREFIX,
+    adapts,
+    for_peft,
+    give_own_weight,
+    keep_unpacked,
+    make_replaceable,
+    refuse_prefix,
+)
 from scrubjay.modeling.arguments import given, refuse_unknown
 from scrubjay.modeling.cache_argument import (
     CACHE,
@@ -32,6 +38,7 @@ from scrubjay.modeling.columns import one_text_a_row, read_columns
 from scrubjay.modeling.context_parallel import SequenceShard
 from scrubjay.modeling.layers import Linear, RMSNorm
 from scrubjay.modeling.layout import arrange
+from scrubjay.modeling.losses import causal_lm_loss
 from scrubjay.modeling.publishing import Published
 
 # Columns that a block takes at a time on a CPU when no gradient is wanted, which bounds the memory of its temporaries.
@@ -162,7 +169,7 @@ class ZooModel(ZooPreTrainedModel):
             ValueError: inputs that do not fit each other or the cache, or that the model does not know; each says what
                 came and what was needed.
         """
-        refuse_unknown(self, kwargs)
+        refuse_unknown(self, {"output_attentions": self.config.output_attentions} | kwargs)
         x, held = self._embedded(input_ids, inputs_embeds), cache
         cache, use_cache = self._cache(held, use_cache, x)
         seen = 0 if cache is None else cache.get_seq_length()
@@ -176,9 +183,8 @@ class ZooModel(ZooPreTrainedModel):
         x = plan.enter(self.embed(x))
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        output_hidden_states = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         states: list[torch.Tensor] = []
         notes: list[torch.Tensor] = []
         for place, block in enumerate(self.layers):
@@ -213,7 +219,8 @@ class ZooModel(ZooPreTrainedModel):
             if not isinstance(cache, self.cache_class):
                 name = self.cache_class.__name__
                 raise ValueError(
-                    f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. Pass {name}(model), or none."
+                    f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. Pass {name}(model), or none. "
+                    f"{NO_PREFIX}"
                 )
             self.check_places()
             cache.check(self.config, x.shape[0])
@@ -265,22 +272,6 @@ def _slice(layout, shard, shape, seen, cache):
     for layer in () if cache is None else cache.layers:
         layer.skip(shard.start)
     return replace(layout, positions=layout.positions + shard.start, shard=shard)
-
-
-def causal_lm_loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs):
-    """transformers' loss of a language model, as a scalar: the mean over labels asked for, or the sum over
-    `num_items_in_batch`."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    if shift_labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels must have shape {tuple(logits.shape[:-1])}, one for each token that logits are computed of; got "
-            f"{tuple(shift_labels.shape)}. With labels, leave logits_to_keep at 0."
-        )
-    targets = shift_labels.reshape(-1).to(logits.device)
-    nats = cross_entropy(logits.reshape(-1, vocab_size), targets, ignore_index)
-    count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-    return nats.sum() / (count.to(nats.device) if isinstance(count, torch.Tensor) else count)
 
 
 class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
@@ -374,6 +365,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give generate() the model's own cache; `cache_implementation` may be "dynamic" or "offloaded"."""
+        refuse_prefix(self)
         wanted = generation_config.cache_implementation
         if wanted not in (None, "dynamic", "dynamic_full", "offloaded"):
             raise ValueError(
@@ -395,6 +387,4 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
                 "that covers the old ones too."
             )
         inputs = {"next_sequence_length": next_sequence_length, "inputs_embeds": inputs_embeds, **named(cache)}
-        prepared = super().prepare_inputs_for_generation(input_ids, **inputs, **kwargs)
-        # peft (0.21.2), which looks in here whether a prompt was read already, knows the older name alone
-        return prepared if cache is None else prepared | dict.fromkeys(CACHE_NAMES, cache)
+        return for_peft(self, super().prepare_inputs_for_generation(input_ids, **inputs, **kwargs), cache)

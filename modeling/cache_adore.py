@@ -117,7 +117,7 @@ class AdoreCache(AttachedCache):
         if self._failed:
             raise ValueError("A call with this cache failed half way: its layers differ. reset() it or make a new one.")
         check_decoder(decoder)
-        check_layers(decoder, len(self.layers))
+        check_layers(decoder, self)
         self._check(kwargs)
         kwargs = one_text(kwargs, self, self.history.length)
         real = self._real(kwargs)

@@ -254,7 +254,7 @@ class RecycledCache(AttachedCache):
 
     def enter(self, decoder, kwargs):
         """Note padding and positions, and make the decoder run `recycled_attention` for this call."""
-        check_layers(decoder, len(self.layers))
+        check_layers(decoder, self)
         stock = decoder.config._attn_implementation
         stock = stock.rpartition("_")[2] if stock.startswith(PREFIX) else stock
         if stock not in NAMES:
@@ -368,7 +368,7 @@ class RecycledCache(AttachedCache):
         Raises:
             ValueError: a file of another kind of cache, or of a model of other sizes.
         """
-        device = device_of(model) if device is None else device
+        device = device_of(decoder_of(model)) if device is None else device
         tensors, about = read_tensors(path, cls, device)
         cache = cls(model, **about["settings"])
         if about["sizes"] != _sizes(cache.settings):

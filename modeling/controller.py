@@ -106,20 +106,26 @@ class ControllerLinear(nn.Module):
         start(self)
 
     def forward(self, x, biased: bool = True):
-        return torch.nn.functional.linear(x, self.weight, self.bias if biased else None)
+        """(..., in_features) of any dtype to (..., out_features) in the weight's; `biased`: with the bias."""
+        return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias if biased else None)
 
 
 class ControllerGRU(nn.GRU):
     """A GRU of a controller, likewise."""
 
-    def forward(self, x, state):
-        # torch computes with a list of its own, which is out of date where offloading put the weights in their place
-        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
-        return super().forward(x, state)
-
     def reset_parameters(self):
         """Uniform up to hidden_size ** -0.5."""
         start(self)
+
+    def forward(self, x, state=None):
+        """As in torch, (B, q, D) and (1, B, h), of any dtype, to (B, q, h) and (1, B, h), in the weights'."""
+        # as they are now: torch's own class keeps a list of those that it was made with, and accelerate brings others
+        weights = [self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0]
+        if x.is_cuda and all(held is weight for held, weight in zip(self._flat_weights, weights, strict=True)):
+            self.flatten_parameters()  # loading and moving scatter them; a check only where they are in one piece
+        x = x.to(weights[0].dtype)
+        state = x.new_zeros(1, len(x), self.hidden_size) if state is None else state.to(x.dtype).contiguous()
+        return torch.gru(x, state, weights, True, 1, 0.0, self.training, False, True)
 
 
 class ControllerEmbedding(nn.Embedding):
@@ -202,21 +208,19 @@ class Controller(Scorer):
         half = self.hidden // 2
         rates = torch.exp(torch.arange(half, device=numbers.device, dtype=torch.float64) * (-math.log(1e4) / half))
         angles = numbers[..., None].double() * rates
-        return torch.cat([angles.sin(), angles.cos()], -1).to(self.first.weight.dtype)
+        return torch.cat([angles.sin(), angles.cos()], -1)
 
     def contexts(self, embeds, real=None, state=None):
         """z (B, q, h) of tokens and z (B, h) after the last real one, from the state before them (None: none)."""
-        x = embeds.to(self.first.weight.dtype)
+        x = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-        if state is None:
-            state = x.new_zeros(len(x), self.hidden)
-        if x.is_cuda:
-            self.gru.flatten_parameters()  # loading and moving scatter them; a check only where they are in one piece
+        start = None if state is None else state[None]
         if real is None:
-            z, last = self.gru(x, state[None].contiguous())
+            z, last = self.gru(x, start)
             return z, last[0]
         order = real.int().argsort(dim=1, descending=True, stable=True)  # tokens first: the GRU never looks right
-        z, _ = self.gru(x.gather(1, order[..., None].expand_as(x)), state[None].contiguous())
+        z, _ = self.gru(x.gather(1, order[..., None].expand_as(x)), start)
+        state = z.new_zeros(len(z), self.hidden) if state is None else state.to(z.dtype)
         count = real.sum(1)
         at_end = (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, self.hidden)
         last = torch.where(count[:, None] > 0, z.gather(1, at_end)[:, 0], state)
@@ -247,7 +251,7 @@ class Controller(Scorer):
         columns = features.shape[1] if features.is_cuda else max(1, BLOCK // (len(features) * self.hidden))
         scores = []
         for part, apart in zip(features.split(columns, 1), distances.split(columns, 1), strict=True):
-            hidden = part.to(self.first.weight.dtype)
+            hidden = part.to(torch.promote_types(part.dtype, torch.float32))
             if table is not None:
                 hidden = hidden + torch.nn.functional.embedding(apart, table)
             if asked is not None:

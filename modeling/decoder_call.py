@@ -10,22 +10,38 @@ from scrubjay.modeling.columns import read_columns
 ATTENTION = ("sdpa", "eager")
 
 
-def check_layers(decoder, count):
-    """Refuse layers that would call a cache of `count` layers out of order, twice, or not at all."""
-    layers = decoder.layers[: decoder.config.num_hidden_layers]
+def check_layers(decoder, cache):
+    """Refuse layers that would advance another layer's keys: attention names its own by a number that it was made with.
+
+    Raises:
+        ValueError: what the numbers are and how to set them; or a training step that would run layers twice.
+    """
+    layers, count = decoder.layers, len(cache.layers)
     places = [layer.self_attn.layer_idx for layer in layers]
+    if len(places) != count:
+        raise ValueError(
+            f"The decoder has {len(places)} layers, this {type(cache).__name__} was made for {count}. Set "
+            "num_hidden_layers in its configuration to the number of layers, and make a new cache."
+        )
     if places != list(range(count)):
         raise ValueError(
-            f"The decoder's layers call the cache by the numbers {places}, and it has {count} layers. Where layers "
-            "were taken out, exchanged or repeated (each time a copy.deepcopy), number them anew and make a new cache: "
-            "for i, layer in enumerate(decoder.layers): layer.self_attn.layer_idx = i; "
-            "decoder.config.num_hidden_layers = len(decoder.layers)."
+            f"The decoder's layers stand in the order {places} of their numbers (self_attn.layer_idx), by which they "
+            "find their keys in a cache. Number them anew: for i, layer in enumerate(model.model.layers): "
+            "layer.self_attn.layer_idx = i. A layer that stands twice must be a copy (copy.deepcopy)."
         )
-    checkpointing = decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
-    if checkpointing and (torch.is_grad_enabled() or not all(layer._can_checkpoint_with_cache for layer in layers)):
-        raise ValueError(
-            "Gradient checkpointing runs layers twice and cannot advance a cache: pass none, or call model.eval()."
-        )
+    if decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "Gradient checkpointing runs layers twice and cannot advance a cache: pass none, or call model.eval()."
+            )
+        keep_caches(layers)
+
+
+def keep_caches(layers):
+    """Have layers that checkpoint gradients keep their cache where none are wanted: before transformers 5.24 they drop
+    it there too (generate() in train mode). In a training step a decoder makes no cache."""
+    for layer in layers:
+        layer._can_checkpoint_with_cache = True
 
 
 def check_rows(cache, held, batch):
@@ -64,18 +80,20 @@ def sizes_of(config):
     ]
 
 
-def device_of(model) -> torch.device:
-    """Where a model's inputs are to be: with its embedding, or where accelerate runs it and fetches its weights to."""
-    embedding = model.get_input_embeddings()
-    hook = getattr(embedding, "_hf_hook", None)
-    devices = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", (hook,))]
-    known = [device for device in devices if device is not None]
-    return torch.device(known[0]) if known else embedding.weight.device
-
-
 def mesh_of(decoder):
     """The devices that hold parts of the decoder's weights; None where each of them is whole."""
-    return getattr(decoder.layers[0].self_attn.q_proj.weight, "device_mesh", None)
+    weight = getattr(decoder.layers[0].self_attn.q_proj, "weight", None)  # some quantizers keep it by another name
+    return getattr(weight, "device_mesh", None)
+
+
+def device_of(decoder) -> torch.device:
+    """Where the decoder's embeddings are looked up. Of weights that accelerate brings when they are needed, its hook
+    knows that; the weights themselves are on no device between two calls."""
+    embedding = decoder.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    asked = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", (hook,))]
+    held = [tensor.device for tensor in embedding.parameters()]
+    return torch.device(next((device for device in (*asked, *held) if device is not None), "cpu"))
 
 
 def mean_over_devices(x, mesh):

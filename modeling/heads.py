@@ -11,10 +11,11 @@ from torch import nn
 from transformers.utils import can_return_tuple
 
 from scrubjay.kernels.dispatch import traced
-from scrubjay.modeling.base import ZooPreTrainedModel, causal_lm_loss
+from scrubjay.modeling.base import ZooPreTrainedModel
 from scrubjay.modeling.cache_argument import CACHE, ZooClassifierOutput, takes_cache
 from scrubjay.modeling.columns import read_columns
 from scrubjay.modeling.layers import Linear
+from scrubjay.modeling.losses import causal_lm_loss
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 

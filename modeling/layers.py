@@ -53,15 +53,11 @@ class CausalConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, 1, taps))
         self.bias = nn.Parameter(torch.empty(size)) if bias else None
-
-    @property
-    def taps(self) -> int:
-        """K."""
-        return self.weight.shape[-1]
+        self.taps = taps
 
     def reset_parameters(self):
         """torch's own start of a convolution: uniform up to K ** -0.5."""
-        bound = self.weight.shape[-1] ** -0.5
+        bound = self.taps**-0.5
         init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             init.uniform_(self.bias, -bound, bound)

@@ -2,6 +2,7 @@
 checkpoints load as they are, with a `RecycledCache` as the cache that generate() and forward make.
 """
 
+import torch
 from transformers.generation import GenerationMixin
 
 from scrubjay.configuration.configuration_recycled import RecycledConfig
@@ -31,7 +32,7 @@ class RecycledModel(RecycledPreTrainedModel, ZooWrapperModel):
         Raises:
             ValueError: with `train_tail`, rows that are padded, packed or no longer than it.
         """
-        if self.training and self.config.train_tail:
+        if self.training and self.config.train_tail and (cache is None or torch.is_grad_enabled()):
             kwargs["recycled_tail"] = self._tail(input_ids, attention_mask, position_ids, cache, kwargs)
         return super().forward(input_ids, attention_mask, position_ids, cache, **kwargs)
 

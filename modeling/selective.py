@@ -25,10 +25,14 @@ from scrubjay.modeling.layers import Linear, RMSNorm, ends_branch, rotate
 
 
 class RowNorm(RMSNorm):
-    """RMSNorm whose bits are the same in every batch, (..., D) -> (..., D) in float32: the gate reads it."""
+    """RMSNorm whose bits are the same in every batch, (..., D) -> (..., D) in float32: the gate reads it.
 
-    def forward(self, x):
-        return row_norm(x, self.weight, self.eps)
+    `rounded`: a pair, of which the second is in weight's dtype: attention reads that.
+    """
+
+    def forward(self, x, rounded: bool = False):
+        wide = row_norm(x, self.weight, self.eps)
+        return (wide, wide.to(self.weight.dtype)) if rounded else wide
 
 
 class Gate(nn.Module):
@@ -74,8 +78,8 @@ class SelectiveAttention(nn.Module):
         soft = m.to(a.dtype) if p1 is None else straight_through(m, p1)
         dense = self.training and config.train_attention == "dense" and config.st_surrogate == "p1"
         if ring is not None:
-            ring.prepare(x.new_empty(x.shape[0], 0, dtype=self.norm.weight.dtype))
-        index, o = self.attend(x.to(self.norm.weight.dtype), a, m, layout, ring, dense)
+            ring.prepare(x[:, :0])
+        index, o = self.attend(x, a, m, layout, ring, dense)
         if index is None:
             h = torch.where(m[..., None], mix(h, o.view_as(h), a, config.refine), h)
         else:
@@ -104,13 +108,13 @@ class SelectiveAttention(nn.Module):
         return m, torch.sigmoid(score / config.gumbel_tau)
 
     def _norm_and_gate(self, h):
-        """x (B, T, D), in float32 or the layer's dtype, and delta (B, T)."""
+        """x (B, T, D), in the layer's dtype, and delta (B, T)."""
         norm, gate = in_use(self.norm), in_use(self.gate)
         plain = type(norm) is RowNorm and type(gate) is Gate and not (hooked(self.norm) or hooked(self.gate))
         if plain and in_one_pass(h, norm.weight, gate.weight, gate.bias, gate.hidden_weight):
             return norm_gate(h, norm.weight, norm.eps, gate.weight, gate.bias, normed=self.config.gate_norm)
-        x = self.norm(h)
-        return x, self.gate(x if self.config.gate_norm else h)
+        wide, x = self.norm(h, rounded=True)
+        return x, self.gate(wide if self.config.gate_norm else h)
 
     def attend(self, x, a, m, layout, ring, dense):
         """(index, o): which of the B * T columns attended, and what they found, (n, D).

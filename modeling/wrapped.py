@@ -17,11 +17,12 @@ from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from scrubjay.configuration.configuration_wrapped import BASES
+from scrubjay.modeling.adapters import prefix_tuned
 from scrubjay.modeling.arguments import given, refuse_unknown
 from scrubjay.modeling.base import ZooForCausalLM, ZooPreTrainedModel
 from scrubjay.modeling.cache_argument import CACHE, ZooModelOutput, by_its_name, named, takes_cache
 from scrubjay.modeling.columns import read_columns
-from scrubjay.modeling.decoder_call import as_attention_takes_it
+from scrubjay.modeling.decoder_call import as_attention_takes_it, keep_caches
 
 DECODERS_OWN = ("output_hidden_states", "output_attentions", "recycled_tail")  # what goes on to the decoder as it is
 
@@ -156,8 +157,7 @@ class ZooWrapperModel(ZooWrapperPreTrainedModel):
             self.add_module(name, child)
         self.__dict__["decoder"] = decoder  # not as a module: its children are this model's own, under their own names
         self._no_split_modules = decoder._no_split_modules
-        for layer in decoder.layers:  # before 5.24 one that checkpoints drops its cache even without gradients
-            layer._can_checkpoint_with_cache = True
+        keep_caches(decoder.layers)
         self.post_init()
 
     def __setattr__(self, name, value):
@@ -272,14 +272,19 @@ class ZooWrapperForCausalLM(ZooWrapperPreTrainedModel, ZooForCausalLM):
         return self.model.decoder
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Give generate() the model's own cache; `cache_implementation` may be "dynamic"."""
+        """Give generate() the model's own cache; `cache_implementation` may be "dynamic".
+
+        With prefix tuning it is transformers' own, as in training: keys of no token cannot be ranked among those that
+        belong to one.
+        """
         wanted = generation_config.cache_implementation
         if wanted not in (None, "dynamic", "dynamic_full"):
             raise ValueError(
                 f"{type(self).__name__} makes a cache of its own, which no {wanted!r} one can stand in for. Leave "
                 "cache_implementation out; for full attention, pass one of transformers' own."
             )
-        if model_kwargs.get(CACHE) is not None or generation_config.use_cache is False:
+        given = model_kwargs.get(CACHE) is not None
+        if given or generation_config.use_cache is False or prefix_tuned(self):
             return super(ZooForCausalLM, self)._prepare_cache_for_generation(
                 generation_config, model_kwargs, *args, **kwargs
             )

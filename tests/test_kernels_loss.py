@@ -8,7 +8,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from scrubjay.kernels import loss as module
 from scrubjay.kernels.loss import cross_entropy
-from scrubjay.modeling.base import causal_lm_loss
+from scrubjay.modeling.losses import causal_lm_loss
 
 
 def drawn(rows, vocab, dtype=torch.float32, scale=1.0):
