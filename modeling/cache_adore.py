@@ -25,11 +25,11 @@ from scrubjay.configuration.configuration_adore import AdoreSettings, warn_of_fi
 from scrubjay.kernels.release import compacted, highest, ranking, release_step, visibility
 from scrubjay.modeling.adapters import in_use
 from scrubjay.modeling.adore_layer import AdoreLayer, Step, row_bytes
+from scrubjay.modeling.attached import AttachedCache, decoder_of
 from scrubjay.modeling.cache import read_tensors, write_tensors
 from scrubjay.modeling.controller import Scorer, scorer_for
 from scrubjay.modeling.decoder_call import as_attention_takes_it, check_decoder, cut, each, given, joined, sizes_of
 from scrubjay.modeling.history import TokenHistory
-from scrubjay.modeling.wrapped import AttachedCache, decoder_of
 
 SINKS = 4  # of the policy "streaming", where `sinks` says nothing
 
@@ -138,11 +138,6 @@ class AdoreCache(AttachedCache):
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         """As transformers calls it, within a call that `enter` has prepared."""
-        if self._step is None:
-            raise ValueError(
-                "This cache was made for another model, or was closed: it takes no part in this call. Make one with "
-                "AdoreCache(model)."
-            )
         return super().update(key_states, value_states, layer_idx, self._step)
 
     def _real(self, kwargs):
@@ -175,7 +170,11 @@ class AdoreCache(AttachedCache):
                 piece["attention_mask"] = mask[:, -new:][:, start : start + size]
             if start + size >= new:
                 return pieces, piece
-            pieces.append(decoder(**piece))
+            self._ahead = True
+            try:
+                pieces.append(decoder(**piece))
+            finally:
+                self._ahead = False
 
     def _append(self, decoder, kwargs, real):
         """Enter the new columns into the history."""

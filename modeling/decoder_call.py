@@ -5,7 +5,7 @@ B batch, T time, Q queries, K keys, H heads, D hidden size.
 
 import torch
 
-from scrubjay.modeling.wrapped import ATTENTION
+from scrubjay.modeling.attached import ATTENTION
 
 
 def check_decoder(decoder):

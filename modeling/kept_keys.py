@@ -35,7 +35,9 @@ class Call:
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     table: Callable | None = None
     mesh: DeviceMesh | None = None
-    active: bool = False
+
+    def __getstate__(self):
+        return self.__dict__ | {"table": None, "mesh": None}
 
     def last(self, query, count):
         """(B, H, m, P) queries of the last `count` columns of (B, H, T, P), or of the token before, if in this call."""
@@ -177,12 +179,6 @@ class KeepingLayer(CacheLayerMixin):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Take new keys and values (B, G, T, P); returns those that the attention function is to be given."""
-        if not self.call.active:
-            raise ValueError(
-                "This cache takes part in the calls of the model that it was made for, and only until it is closed. "
-                "Make one with RecycledCache(model, ...) and pass it by name: as cache=, or past_key_values= before "
-                "transformers 5.24."
-            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.seen += key_states.shape[2]
