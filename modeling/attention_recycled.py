@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from scrubjay.kernels.recycle import attend_tail
 from scrubjay.modeling.attached import ATTENTION
+from scrubjay.modeling.decoder_call import attendable
 
 # the code that travels with a checkpoint is another copy of this module, with an attention of its own
 _COPY = "" if __name__.startswith("scrubjay.") else f"_{zlib.crc32(__name__.encode()):08x}"
@@ -29,10 +30,11 @@ def recycled_attention(stock, module, query, key, value, attention_mask, *, scal
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
         function = ALL_ATTENTION_FUNCTIONS[stock]
-    usual = partial(function, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    layer = getattr(key, "scrubjay_layer", None)
-    out = None if layer is None else layer.attend(query, key, value, scaling)
-    return usual() if out is None else (out, None)
+    if (layer := getattr(key, "scrubjay_layer", None)) is not None:
+        if (out := layer.attend(query, key, value, scaling)) is not None:
+            return out, None
+        key, value = attendable(key, value, like=query)
+    return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 for _stock, _name in NAMES.items():

@@ -117,7 +117,8 @@ class AdoreCache(AttachedCache):
             real = real[:, -given(kwargs).shape[1] :]
         kwargs = dict(kwargs)
         self._failed = True  # until the call has ended well
-        with torch.no_grad():
+        # scores are those of the state's own dtype, wherever the text is read
+        with torch.no_grad(), torch.autocast(real.device.type, enabled=False):
             self._append(decoder, kwargs, real)
             rebuilt = self._plan(decoder, kwargs)
         kwargs |= self._inputs(decoder, kwargs, rebuilt)

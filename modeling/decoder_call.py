@@ -52,6 +52,13 @@ def mean_over_devices(x, mesh):
     return x / group.size()
 
 
+def attendable(keys, values, like):
+    """keys and values as attention takes them: of the dtype of `like`, a part of the call, unless autocast sees to it."""
+    if torch.is_autocast_enabled(like.device.type):
+        return keys, values
+    return keys.to(like.dtype), values.to(like.dtype)
+
+
 def given(kwargs):
     """The tokens of a call, as ids or embeddings."""
     x = kwargs.get("inputs_embeds")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from scrubjay.kernels.recycle import attend_seen, decode, decode_with_scores, received, top
 from scrubjay.kernels.release import turned
-from scrubjay.modeling.cache import writable
+from scrubjay.modeling.cache import roomy, writable
 from scrubjay.modeling.kept_keys import KeepingLayer, Kept, pick
 
 
@@ -144,7 +144,7 @@ class EvictingLayer(KeepingLayer):
         moved = turned(own.to(wide), cos / norm, sin / norm).to(own.dtype)
         is_sink = kept.rank.gather(2, slots) == torch.inf
         moved = torch.where(is_sink[..., None] & (self.evicted > 0).view(-1, 1, 1, 1), moved, now)
-        kept.keys = writable(kept.keys).scatter_(2, rows, moved)
+        kept.keys = roomy(writable(kept.keys), moved).scatter_(2, rows, moved)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: evicted keys cannot come back."""

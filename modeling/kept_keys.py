@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.kernels.recycle import gather_pair, pooled, put_row, scores_of
-from scrubjay.modeling.cache import writable
+from scrubjay.modeling.cache import roomy, writable
 from scrubjay.modeling.decoder_call import sizes_of
 
 TAIL = 64  # queries remembered, and so columns that `crop` may take back
@@ -63,7 +63,7 @@ class Kept:
         """
         (B, G, M), P = index.shape, keys.shape[3]
         self.filled = M
-        self.keys, self.values = (keys.new_empty(B, G, capacity, P) for _ in "kv")
+        self.keys, self.values = (x.new_empty(B, G, capacity, P) for x in (keys, values))
         gather_pair(keys, values, index, out=(self.keys, self.values))
         self.index = index.new_full((B, G, capacity), -1)
         self.index[:, :, :M] = index
@@ -84,6 +84,7 @@ class Kept:
         """
         if real is not None and self.real is None:
             self.real = torch.ones_like(self.index, dtype=torch.bool)
+        self.keys, self.values = roomy(self.keys, k), roomy(self.values, v)
         held = [None if (x := getattr(self, name)) is None else writable(x) for name in self.names]
         for name, x in zip(self.names, held, strict=True):
             setattr(self, name, x)

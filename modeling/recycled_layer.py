@@ -6,7 +6,7 @@ B batch, H query heads, G key heads, P head size, T new columns, n columns held,
 import torch
 
 from scrubjay.kernels.recycle import decode, decode_with_scores, top
-from scrubjay.modeling.cache import writable
+from scrubjay.modeling.cache import roomy, writable
 from scrubjay.modeling.decoder_call import mean_over_devices
 from scrubjay.modeling.kept_keys import TAIL, KeepingLayer, Kept
 
@@ -84,7 +84,7 @@ class RecycledLayer(KeepingLayer):
             elif self.call.source is not None:  # no token in this call so far: the one before it
                 before = held[:, :, (self.seen - query.shape[2] - 1) % TAIL, None]
                 rows = torch.where(self.call.source[:, None, :, None] < 0, before, rows)
-            held = writable(held)
+            held = roomy(writable(held), rows)
             held[:, :, columns % TAIL] = rows
             setattr(self, name, held)
         self.oldest = max(self.oldest, self.seen - TAIL)
@@ -192,9 +192,10 @@ class RecycledLayer(KeepingLayer):
 def _appended(buffer, new, used):
     """The buffer with new columns written behind `used` ones, in larger memory if they do not fit."""
     (B, G, _, P), needed = new.shape, used + new.shape[2]
-    buffer = None if buffer is None else writable(buffer)
+    buffer = None if buffer is None else roomy(writable(buffer), new)
     if buffer is None or buffer.shape[2] < needed:
-        larger = new.new_empty(B, G, max(256, needed + int(needed * (GROWTH - 1)) if used else needed + 256), P)
+        columns = max(256, needed + int(needed * (GROWTH - 1)) if used else needed + 256)
+        larger = (new if buffer is None else buffer).new_empty(B, G, columns, P)
         if used:
             larger[:, :, :used] = buffer[:, :, :used]
         buffer = larger
