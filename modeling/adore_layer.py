@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.kernels.release import turned, unturned
-from scrubjay.modeling.cache import roomy, writable
+from scrubjay.modeling.cache import appended, roomy, writable
 from scrubjay.modeling.decoder_call import attendable, sizes_of
 
 
@@ -60,8 +60,8 @@ class AdoreLayer(CacheLayerMixin):
             held = self.keys[:, :, : step.width]
             if step.held is not None:
                 held = turned(held, *(x.to(held.device) for x in step.held))
-            keys = torch.cat([held, key_states], 2)
-            values = torch.cat([self.values[:, :, : step.width], value_states], 2)
+            keys = appended(held, key_states)
+            values = appended(self.values[:, :, : step.width], value_states)
         if step.own is not None:
             key_states = unturned(key_states, *(x.to(key_states.device) for x in step.own))
         at = step.target.to(key_states.device)[:, None, :, None]

@@ -209,6 +209,12 @@ def roomy(x: torch.Tensor, *new: torch.Tensor) -> torch.Tensor:
     return x.to(dtype)
 
 
+def appended(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """(B, K, S, P) and (B, K, T, P) -> (B, K, S + T, P). Autocast's own `cat` takes two dtypes at most."""
+    held = roomy(held, new)
+    return torch.cat([held, new.to(held.dtype)], 2)
+
+
 def take_slots(ring: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """(B, K, W, P), (B, S) -> (B, K, S, P)."""
     return ring.gather(2, _at(slots, ring))

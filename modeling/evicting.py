@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from scrubjay.kernels.recycle import attend_seen, decode, decode_with_scores, received, top
 from scrubjay.kernels.release import turned
-from scrubjay.modeling.cache import roomy, writable
+from scrubjay.modeling.cache import appended, roomy, writable
 from scrubjay.modeling.kept_keys import KeepingLayer, Kept, pick
 
 
@@ -39,7 +39,7 @@ class EvictingLayer(KeepingLayer):
             self.mass = writable(self.mass)
             self.mass[:, :, : self.kept.filled] = self.mass.gather(2, order)
         keys, values, _ = self.kept.held()
-        return torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        return appended(keys, k), appended(values, v)
 
     def attend(self, query, key, value, scaling):
         """(B, T, H, P), or None to attend all keys as the model always does."""

@@ -6,7 +6,7 @@ B batch, H query heads, G key heads, P head size, T new columns, n columns held,
 import torch
 
 from scrubjay.kernels.recycle import decode, decode_with_scores, top
-from scrubjay.modeling.cache import roomy, writable
+from scrubjay.modeling.cache import appended, roomy, writable
 from scrubjay.modeling.decoder_call import mean_over_devices
 from scrubjay.modeling.kept_keys import TAIL, KeepingLayer, Kept
 
@@ -40,10 +40,10 @@ class RecycledLayer(KeepingLayer):
         used = self.seen - k.shape[2]
         if torch.is_grad_enabled() and k.requires_grad:  # a graph may need what is there: no writing in place
             old = (x[:, :, :used] for x in (self.full_keys, self.full_values)) if used else (k[:, :, :0], v[:, :, :0])
-            self.full_keys, self.full_values = (torch.cat(pair, 2) for pair in zip(old, (k, v), strict=True))
+            self.full_keys, self.full_values = (appended(*pair) for pair in zip(old, (k, v), strict=True))
             return self.full_keys.view_as(self.full_keys), self.full_values
         self.full_keys, self.full_values = (
-            _appended(buffer, new, used) for buffer, new in ((self.full_keys, k), (self.full_values, v))
+            _written(buffer, new, used) for buffer, new in ((self.full_keys, k), (self.full_values, v))
         )
         return self.full_keys[:, :, : self.seen], self.full_values[:, :, : self.seen]
 
@@ -81,10 +81,11 @@ class RecycledLayer(KeepingLayer):
             held = getattr(self, name)
             if held is None:
                 held = rows.new_zeros(*rows.shape[:2], TAIL, rows.shape[3])
-            elif self.call.source is not None:  # no token in this call so far: the one before it
-                before = held[:, :, (self.seen - query.shape[2] - 1) % TAIL, None]
-                rows = torch.where(self.call.source[:, None, :, None] < 0, before, rows)
             held = roomy(writable(held), rows)
+            rows = rows.to(held.dtype)
+            if getattr(self, name) is not None and self.call.source is not None:
+                before = held[:, :, (self.seen - query.shape[2] - 1) % TAIL, None]  # no token in this call so far
+                rows = torch.where(self.call.source[:, None, :, None] < 0, before, rows)
             held[:, :, columns % TAIL] = rows
             setattr(self, name, held)
         self.oldest = max(self.oldest, self.seen - TAIL)
@@ -189,7 +190,7 @@ class RecycledLayer(KeepingLayer):
         self.renew()
 
 
-def _appended(buffer, new, used):
+def _written(buffer, new, used):
     """The buffer with new columns written behind `used` ones, in larger memory if they do not fit."""
     (B, G, _, P), needed = new.shape, used + new.shape[2]
     buffer = None if buffer is None else roomy(writable(buffer), new)
