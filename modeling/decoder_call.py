@@ -39,6 +39,14 @@ def sizes_of(config):
     ]
 
 
+def check_sizes(what, held, decoder):
+    """Refuse `what` if it holds other `sizes_of` than the decoder's."""
+    if held != (needed := sizes_of(decoder.config)):
+        raise ValueError(
+            f"{what} was made for another model: it holds {held} (layers, key heads, head size), this one has {needed}."
+        )
+
+
 def mesh_of(decoder):
     """The devices that hold parts of the decoder's weights; None where each of them is whole."""
     return getattr(decoder.layers[0].self_attn.q_proj.weight, "device_mesh", None)
