@@ -20,10 +20,10 @@ from scrubjay.configuration.configuration_wrapped import BASES, WrappedConfig
 from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.formats import Format
 from scrubjay.conversion.keymap import Shapes, require
+from scrubjay.modeling.attached import decoder_of
 from scrubjay.modeling.key_names import Copy, Ignore, New, Row, same
 from scrubjay.modeling.modeling_adore import AdoreForCausalLM, AdoreModel
 from scrubjay.modeling.modeling_recycled import RecycledForCausalLM
-from scrubjay.modeling.wrapped import decoder_of
 
 SEED = 0
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -71,3 +71,11 @@ def without_autocast(function):
             return function(*args, **kwargs)
 
     return exact
+
+
+def alike(*tensors):
+    """The tensors in the widest dtype among them, itself where all have one."""
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return [x.to(dtype) for x in tensors]

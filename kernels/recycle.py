@@ -7,6 +7,7 @@
 
 B batch, H query heads, G key heads, R = H / G (head h reads key head h // R), n keys, T queries, P head size, M budget.
 q: (B, H, P)   k, v: (B, G, n, P)   real: (B, n) bool, which keys are tokens; None: all of them.
+q, k and v may be of three dtypes, as autocast makes them: products are taken in the widest, o has q's.
 The logarithm orders keys as the probability does, without a floor at which small ones become equal.
 """
 
@@ -15,7 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from scrubjay.kernels.dispatch import choose, without_autocast
+from scrubjay.kernels.dispatch import alike, choose, without_autocast
 from scrubjay.kernels.recycle_triton import (
     decode_fits,
     decode_triton,
@@ -36,7 +37,8 @@ REDUCTIONS = ("max", "mean", "first")
 
 
 def decode_reference(q, k, v, scale, real=None):
-    """The equations, in float32 (float64 for float64): (B, H, P) in v's dtype and log-probabilities (B, H, n)."""
+    """The equations, in float32 (float64 for float64): (B, H, P) in q's dtype and log-probabilities (B, H, n)."""
+    dtype, (q, k, v) = q.dtype, alike(q, k, v)
     wide = torch.promote_types(q.dtype, torch.float32)
     R = q.shape[1] // k.shape[1]
     keys, values = (x.to(wide).repeat_interleave(R, 1) for x in (k, v))
@@ -44,7 +46,7 @@ def decode_reference(q, k, v, scale, real=None):
     if real is not None:
         scores = scores.masked_fill(~_by_head(real, q.shape[1]), -torch.inf)
     logp = scores.log_softmax(-1)
-    return torch.einsum("bhn,bhnp->bhp", logp.exp(), values).to(v.dtype), logp
+    return torch.einsum("bhn,bhnp->bhp", logp.exp(), values).to(dtype), logp
 
 
 @without_autocast
@@ -58,10 +60,10 @@ def decode(q, k, v, scale, real=None, *, backend=None):
     """
     if choose(backend, "decode", q, k, v, fused=decode_fits(q, k, v, real)) == "triton":
         return decode_triton(q, k, v, scale, real)
-    B, H, P = q.shape
+    (B, H, P), dtype, (q, k, v) = q.shape, q.dtype, alike(q, k, v)
     mask = None if real is None else (real[:, None, None] if real.ndim == 2 else real[:, :, None])
     packed = q.reshape(B, k.shape[1], -1, P)
-    return F.scaled_dot_product_attention(packed, k, v, mask, scale=scale).reshape(B, H, P)
+    return F.scaled_dot_product_attention(packed, k, v, mask, scale=scale).reshape(B, H, P).to(dtype)
 
 
 @without_autocast
@@ -69,10 +71,10 @@ def decode_with_scores(q, k, v, scale, real=None, *, backend=None):
     """`decode`, and the log-probabilities (B, H, n) in float32, with one pass over k and one over v."""
     if choose(backend, "decode_with_scores", q, k, v, fused=decode_fits(q, k, v, real)) == "triton":
         return decode_with_scores_triton(q, k, v, scale, real)
-    (B, H, P), G = q.shape, k.shape[1]
+    (B, H, P), G, dtype, (q, k, v) = q.shape, k.shape[1], q.dtype, alike(q, k, v)
     logp = scores_of(q, k, scale, real, backend="torch")
     o = _products(logp.exp().to(v.dtype).view(B, G, H // G, -1), v)
-    return o.view(B, H, P), logp
+    return o.view(B, H, P).to(dtype), logp
 
 
 @without_autocast
@@ -80,7 +82,7 @@ def scores_of(q, k, scale, real=None, *, backend=None):
     """Log-probabilities (B, H, n) of queries q (B, H, P) alone."""
     if choose(backend, "scores_of", q, k, fused=decode_fits(q, k, real=real)) == "triton":
         return scores_of_triton(q, k, scale, real)
-    power = _power(scale)
+    power, (q, k) = _power(scale), alike(q, k)
     scores = _products((q * power).unflatten(1, (k.shape[1], -1)), k, transposed=True).flatten(1, 2)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)).mul_(scale / power)
     if real is not None:
@@ -95,7 +97,7 @@ def received(q, k, scale, seen):
     q: (B, H, T, P). seen: (T, n) or (B, G, T, n) bool; a query that sees nothing gives nothing.
     Holds the scores of `BLOCK` queries at a time, never T x n.
     """
-    (B, H, T, P), G = q.shape, k.shape[1]
+    (B, H, T, P), G, (q, k) = q.shape, k.shape[1], alike(q, k)
     wide = torch.promote_types(q.dtype, torch.float32)
     total = torch.zeros(B, G, k.shape[2], dtype=wide, device=q.device)
     seen, power = seen.expand(B, G, -1, -1)[:, :, None], _power(scale)
@@ -183,12 +185,12 @@ def gather_pair(k, v, index, out=None, *, backend=None):
     """Rows `index` (B, G, M) of k and of v, (B, G, n, P) each: two (B, G, M, P).
 
     Args:
-        out: two buffers (B, G, C, P) of the same dtype, C at least M: the rows become their first M, and those are
-            returned. None: new ones.
+        out: two buffers (B, G, C, P), C at least M: the rows become their first M, and those are
+            returned. None: new ones. Each of its tensor's dtype.
     """
     M = index.shape[2]
     out = [x.new_empty(*index.shape, x.shape[3]) if out is None else out[i][:, :, :M] for i, x in enumerate((k, v))]
-    if choose(backend, "gather_pair", k, v, *out, fused=rows_fit(k, v, *out)) == "triton":
+    if choose(backend, "gather_pair", k, v, *out, fused=rows_fit((k, out[0]), (v, out[1]))) == "triton":
         gather_pair_triton(k, v, index, out)
     else:
         for x, rows in zip((k, v), out, strict=True):
@@ -207,13 +209,14 @@ def put_row(held, k, v, column, rank, real, filled, *, backend=None):
     Args:
         held: keys, values (B, G, C, P), index (B, G, C) int64, rank (B, G, C) float64 and which are tokens, (B, G, C)
             bool, or None where all are.
-        k, v: (B, G, 1, P). column: int, where it comes from. rank: (B,) float64. real: (B,) bool, None: a token in all.
+        k, v: (B, G, 1, P), rounded to the dtypes of keys and values. column: int, where it comes from. rank: (B,)
+            float64. real: (B,) bool, None: a token in all.
         filled: slots taken.
 
     Returns: its slots, (B, G, 1).
     """
     keys, values, index, ranks, reals = held
-    fits = rows_fit(keys, values, k, v) and all(x is None or x.is_contiguous() for x in held)
+    fits = rows_fit((k, keys), (v, values)) and all(x is None or x.is_contiguous() for x in held)
     if choose(backend, "put_row", keys, k, v, fused=fits) == "triton":
         return put_triton(held, k, v, column, rank, real, filled)
     room = filled < index.shape[2]
@@ -224,6 +227,7 @@ def put_row(held, k, v, column, rank, real, filled, *, backend=None):
     if reals is not None:
         new.append(torch.ones_like(at, dtype=torch.bool) if real is None else real[:, None, None].expand_as(at))
     for buffer, value in zip(held, new, strict=False):
+        value = value.to(buffer.dtype)
         rows = at[..., None].expand_as(value) if value.ndim == 4 else at
         if real is not None and not room:
             value = torch.where(real.view(-1, *(1,) * (value.ndim - 1)), value, buffer.gather(2, rows))
@@ -235,9 +239,9 @@ def put_row(held, k, v, column, rank, real, filled, *, backend=None):
 def attend_seen(q, k, v, seen, scale):
     """Several queries under a mask for each key head: q (B, H, T, P), k and v (B, G, n, P), seen (B, G, T, n) bool
     -> (B, T, H, P). Keys are not repeated over heads."""
-    (B, H, T, P), G = q.shape, k.shape[1]
+    (B, H, T, P), G, dtype, (q, k, v) = q.shape, k.shape[1], q.dtype, alike(q, k, v)
     packed, mask = q.reshape(B, G, -1, P), seen.repeat(1, 1, H // G, 1)
-    return F.scaled_dot_product_attention(packed, k, v, mask, scale=scale).view(B, H, T, P).transpose(1, 2)
+    return F.scaled_dot_product_attention(packed, k, v, mask, scale=scale).view(B, H, T, P).transpose(1, 2).to(dtype)
 
 
 def attend_tail(q, k, v, scale, tail, budget, *, reduce="max", kernel=7, recent=1, sinks=0):
@@ -245,8 +249,13 @@ def attend_tail(q, k, v, scale, tail, budget, *, reduce="max", kernel=7, recent=
 
     That is: the `budget` keys which the token before them chooses, in each key head, and themselves. The form in which
     the paper continues to pre-train (RefreshKV, section "continued pre-training"): no second choice, and the choice has
-    no gradient. q: (B, H, T, P), k and v: (B, G, T, P) -> (B, T, H, P).
+    no gradient. q: (B, H, T, P), k and v: (B, G, T, P) -> (B, T, H, P). Under autocast all is done in its dtype, as
+    attention is.
     """
+    device = q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    q, k, v = alike(q, k, v)
     n = q.shape[2] - tail
     groups = q.shape[1] // k.shape[1]
     with torch.no_grad():

@@ -374,12 +374,12 @@ def _order_kernel(scores, real, counts, rank, n, recent, sinks, G, r_b, r_g, r_n
     tl.store(rank + row * n + j, (bits.to(tl.int64) << 31) + j, mask=inside)
 
 
-def rows_fit(*tensors):
-    """Whether `gather_pair_triton` and `put_triton` can move rows of these keys and values."""
-    k = tensors[0]
+def rows_fit(*moves):
+    """Whether `gather_pair_triton` and `put_triton` can move rows: of keys, (from, to), and of values."""
+    tensors = [x for move in moves for x in move]
     return (
-        all(x.dtype == k.dtype and x.shape[-1] == k.shape[-1] and x.stride(-1) == 1 for x in tensors)
-        and k.dtype in (*DTYPES, torch.float64)
+        all(x.shape[-1] == tensors[0].shape[-1] and x.stride(-1) == 1 for x in tensors)
+        and all(x.dtype == to.dtype and x.dtype in (*DTYPES, torch.float64) for x, to in moves)
         and not wants_gradient(*tensors)
     )
 

@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from scrubjay.kernels.dispatch import choose, exported, without_autocast
+from scrubjay.kernels.dispatch import alike, choose, exported, without_autocast
 from scrubjay.kernels.recurrence import wants_gradient
 from scrubjay.kernels.select_attention_triton import (
     select_attention_fits,
@@ -121,10 +121,11 @@ def select_attention_step(q, keys, values, seen, scale=None, rows=None, *, backe
         return select_attention_step_triton(q, keys, values, seen, rows, _scale(q, scale))
     if rows is not None:
         seen = seen | ~rows[:, None]
+    dtype, (q, keys, values) = q.dtype, alike(q, keys, values)
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.matmul(q.view(n, K, H // K, P), keys.mT).to(wide) * _scale(q, scale)
     weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).to(values.dtype)
-    o = torch.matmul(weights, values).reshape(n, H, P)
+    o = torch.matmul(weights, values).reshape(n, H, P).to(dtype)
     return o if rows is None else torch.where(rows[:, None, None], o, 0)
 
 

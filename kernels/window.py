@@ -10,7 +10,7 @@ head h mod V (tiled, not the grouped order of other models). SW-SKA has K = 1 an
 import torch
 import torch.nn.functional as F
 
-from scrubjay.kernels.dispatch import choose, exported, without_autocast
+from scrubjay.kernels.dispatch import alike, choose, exported, without_autocast
 from scrubjay.kernels.recurrence import documents, wants_gradient
 from scrubjay.kernels.window_triton import window_fits, window_step_triton, window_triton
 
@@ -46,12 +46,13 @@ def window_attention_step(q, keys, values, held, scale=None, *, backend=None):
     fused = window_fits(q, keys, values, scale=_scale(q, scale)) and not wants_gradient(q, keys, values)
     if choose(backend, "window_attention_step", q, keys, values, fused=fused) == "triton":
         return window_step_triton(q, keys, values, held, _scale(q, scale))
+    dtype, (q, keys, values) = q.dtype, alike(q, keys, values)
     wide = torch.promote_types(q.dtype, torch.float32)
     by_key = q.view(B, H // K, K, P).transpose(1, 2)  # (B, K, H / K, P): a shared key is read once for its heads
     scores = torch.matmul(by_key, keys.mT).to(wide) * _scale(q, scale)
     weights = scores.masked_fill(~held[:, None, None], -torch.inf).softmax(-1).to(values.dtype)
     by_value = weights.transpose(1, 2).reshape(B, H // V, V, -1).transpose(1, 2)
-    return torch.matmul(by_value, values).transpose(1, 2).reshape(B, H, P)
+    return torch.matmul(by_value, values).transpose(1, 2).reshape(B, H, P).to(dtype)
 
 
 def window_attention(q, k, v, window, past=None, cu_seqlens=None, *, scale=None, dropout=0.0, backend=None):
@@ -119,10 +120,11 @@ def _seen(i, j, window, real):
 
 def _attend(q, k, v, seen, scale, dropout):
     """(B, T, H, P) queries, keys (B, S, 1 | H, P): a shared key is a view over heads, its gradient is summed once."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    dtype, mixed = q.dtype, not q.dtype == k.dtype == v.dtype
+    q, k, v = (x.transpose(1, 2) for x in alike(q, k, v))
     k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, seen, dropout, is_causal=seen is None, scale=scale)
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).to(dtype) if mixed else out.transpose(1, 2)
 
 
 def _tiled(x, heads):

@@ -9,8 +9,8 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.kernels.release import turned, unturned
-from scrubjay.modeling.cache import writable
-from scrubjay.modeling.decoder_call import sizes_of
+from scrubjay.modeling.cache import appended, roomy, writable
+from scrubjay.modeling.decoder_call import attendable, sizes_of
 
 
 @dataclass
@@ -60,19 +60,20 @@ class AdoreLayer(CacheLayerMixin):
             held = self.keys[:, :, : step.width]
             if step.held is not None:
                 held = turned(held, *(x.to(held.device) for x in step.held))
-            keys = torch.cat([held, key_states], 2)
-            values = torch.cat([self.values[:, :, : step.width], value_states], 2)
+            keys = appended(held, key_states)
+            values = appended(self.values[:, :, : step.width], value_states)
         if step.own is not None:
             key_states = unturned(key_states, *(x.to(key_states.device) for x in step.own))
         at = step.target.to(key_states.device)[:, None, :, None]
         self.keys = self._stored(self.keys, at, key_states)
         self.values = self._stored(self.values, at, value_states)
         self.seen += step.new
-        return keys, values
+        return attendable(keys, values, like=value_states)
 
     @staticmethod
     def _stored(held, at, entries):
         """Write the last entries to slots: in place, unless a gradient may need what was there."""
+        held = roomy(held, entries)
         entries = entries[:, :, -at.shape[2] :].to(held.dtype)
         at = at.expand(-1, entries.shape[1], -1, entries.shape[3])
         if torch.is_grad_enabled():

@@ -1,5 +1,5 @@
-"""The attention function that a decoder runs while a `RecycledCache` takes part in its call: what transformers' own
-would have done, unless the keys come from such a cache, whose layer then decides.
+"""The attention function that a decoder runs while it has a `RecycledCache`: what transformers' own would have done,
+unless the keys come from such a cache, whose layer then decides. So it may run in any call, from any thread.
 """
 
 import sys
@@ -11,12 +11,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from scrubjay.kernels.recycle import attend_tail
-from scrubjay.modeling.decoder_call import ATTENTION
+from scrubjay.modeling.decoder_call import ATTENTION, attendable
 
 # the code that travels with a checkpoint is another copy of this module, with an attention of its own
 _COPY = "" if __name__.startswith("scrubjay.") else f"_{zlib.crc32(__name__.encode()):08x}"
-PREFIX = "scrubjay_recycled"
-NAMES = {stock: f"{PREFIX}{_COPY}_{stock}" for stock in ATTENTION}
+NAMES = {stock: f"scrubjay_recycled{_COPY}_{stock}" for stock in ATTENTION}
 
 
 def recycled_attention(stock, module, query, key, value, attention_mask, *, scaling, recycled_tail=None, **kwargs):
@@ -30,13 +29,61 @@ def recycled_attention(stock, module, query, key, value, attention_mask, *, scal
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
         function = ALL_ATTENTION_FUNCTIONS[stock]
-    usual = partial(function, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    layer = getattr(key, "scrubjay_layer", None)
-    out = None if layer is None else layer.attend(query, key, value, scaling)
-    return usual() if out is None else (out, None)
+    if (layer := getattr(key, "scrubjay_layer", None)) is not None:
+        if (out := layer.attend(query, key, value, scaling)) is not None:
+            return out, None
+        key, value = attendable(key, value, like=query)
+    return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 for _stock, _name in NAMES.items():
     AttentionInterface.register(_name, partial(recycled_attention, _stock))
     # without a mask function of the same name transformers would build no mask, and padding would be seen
     AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_stock])
+
+
+class AttentionConfig:
+    """A configuration as its attention layers see it: the model's own, but for the name of the attention function.
+
+    The model's configuration itself names what it always named, to users, to masks and to files.
+    """
+
+    def __init__(self, config):
+        self.config = config
+
+    @property
+    def _attn_implementation(self):
+        stock = self.config._attn_implementation
+        return NAMES.get(stock, stock)
+
+    def __getattr__(self, name):
+        if name == "config":  # not yet there, in a copy
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+    def __reduce__(self):
+        """A copy of the model is without it."""
+        return _itself, (self.config,)
+
+
+def _itself(x):
+    return x
+
+
+def stand_in(decoder) -> None:
+    """Let the decoder's attention layers run `recycled_attention`, until `stand_back`."""
+    if all(isinstance(layer.self_attn.config, AttentionConfig) for layer in decoder.layers):
+        return
+    for layer in decoder.layers:
+        for module in layer.self_attn.modules():
+            own = module.__dict__.get("config")
+            if own is not None and not isinstance(own, AttentionConfig):
+                module.config = AttentionConfig(own)
+
+
+def stand_back(decoder) -> None:
+    """Undo `stand_in`."""
+    for layer in decoder.layers:
+        for module in layer.self_attn.modules():
+            if isinstance(own := module.__dict__.get("config"), AttentionConfig):
+                module.config = own.config

@@ -200,6 +200,21 @@ def writable(x: torch.Tensor) -> torch.Tensor:
     return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 
+def roomy(x: torch.Tensor, *new: torch.Tensor) -> torch.Tensor:
+    """x in a dtype that holds what is in it and all `new` without rounding: under autocast, and before and after it,
+    one layer's keys are of several."""
+    dtype = x.dtype
+    for tensor in new:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return x.to(dtype)
+
+
+def appended(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """(B, K, S, P) and (B, K, T, P) -> (B, K, S + T, P). Autocast's own `cat` takes two dtypes at most."""
+    held = roomy(held, new)
+    return torch.cat([held, new.to(held.dtype)], 2)
+
+
 def take_slots(ring: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """(B, K, W, P), (B, S) -> (B, K, S, P)."""
     return ring.gather(2, _at(slots, ring))
@@ -208,6 +223,7 @@ def take_slots(ring: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 def put_slots(ring: torch.Tensor, slots: torch.Tensor, new: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """Write (B, K, S, P) to slots (B, S), distinct in a row. In place unless a gradient may need what was there, or it
     is the input of an exported program."""
+    ring = roomy(ring, new)
     new = new.to(ring.dtype)
     if real is not None:
         new = torch.where(real[:, None, :, None], new, take_slots(ring, slots))

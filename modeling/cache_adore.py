@@ -25,23 +25,23 @@ from scrubjay.configuration.configuration_adore import AdoreSettings, warn_of_fi
 from scrubjay.kernels.release import compacted, highest, ranking, release_step, visibility
 from scrubjay.modeling.adapters import in_use
 from scrubjay.modeling.adore_layer import AdoreLayer, Step, row_bytes
+from scrubjay.modeling.attached import AttachedCache, decoder_of
 from scrubjay.modeling.cache import read_tensors, write_tensors
-from scrubjay.modeling.controller import Scorer, scorer_for
+from scrubjay.modeling.controller import Scorer, check_scorer, scorer_for
 from scrubjay.modeling.decoder_call import (
     as_attention_takes_it,
     check_decoder,
     check_layers,
     check_rows,
+    check_sizes,
     cut,
     device_of,
     each,
     given,
     joined,
     one_text,
-    sizes_of,
 )
 from scrubjay.modeling.history import TokenHistory
-from scrubjay.modeling.wrapped import AttachedCache, decoder_of
 
 SINKS = 4  # of the policy "streaming", where `sinks` says nothing
 
@@ -92,10 +92,28 @@ class AdoreCache(AttachedCache):
             settings = dataclasses.replace(settings, sinks=min(SINKS, settings.cache_size - settings.recent))
         decoder: Any = decoder_of(model)
         self._build(settings, scorer_for(controller, decoder), decoder.config.num_hidden_layers)
-        check_decoder(decoder)
         self.attach(decoder)
         if settings.rebuild and not self.scorer.moving:
             warn_of_fixed_order(type(self.scorer).__name__, settings.cache_size, settings.rebuild)
+
+    def attach(self, model: nn.Module, controller: Scorer | None = None) -> None:
+        """Take part in the calls of `model` that are given this cache: the model that it was made for, or its equal.
+
+        Args:
+            controller: after a pickle, which has no weights: the one that the cache had, if the model has none.
+
+        Raises:
+            ValueError: a model of other sizes, or another kind of controller.
+        """
+        decoder: Any = decoder_of(model)
+        check_decoder(decoder)
+        if self.layers[0].is_initialized:
+            check_sizes("This cache", [len(self.layers), *self.layers[0].keys.shape[1::2]], decoder)
+        if isinstance(self.scorer, str):
+            controller = in_use(getattr(model, "controller", None)) if controller is None else controller
+            check_scorer("This cache", self.scorer, controller)
+            self.scorer = scorer_for(controller, decoder)
+        super().attach(decoder)
 
     def _build(self, settings, scorer, num_layers):
         super().__init__(layers=[AdoreLayer(settings.cache_size) for _ in range(num_layers)])
@@ -132,7 +150,8 @@ class AdoreCache(AttachedCache):
             real = real[:, -given(kwargs).shape[1] :]
         kwargs = dict(kwargs)
         self._failed = True  # until the call has ended well
-        with torch.no_grad():
+        # scores are those of the state's own dtype, wherever the text is read
+        with torch.no_grad(), torch.autocast(real.device.type, enabled=False):
             self._append(decoder, kwargs, real)
             rebuilt = self._plan(decoder, kwargs)
         kwargs |= self._inputs(decoder, kwargs, rebuilt)
@@ -153,11 +172,6 @@ class AdoreCache(AttachedCache):
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         """As transformers calls it, within a call that `enter` has prepared."""
-        if self._step is None:
-            raise ValueError(
-                "This cache was made for another model, or was closed: it takes no part in this call. Make one with "
-                "AdoreCache(model)."
-            )
         return super().update(key_states, value_states, layer_idx, self._step)
 
     def _check(self, kwargs):
@@ -190,7 +204,11 @@ class AdoreCache(AttachedCache):
                 piece["attention_mask"] = mask[:, -new:][:, start : start + size]
             if start + size >= new:
                 return pieces, piece
-            pieces.append(decoder(**piece))
+            self._ahead = True
+            try:
+                pieces.append(decoder(**piece))
+            finally:
+                self._ahead = False
 
     def _append(self, decoder, kwargs, real):
         """Enter the new columns into the history."""
@@ -349,6 +367,11 @@ class AdoreCache(AttachedCache):
         """Repeat each row `repeats` times in place."""
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
+    def __getstate__(self):
+        """What a pickle holds: of a scorer with weights its kind alone."""
+        weights = next(self.scorer.parameters(), None) if isinstance(self.scorer, nn.Module) else None
+        return super().__getstate__() | ({} if weights is None else {"scorer": type(self.scorer).__name__})
+
     def __deepcopy__(self, memo):
         """A fork shares the scorer, which holds no state of its own."""
         memo[id(self.scorer)] = self.scorer
@@ -375,17 +398,8 @@ class AdoreCache(AttachedCache):
         decoder: Any = decoder_of(model)
         tensors, about = read_tensors(path, cls, device_of(decoder))
         cache = cls(model, AdoreSettings(**about["settings"]), controller=controller)
-        held = [about["num_layers"], tensors["0.keys"].shape[1], tensors["0.keys"].shape[3]]
-        if held != sizes_of(decoder.config):
-            raise ValueError(
-                f"{path} was made for another model: it holds {held} (layers, key heads, head size), this one has "
-                f"{sizes_of(decoder.config)}."
-            )
-        if type(cache.scorer).__name__ != about["scorer"]:
-            raise ValueError(
-                f"{path} was made with a {about['scorer']}, this cache has a {type(cache.scorer).__name__}. Pass the "
-                "same as controller=."
-            )
+        check_sizes(path, [about["num_layers"], tensors["0.keys"].shape[1], tensors["0.keys"].shape[3]], decoder)
+        check_scorer(path, about["scorer"], cache.scorer)
         cache.history = TokenHistory.of(
             {name.removeprefix("history."): x for name, x in tensors.items() if name.startswith("history.")}
         )

@@ -325,3 +325,10 @@ def scorer_for(controller: Scorer | str, decoder: Any) -> Scorer:
         if meant and name and meant != name:
             logger.warning_once(f"This controller was trained for {meant}; the model is {name}.")
     return controller
+
+
+def check_scorer(what: Any, needed: str, scorer: Scorer | None) -> None:
+    """Refuse a scorer of another kind than `what` was made with."""
+    if type(scorer).__name__ != needed:
+        got = "none" if scorer is None else f"a {type(scorer).__name__}"
+        raise ValueError(f"{what} was made with a {needed}, here is {got}. Pass the same as controller=.")

@@ -80,6 +80,14 @@ def sizes_of(config):
     ]
 
 
+def check_sizes(what, held, decoder):
+    """Refuse `what` if it holds other `sizes_of` than the decoder's."""
+    if held != (needed := sizes_of(decoder.config)):
+        raise ValueError(
+            f"{what} was made for another model: it holds {held} (layers, key heads, head size), this one has {needed}."
+        )
+
+
 def mesh_of(decoder):
     """The devices that hold parts of the decoder's weights; None where each of them is whole."""
     weight = getattr(decoder.layers[0].self_attn.q_proj, "weight", None)  # some quantizers keep it by another name
@@ -102,6 +110,13 @@ def mean_over_devices(x, mesh):
     x = x.contiguous()
     torch.distributed.all_reduce(x, group=group)
     return x / group.size()
+
+
+def attendable(keys, values, like):
+    """keys and values as attention takes them: in the dtype of `like`, or under autocast as they are."""
+    if torch.is_autocast_enabled(like.device.type):
+        return keys, values
+    return keys.to(like.dtype), values.to(like.dtype)
 
 
 def given(kwargs):

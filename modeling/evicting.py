@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from scrubjay.kernels.recycle import attend_seen, decode, decode_with_scores, received, top
 from scrubjay.kernels.release import turned
-from scrubjay.modeling.cache import writable
+from scrubjay.modeling.cache import appended, roomy, writable
 from scrubjay.modeling.kept_keys import KeepingLayer, Kept, pick
 
 
@@ -39,7 +39,7 @@ class EvictingLayer(KeepingLayer):
             self.mass = writable(self.mass)
             self.mass[:, :, : self.kept.filled] = self.mass.gather(2, order)
         keys, values, _ = self.kept.held()
-        return torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        return appended(keys, k), appended(values, v)
 
     def attend(self, query, key, value, scaling):
         """(B, T, H, P), or None to attend all keys as the model always does."""
@@ -144,7 +144,7 @@ class EvictingLayer(KeepingLayer):
         moved = turned(own.to(wide), cos / norm, sin / norm).to(own.dtype)
         is_sink = kept.rank.gather(2, slots) == torch.inf
         moved = torch.where(is_sink[..., None] & (self.evicted > 0).view(-1, 1, 1, 1), moved, now)
-        kept.keys = writable(kept.keys).scatter_(2, rows, moved)
+        kept.keys = roomy(writable(kept.keys), moved).scatter_(2, rows, moved)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: evicted keys cannot come back."""

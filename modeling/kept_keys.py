@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.kernels.recycle import gather_pair, pooled, put_row, scores_of
-from scrubjay.modeling.cache import writable
+from scrubjay.modeling.cache import roomy, writable
 from scrubjay.modeling.decoder_call import sizes_of
 
 TAIL = 64  # queries remembered, and so columns that `crop` may take back
@@ -35,7 +35,9 @@ class Call:
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     table: Callable | None = None
     mesh: DeviceMesh | None = None
-    active: bool = False
+
+    def __getstate__(self):
+        return self.__dict__ | {"table": None, "mesh": None}
 
     def last(self, query, count):
         """(B, H, m, P) queries of the last `count` columns of (B, H, T, P), or of the token before, if in this call."""
@@ -61,7 +63,7 @@ class Kept:
         """
         (B, G, M), P = index.shape, keys.shape[3]
         self.filled = M
-        self.keys, self.values = (keys.new_empty(B, G, capacity, P) for _ in "kv")
+        self.keys, self.values = (x.new_empty(B, G, capacity, P) for x in (keys, values))
         gather_pair(keys, values, index, out=(self.keys, self.values))
         self.index = index.new_full((B, G, capacity), -1)
         self.index[:, :, :M] = index
@@ -82,6 +84,7 @@ class Kept:
         """
         if real is not None and self.real is None:
             self.real = torch.ones_like(self.index, dtype=torch.bool)
+        self.keys, self.values = roomy(self.keys, k), roomy(self.values, v)
         held = [None if (x := getattr(self, name)) is None else writable(x) for name in self.names]
         for name, x in zip(self.names, held, strict=True):
             setattr(self, name, x)
@@ -177,12 +180,6 @@ class KeepingLayer(CacheLayerMixin):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Take new keys and values (B, G, T, P); returns those that the attention function is to be given."""
-        if not self.call.active:
-            raise ValueError(
-                "This cache takes part in the calls of the model that it was made for, and only until it is closed. "
-                "Make one with RecycledCache(model, ...) and pass it by name: as cache=, or past_key_values= before "
-                "transformers 5.24."
-            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.seen += key_states.shape[2]

@@ -6,7 +6,7 @@ import torch
 from transformers.generation import GenerationMixin
 
 from scrubjay.configuration.configuration_recycled import RecycledConfig
-from scrubjay.modeling.attention_recycled import NAMES
+from scrubjay.modeling.attention_recycled import stand_in
 from scrubjay.modeling.cache_argument import takes_cache
 from scrubjay.modeling.cache_recycled import RecycledCache
 from scrubjay.modeling.columns import read_columns
@@ -46,9 +46,7 @@ class RecycledModel(RecycledPreTrainedModel, ZooWrapperModel):
                 f"train_tail = {config.train_tail} needs rows of more tokens than that, without padding, packing or a "
                 f"cache; got {x.shape[1]} columns. Cut the text into rows of one length, or set config.train_tail = 0."
             )
-        decoder = self.decoder.config  # for good: a layer that is run again in the backward pass must find it, too
-        if decoder._attn_implementation not in NAMES.values():
-            decoder._attn_implementation_internal = NAMES[decoder._attn_implementation]
+        stand_in(self.decoder)  # for good: a layer that is run again in the backward pass must find it, too
         settings = {"recent": config.keep_recent, "kernel": config.pool_kernel, "reduce": config.group_reduce}
         settings |= {"tail": config.train_tail, "budget": config.budget, "sinks": config.sinks}
         return settings, config.full_layers

@@ -261,12 +261,13 @@ class SelectiveAttention(nn.Module):
         keys, values = ring.keys, ring.values
         if not every and self.config.window_axis == "position":
             seen = seen & (positions - ring.places < self.config.sliding_window)
-        q = self._queries(x[index, 0], a, layout, index).to(keys.dtype)
+        q = self._queries(x[index, 0], a, layout, index)
+        dtype, q = q.dtype, q.to(keys.dtype)
         if masked:
-            return None, select_attention_step(q, keys, values, seen, rows=m[:, 0])
+            return None, select_attention_step(q, keys, values, seen, rows=m[:, 0]).to(dtype)
         if len(index) < len(m):
             keys, values, seen = keys[index], values[index], seen[index]
-        return index, select_attention_step(q, keys, values, seen)
+        return index, select_attention_step(q, keys, values, seen).to(dtype)
 
     def _nothing(self, x, a, layout, k=None, v=None):
         """As `attend` before its output projection, where no token was selected. Keys may have been made already."""

@@ -1,136 +1,18 @@
-"""Decoders of transformers with a cache of the zoo: a cache that takes part in an unmodified model's forward pass, and
-models that carry such a cache with them.
-
-A cache attaches itself to the decoder by two hooks that do nothing for any other cache, and is gone from the model when
-it is closed or no longer referred to. B batch, T time.
-"""
-
-import copy
-import inspect
-import weakref
-from collections.abc import Callable
+"""Models that carry a decoder of transformers together with a cache of the zoo. B batch, T time."""
 
 import torch
-from torch import nn
 from transformers import AutoModel
-from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
-from scrubjay.configuration.configuration_wrapped import BASES
 from scrubjay.modeling.adapters import prefix_tuned
 from scrubjay.modeling.arguments import given, refuse_unknown
+from scrubjay.modeling.attached import AttachedCache
 from scrubjay.modeling.base import ZooForCausalLM, ZooPreTrainedModel
-from scrubjay.modeling.cache_argument import CACHE, ZooModelOutput, by_its_name, named, takes_cache
+from scrubjay.modeling.cache_argument import CACHE, ZooModelOutput, named, takes_cache
 from scrubjay.modeling.columns import read_columns
 from scrubjay.modeling.decoder_call import as_attention_takes_it, keep_caches
 
 DECODERS_OWN = ("output_hidden_states", "output_attentions", "recycled_tail")  # what goes on to the decoder as it is
-
-
-def decoder_of(model) -> nn.Module:
-    """The stack of layers inside a causal language model, adapters and wrappers taken off.
-
-    Raises:
-        ValueError: a model that these caches were not built for, with the reason.
-    """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    kind = getattr(getattr(decoder, "config", None), "model_type", type(decoder).__name__)
-    if kind not in BASES:
-        raise ValueError(f"This cache works with decoders of type {', '.join(BASES)}; got {kind!r}.")
-    types = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])
-    window = getattr(decoder.config, "sliding_window", None)
-    if types != {"full_attention"} or (window is not None and kind == "mistral"):
-        raise ValueError(
-            f"This cache chooses among all tokens, and this {kind} has layers that see a window only ({sorted(types)}, "
-            f"sliding_window {window}). Load it with sliding_window=None, or use transformers' own cache."
-        )
-    return decoder
-
-
-class AttachedCache(Cache):
-    """A cache that sees a decoder's calls. Subclasses give `enter` and `leave`, and call `attach` when they are built.
-
-    Use it as a context manager, or `close` it, or drop it: the model is then as it was.
-    """
-
-    def attach(self, model: nn.Module) -> None:
-        """Take part in the calls of `model` that are given this cache."""
-        decoder, me = decoder_of(model), weakref.ref(self)
-        self._decoder = weakref.ref(decoder)
-        # What `enter` changes outside the cache is undone by functions in this list, which do not refer to the cache.
-        # After a call that Ctrl-C ended no hook runs: then the next call of the model, or the cache's end, does it.
-        self._undo: list[Callable[[], None]] = []
-        undo = self._undo
-        names = list(inspect.signature(decoder.forward).parameters)
-
-        def before(module, args, kwargs):
-            _run(undo)
-            cache, kwargs = me(), by_its_name(dict(zip(names, args, strict=False)) | kwargs)
-            if cache is not None and kwargs.get(CACHE) is cache:
-                return (), cache.enter(module, kwargs)
-            return None
-
-        def after(module, args, kwargs, output):
-            cache = me()
-            if cache is not None and kwargs.get(CACHE) is cache:
-                _run(undo)
-                return cache.leave(module, output)
-            return None
-
-        handles = (
-            decoder.register_forward_pre_hook(before, with_kwargs=True),
-            decoder.register_forward_hook(after, with_kwargs=True, always_call=True),
-        )
-        self._detach = weakref.finalize(self, _remove, handles, undo)
-        self._detach.atexit = False
-
-    def enter(self, decoder: nn.Module, kwargs: dict) -> dict:
-        """Called before the decoder with its keyword arguments; returns those that it is to have."""
-        return kwargs
-
-    def leave(self, decoder: nn.Module, output):
-        """Called after the decoder (with None if it failed); returns what replaces its output, or None."""
-
-    def real(self) -> torch.Tensor | None:
-        """(B, seen) bool, which columns given so far are tokens; None: all."""
-        return None
-
-    def close(self) -> None:
-        """Leave the model. The cache cannot be used afterwards."""
-        self._detach()
-
-    @property
-    def attached(self) -> bool:
-        """Whether the cache still takes part in its model's calls."""
-        return self._detach.alive and self._decoder() is not None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
-
-    def __deepcopy__(self, memo):
-        """A copy has hooks of its own, so that a prompt's cache can be forked."""
-        new = memo[id(self)] = type(self).__new__(type(self))
-        own = {name: value for name, value in self.__dict__.items() if name not in ("_detach", "_decoder", "_undo")}
-        new.__dict__ |= copy.deepcopy(own, memo)
-        decoder = self._decoder()
-        if decoder is None or not self._detach.alive:
-            raise ValueError("A closed cache cannot be copied: its model is gone, or it was taken off it.")
-        new.attach(decoder)
-        return new
-
-
-def _run(undo) -> None:
-    while undo:
-        undo.pop()()
-
-
-def _remove(handles, undo) -> None:
-    _run(undo)
-    for handle in handles:
-        handle.remove()
 
 
 class ZooWrapperPreTrainedModel(ZooPreTrainedModel):
@@ -155,6 +37,7 @@ class ZooWrapperModel(ZooWrapperPreTrainedModel):
         decoder = AutoModel.from_config(config.base_config)
         for name, child in decoder.named_children():
             self.add_module(name, child)
+        self.cache_class.stay(decoder)
         self.__dict__["decoder"] = decoder  # not as a module: its children are this model's own, under their own names
         self._no_split_modules = decoder._no_split_modules
         keep_caches(decoder.layers)

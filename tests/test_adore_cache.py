@@ -308,7 +308,7 @@ def test_files_of_another_model_or_scorer_are_refused(model, tmp_path):
     cache.save(file)
     with pytest.raises(ValueError, match="made for another model"):
         AdoreCache.load(file, decoder(num_hidden_layers=2), "random")
-    with pytest.raises(ValueError, match="made with a RandomPolicy, this cache has a Controller"):
+    with pytest.raises(ValueError, match="made with a RandomPolicy, here is a Controller"):
         AdoreCache.load(file, model, Controller(48, 16))
 
 

@@ -18,10 +18,10 @@ def model():
 
 def test_a_closed_cache_and_one_of_another_model_are_refused(model):
     cache, other = made(model), decoder()
-    with pytest.raises(ValueError, match="made for another model, or was closed"):
+    with pytest.raises(ValueError, match="model that it was made for, and only until it is closed"):
         other(text(), **named(cache))
     cache.close()
-    with pytest.raises(ValueError, match="made for another model, or was closed"):
+    with pytest.raises(ValueError, match="model that it was made for, and only until it is closed"):
         model(text(), **named(cache))
 
 

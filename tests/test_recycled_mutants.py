@@ -7,11 +7,11 @@ import torch
 from recycled_cases import Oracle, OutOfBoundError, assert_close, compare, decoder, drive, padded, tokens
 
 from scrubjay import RecycledCache, RecycledConfig
-from scrubjay.modeling import cache_recycled, evicting, kept_keys
+from scrubjay.modeling import evicting, kept_keys, recycled_layer
 from scrubjay.modeling.cache_argument import named
-from scrubjay.modeling.cache_recycled import TAIL, RecycledLayer
 from scrubjay.modeling.evicting import EvictingLayer
 from scrubjay.modeling.kept_keys import Call, KeepingLayer, Kept
+from scrubjay.modeling.recycled_layer import TAIL, RecycledLayer
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
@@ -207,15 +207,15 @@ def replaced_by(value):
 MUTATIONS = {
     "pool narrower by one on each side": ([(kept_keys, "pooled", with_arguments(narrower))], check),
     "mean of a group for max": ([(kept_keys, "pooled", with_arguments(of_the_mean))], check),
-    "oldest of equal scores kept": ([(cache_recycled, "top", ties_the_other_way)], check),
-    "newest token not forced": ([(cache_recycled, "top", with_arguments(newest_free))], check),
+    "oldest of equal scores kept": ([(recycled_layer, "top", ties_the_other_way)], check),
+    "newest token not forced": ([(recycled_layer, "top", with_arguments(newest_free))], check),
     "newest token not written": ([(Kept, "put", with_arguments(old_key_again))], check),
     "highest evicted": ([(torch.Tensor, "argmin", highest_evicted)], check),
     "one key too many": ([(KeepingLayer, "capacity", replaced_by(property(lambda self: 9)))], check),
     "padding masked before pooling alone": (
         [
             (kept_keys, "pooled", with_arguments(padding_unmasked)),
-            (cache_recycled, "top", with_arguments(padding_chosen)),
+            (recycled_layer, "top", with_arguments(padding_chosen)),
         ],
         functools.partial(check, side="left"),
     ),
