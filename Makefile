@@ -16,10 +16,13 @@ define TRITON
 	.venv/bin/python examples/kernels_aot.py --check; }
 endef
 
-CONTRACT = $(wildcard tests/test_modeling.py tests/test_generate.py tests/test_hub*.py)
+CONTRACT = $(wildcard tests/test_modeling.py tests/test_generate.py tests/test_hub*.py tests/test_recycled_generate.py \
+	tests/test_adore_cache.py)
+# What peft, accelerate and trl do; their releases are new as well.
+TRAINING = tests/test_peft.py tests/test_peft_training.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-kernels gpu style quality types clean
+.PHONY: help demo test test-oldest test-newest record-newest test-kernels gpu style quality types clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,9 +34,26 @@ test: .venv/.dev ## the whole test-suite, on CPU, offline
 	$(call PYTEST,.venv) -n $(WORKERS)
 	$(TRITON)
 
-test-oldest: .venv-oldest/.test ## the model contract on the oldest supported transformers
+# a folder that one version saved, under the other
+define ACROSS
+	@set -e; for way in ".venv-oldest .venv" ".venv .venv-oldest"; do set -- $$way; folder=$$(mktemp -d); \
+	OMP_NUM_THREADS=1 $$1/bin/python tests/across_versions.py save $$folder; \
+	OMP_NUM_THREADS=1 HF_MODULES_CACHE=$$folder $$2/bin/python tests/across_versions.py check $$folder; rm -rf $$folder; done
+endef
+
+test-oldest: .venv-oldest/.test .venv/.dev ## the model contract on the oldest supported transformers, and its folders on the pinned one
 	$(if $(CONTRACT),,$(error no contract test found: tests/test_modeling.py, tests/test_generate.py, tests/test_hub*.py))
 	$(call PYTEST,.venv-oldest) -n $(WORKERS) $(CONTRACT)
+	$(ACROSS)
+
+# Nothing is pinned but torch. A warning that transformers is newer than what is tested (configuration/tested_versions.py)
+# is no failure here.
+test-newest: .venv-newest/bin/pip ## the model contract on the newest releases that pip finds
+	@.venv-newest/bin/python .ci/newest.py test env $(call PYTEST,.venv-newest) -n $(WORKERS) \
+	-W 'ignore:scrubjay is tested on' $(CONTRACT) $(TRAINING)
+
+record-newest: .venv-newest/bin/pip ## write down the releases on which test-newest has passed
+	@.venv-newest/bin/python .ci/newest.py record
 
 test-kernels: .venv/.dev ## the kernels alone: PyTorch's, Triton's in its interpreter, Triton's compiled without a GPU
 	$(call PYTEST,.venv) -n $(WORKERS) $(wildcard tests/test_kernels*.py)
@@ -55,12 +75,12 @@ quality: .venv/.dev ## what style would change, and the types
 types: .venv/.dev .mypy_path/scrubjay ## mypy on configuration, kernels, modeling, conversion
 	.venv/bin/mypy
 
-clean: ## remove builds and caches; the environments stay (.venv, .venv-oldest)
+clean: ## remove builds and caches; the environments stay (.venv*)
 	rm -rf build dist *.egg-info .mypy_path .mypy_cache .pytest_cache .ruff_cache
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # One environment is a folder; what is installed in it, a stamp beside its bin. pip is the last thing venv puts there.
-.venv/bin/pip .venv-oldest/bin/pip: %/bin/pip:
+.venv/bin/pip .venv-oldest/bin/pip .venv-newest/bin/pip: %/bin/pip:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	"scrubjay needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.11" % sys.version_info[:2])'

@@ -3,7 +3,13 @@
 Importing the package registers its models with the Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from scrubjay.configuration.configuration_adore import AdoreConfig
 from scrubjay.configuration.configuration_recycled import RecycledConfig
@@ -16,49 +22,96 @@ from scrubjay.modeling.cache_adore import AdoreCache
 from scrubjay.modeling.cache_recycled import RecycledCache
 from scrubjay.modeling.cache_taipan import TaipanCache
 from scrubjay.modeling.context_parallel import average_gradients, shard_sequence
-from scrubjay.modeling.modeling_adore import AdoreForCausalLM, AdoreModel
-from scrubjay.modeling.modeling_recycled import RecycledForCausalLM, RecycledModel
-from scrubjay.modeling.modeling_rodimus import RodimusForCausalLM, RodimusModel
-from scrubjay.modeling.modeling_ssd import SSDForCausalLM, SSDModel
-from scrubjay.modeling.modeling_taipan import TaipanForCausalLM, TaipanModel
+from scrubjay.modeling.exporting import DecodeStep, Prefill, export_decoding
+from scrubjay.modeling.modeling_adore import (
+    AdoreForCausalLM,
+    AdoreForSequenceClassification,
+    AdoreForTokenClassification,
+    AdoreModel,
+)
+from scrubjay.modeling.modeling_recycled import (
+    RecycledForCausalLM,
+    RecycledForSequenceClassification,
+    RecycledForTokenClassification,
+    RecycledModel,
+)
+from scrubjay.modeling.modeling_rodimus import (
+    RodimusForCausalLM,
+    RodimusForSequenceClassification,
+    RodimusForTokenClassification,
+    RodimusModel,
+)
+from scrubjay.modeling.modeling_ssd import (
+    SSDForCausalLM,
+    SSDForSequenceClassification,
+    SSDForTokenClassification,
+    SSDModel,
+)
+from scrubjay.modeling.modeling_taipan import (
+    TaipanForCausalLM,
+    TaipanForSequenceClassification,
+    TaipanForTokenClassification,
+    TaipanModel,
+)
 from scrubjay.modeling.sharding import save_adapter, shard_model, whole_state
 
 __version__ = "0.1.0"
 
-for _config, _model, _causal_lm in (
-    (SSDConfig, SSDModel, SSDForCausalLM),
-    (RodimusConfig, RodimusModel, RodimusForCausalLM),
-    (TaipanConfig, TaipanModel, TaipanForCausalLM),
-    (RecycledConfig, RecycledModel, RecycledForCausalLM),
-    (AdoreConfig, AdoreModel, AdoreForCausalLM),
+for _config, _model, _causal_lm, _of_texts, _of_tokens in (
+    (SSDConfig, SSDModel, SSDForCausalLM, SSDForSequenceClassification, SSDForTokenClassification),
+    (RodimusConfig, RodimusModel, RodimusForCausalLM, RodimusForSequenceClassification, RodimusForTokenClassification),
+    (TaipanConfig, TaipanModel, TaipanForCausalLM, TaipanForSequenceClassification, TaipanForTokenClassification),
+    (
+        RecycledConfig,
+        RecycledModel,
+        RecycledForCausalLM,
+        RecycledForSequenceClassification,
+        RecycledForTokenClassification,
+    ),
+    (AdoreConfig, AdoreModel, AdoreForCausalLM, AdoreForSequenceClassification, AdoreForTokenClassification),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
     AutoModelForCausalLM.register(_config, _causal_lm)
+    AutoModelForSequenceClassification.register(_config, _of_texts)
+    AutoModelForTokenClassification.register(_config, _of_tokens)
 
 __all__ = [
     "AdoreCache",
     "AdoreConfig",
     "AdoreForCausalLM",
+    "AdoreForSequenceClassification",
+    "AdoreForTokenClassification",
     "AdoreModel",
+    "DecodeStep",
+    "Prefill",
     "RecycledCache",
     "RecycledConfig",
     "RecycledForCausalLM",
+    "RecycledForSequenceClassification",
+    "RecycledForTokenClassification",
     "RecycledModel",
     "RodimusCache",
     "RodimusConfig",
     "RodimusForCausalLM",
+    "RodimusForSequenceClassification",
+    "RodimusForTokenClassification",
     "RodimusModel",
     "SSDCache",
     "SSDConfig",
     "SSDForCausalLM",
+    "SSDForSequenceClassification",
+    "SSDForTokenClassification",
     "SSDModel",
     "TaipanCache",
     "TaipanConfig",
     "TaipanForCausalLM",
+    "TaipanForSequenceClassification",
+    "TaipanForTokenClassification",
     "TaipanModel",
     "adapter_report",
     "average_gradients",
+    "export_decoding",
     "save_adapter",
     "shard_model",
     "shard_sequence",

@@ -7,6 +7,9 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.configuration.rodimus_configs import eights, fields_from, layout_of
+from scrubjay.configuration.tested_versions import tell_of_untested
+
+tell_of_untested()
 
 BLOCK_TYPES = ("rodimus", "rodimus_plus")
 

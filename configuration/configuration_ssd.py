@@ -8,6 +8,9 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.configuration.mamba2_configs import fields_from, layout_of
+from scrubjay.configuration.tested_versions import tell_of_untested
+
+tell_of_untested()
 
 
 @strict

@@ -8,6 +8,9 @@ from transformers import CONFIG_MAPPING
 from transformers.configuration_utils import PreTrainedConfig
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
+from scrubjay.configuration.tested_versions import tell_of_untested
+
+tell_of_untested()
 
 BASES = ("llama", "qwen2", "qwen3", "mistral")
 # What peft looks for in the dictionary of any configuration.
@@ -38,7 +41,8 @@ class WrappedConfig(PreTrainedConfig):
     base_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
-        own = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"attn_implementation", "name_or_path"}
+        own = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        own |= {"attn_implementation", "name_or_path", "num_labels"}
         given = self.base_config
         if given is None:
             # generic names of the decoder, which this class leaves to it
@@ -53,6 +57,10 @@ class WrappedConfig(PreTrainedConfig):
             self.base_config = copy.deepcopy(given)  # a model may hold it
             kwargs.setdefault("attn_implementation", given._attn_implementation)
         kwargs.pop("model_type", None)
+        if self.id2label is None and kwargs.get("num_labels") is None:  # a classifier that was a decoder's
+            self.id2label, self.label2id = copy.copy(self.base_config.id2label), copy.copy(self.base_config.label2id)
+        if self.problem_type is None:
+            self.problem_type = self.base_config.problem_type
         # no property: transformers 5.17 assigns to it where embeddings are tied
         self.base_model_tp_plan = self.base_config.base_model_tp_plan
         super().__post_init__(**kwargs)
@@ -72,7 +80,10 @@ class WrappedConfig(PreTrainedConfig):
 
     def to_diff_dict(self):
         """As in transformers, for the file: what the base says is not said twice."""
-        return {name: value for name, value in super().to_diff_dict().items() if name not in SHOWN}
+        output = {name: value for name, value in super().to_diff_dict().items() if name not in SHOWN}
+        if self.id2label != self.base_config.id2label:  # left out, these would be the base's
+            output |= {"id2label": self.id2label, "label2id": self.label2id}
+        return output
 
     def get_text_config(self, decoder=None, encoder=None):
         """The decoder's configuration: sizes, token ids."""

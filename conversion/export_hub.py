@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import has_file
 
 from scrubjay.conversion.destination import check_destination, whole_or_nothing
 from scrubjay.modeling.publishing import TOKENIZER_FILES
+from scrubjay.modeling.remote_code import HEADS
 
 
 def export(
@@ -38,7 +40,7 @@ def export(
     check_destination(destination)
     if push is None and (private or revision):
         raise ValueError("private and revision belong to a push: say to which owner/name.")
-    model: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code)
+    model: Any = _auto_class(source, trust_remote_code).from_pretrained(source, trust_remote_code=trust_remote_code)
     if push is not None and not hasattr(model, "describe"):  # of the zoo, or loaded from code of the zoo
         raise ValueError(f"push writes models of scrubjay; {source} is a {type(model).__name__}. Call its push_to_hub.")
     tokenizer = _tokenizer(source, trust_remote_code)
@@ -49,6 +51,12 @@ def export(
     if push is not None:
         model.push_to_hub(push, tokenizer=tokenizer, private=private, revision=revision)
     return sorted(path.name for path in destination.iterdir())
+
+
+def _auto_class(source, trust_remote_code):
+    """That of the head that the source has weights of; a language model's where it does not say."""
+    saved = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).architectures or [""]
+    return getattr(transformers, f"AutoModel{next((kind for kind in HEADS if saved[0].endswith(kind)), HEADS[0])}")
 
 
 def _tokenizer(source, trust_remote_code):

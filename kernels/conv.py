@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.conv_triton import causal_conv_triton, conv_fits
 from scrubjay.kernels.dispatch import choose, exported, without_autocast
-from scrubjay.kernels.recurrence import by_steps, chunks, documents, num_states
+from scrubjay.kernels.recurrence import by_steps, chunks, documents, num_states, wants_gradient
 
 TILE = 2**17  # elements that the backward pass works on at a time on a CPU: they stay in cache
 MIN_ROWS = 64  # of a tile: fewer and the calls cost more than the work
@@ -62,16 +62,24 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
         return y[:, None], state
     if cu_seqlens is not None:
         return _packed(x, weight, bias, state, cu_seqlens)
-    y = _Convolution.apply(weight, bias, state, x)
+    y = _convolved(weight, bias, state, x)
     if lengths is None:
         return y, _end(state, x)
     ends = lengths[:, None] + torch.arange(state.shape[1], device=x.device)  # step t of x is step t + K - 1 there
     return y, torch.cat([state, x], 1).gather(1, ends[..., None].expand(-1, -1, x.shape[2]))
 
 
-class _Convolution(torch.autograd.Function):
+def _convolved(weight, bias, *parts):
     """Convolution and SiLU over parts (B, ..., C) laid end to end, the first K - 1 steps of which are history:
-    (B, T, C). Keeps its inputs alone; the backward pass computes what SiLU was applied to again, tile by tile."""
+    (B, T, C)."""
+    if wants_gradient(weight, bias, *parts):
+        return _Convolution.apply(weight, bias, *parts)
+    return F.silu(_convolve(torch.cat(parts, 1), weight, bias), inplace=True)
+
+
+class _Convolution(torch.autograd.Function):
+    """`_convolved` with a gradient. Keeps its inputs alone; the backward pass computes what SiLU was applied to again,
+    tile by tile."""
 
     @staticmethod
     def forward(ctx, weight, bias, *parts):
@@ -127,7 +135,7 @@ def _packed(x, weight, bias, state, cu_seqlens):
     """Each document gets its own K - 1 steps of history in front; the outputs at those steps are dropped."""
     taps, cuts = weight.shape[1] - 1, documents(cu_seqlens, *x.shape[:2])
     parts = [part for rows, start, stop in cuts for part in (state[rows], x[:, start:stop])]
-    y = _Convolution.apply(weight, bias, *parts)
+    y = _convolved(weight, bias, *parts)
     starts = [start + taps * d for d, (_, start, _) in enumerate(cuts)]
     lengths = [stop - start for _, start, stop in cuts]
     y = torch.cat([y[:, at : at + n] for at, n in zip(starts, lengths, strict=True)], 1)

@@ -15,6 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from scrubjay.kernels.dispatch import exported, without_autocast
 
 LOG2_E = 1 / math.log(2)  # exp(x) = exp2(x LOG2_E)
+# From here down a log-decay forgets everything: its exp is 0 in that dtype. Whole numbers, which 16 bits hold too.
+FORGETS = {torch.float32: -112.0, torch.float64: -760.0}
 OUTER_BLOCK = 2048  # steps that `OuterSum` takes at a time, which bounds its temporaries
 _read = WeakIdKeyDictionary()  # offsets that were read, by the tensor that holds them: (its version, the numbers)
 
@@ -29,8 +31,8 @@ def documents(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[
         return [(slice(0, batch), 0, length)]
     if exported():
         raise ValueError(
-            "torch.export cannot write down packed documents: where they end is a value of cu_seqlens. Export a call of "
-            "one document a row."
+            "torch.export cannot write down packed documents: where they end is a value of cu_seqlens. Export a call "
+            "of one document a row."
         )
     offsets = _numbers(cu_seqlens)
     if batch != 1:
@@ -113,7 +115,7 @@ def by_steps(step, state, cu_seqlens, *sequences):
     return torch.stack(ys, 1), torch.cat(states)
 
 
-def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
     """A tensor that the chunks of one call write in turn. Fresh pages cost more time than the arithmetic on them.
 
     None where torch is to make one: in an exported program an `out` would stand in the way of autograd.
@@ -137,11 +139,33 @@ def crossing(pairs: torch.Tensor, dim: int, memory: dict) -> torch.Tensor:
 
 
 @without_autocast
-def chunked(piece, size, state, cu_seqlens, *sequences):
-    """y and the final state of a linear recurrence over (B, T, ...) sequences; `piece`: see `ChunkedRecurrence`."""
-    if not exported():
+def chunked(piece, size, state, cu_seqlens, q, k, v, a, *more):
+    """y and the final state of a linear recurrence over (B, T, ...) sequences; `piece`: see `ChunkedRecurrence`.
+
+    A log-decay that forgets everything counts as `FORGETS`. No result changes, for each factor that it is part of is 0
+    as before; but a difference of sums then is a number, beside -inf, and loses nothing of weak decays, as beside 1e14.
+    Such a decay has no gradient, not even a rounding error, which what it is made of might multiply by 1e30.
+    """
+    sequences = q, k, v, a.clamp(min=FORGETS[state.dtype]), *more
+    if exported():
+        return _at_once(piece, size, state, *sequences)
+    if wants_gradient(state, *sequences):
         return ChunkedRecurrence.apply(piece, size, state, cu_seqlens, *sequences)
-    return _at_once(piece, size, state, *sequences)
+    return _in_turn(piece, size, state, cu_seqlens, *sequences)
+
+
+def _in_turn(piece, size, state, cu_seqlens, *sequences):
+    """`chunked`, one chunk after the other."""
+    memory: dict = {}
+    state = state.clone(memory_format=torch.contiguous_format)
+    y = torch.empty_like(sequences[2], memory_format=torch.contiguous_format)
+    for rows, start, stop in documents(cu_seqlens, *y.shape[:2]):
+        s = state[rows]
+        for c in chunks(start, stop, size):
+            part = piece(memory, *(x[:, c] for x in sequences))
+            y[:, c] = part.outputs(s)
+            part.advance_(s)
+    return y, state
 
 
 def _at_once(piece, size, state, *sequences):
@@ -181,8 +205,8 @@ class ChunkedRecurrence(torch.autograd.Function):
     as v, from the state before it, `advance_(s)` replaces that state by the one after it, `gradients_(dy, s, ds)`
     returns the gradients of the sequences and replaces the gradient of the state after the chunk by that of the state
     before it. `total()` is log2 of what a chunk leaves of the state, (B, decays) in float64; `carried(weights, states)`
-    sums states (B, C, ...) with weights (B, decays, C, C). The working set is one chunk, which stays in the processor's cache, and the backward pass recomputes it,
-    so that nothing of size T x Q is kept; `memory` is a dict for `reuse`.
+    sums states (B, C, ...) with weights (B, decays, C, C). The working set is one chunk, which stays in the processor's
+    cache, and the backward pass recomputes it, so that nothing of size T x Q is kept; `memory` is a dict for `reuse`.
     """
 
     @staticmethod
@@ -190,16 +214,7 @@ class ChunkedRecurrence(torch.autograd.Function):
     def forward(ctx, piece, size, state, cu_seqlens, *sequences):
         ctx.save_for_backward(state, cu_seqlens, *sequences)
         ctx.piece, ctx.size = piece, size
-        memory = {}
-        state = state.clone(memory_format=torch.contiguous_format)
-        y = torch.empty_like(sequences[2], memory_format=torch.contiguous_format)
-        for rows, start, stop in documents(cu_seqlens, *y.shape[:2]):
-            s = state[rows]
-            for c in chunks(start, stop, size):
-                part = piece(memory, *(x[:, c] for x in sequences))
-                y[:, c] = part.outputs(s)
-                part.advance_(s)
-        return y, state
+        return _in_turn(piece, size, state, cu_seqlens, *sequences)
 
     @staticmethod
     @once_differentiable

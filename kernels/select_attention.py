@@ -60,8 +60,8 @@ class Packed:
 
 
 def pack(mask: torch.Tensor, window: int, *, every: bool = False, tiled: bool | None = None) -> Packed:
-    """Gather the columns of (B, T) bool `mask` for `select_attention`; `every`: all of them, whatever it says, as always
-    where the call is exported.
+    """Gather the columns of (B, T) bool `mask` for `select_attention`; `every`: all of them, whatever it says, as it is
+    always where the call is exported.
 
     A tile covers as many columns as make one product worth its call and few enough that the keys read for it are not
     many more than a window: 64 to 256. `tiled` is the order; None takes the one that the mask's device is fastest with.

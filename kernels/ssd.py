@@ -14,7 +14,10 @@ Sums are taken in float64 and differences rounded once: with float32 sums the gr
 In its gradient every a_t gathers only the pairs (i >= t > j) that it decays, so nothing large cancels.
 """
 
+import math
+
 import torch
+from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.dispatch import choose, without_autocast
 from scrubjay.kernels.linear import matmul
@@ -113,6 +116,44 @@ def ssd_change(k, v, a, g):
     _check(k, k, v, a, g, 1)
     total, later = decay_to_end(a)
     return total, OuterSum.apply(k, v, later.exp() * g.to(later.dtype))
+
+
+def log_decay(step, log_rate):
+    """-step * exp(log_rate), the log-decays of Mamba-2: step (B, T, H) >= 0, log_rate (H,) -> (B, T, H).
+
+    0 where the step is 0, whatever the rate: exp(89) is inf in float32, and 0 * inf no number. Gradients are finite
+    too; those of a step are cut off at half of the largest number, which leaves room for what is added to them.
+    """
+    if wants_gradient(step, log_rate):
+        return _LogDecay.apply(step, log_rate)
+    rate, more = _rates(log_rate)
+    return step * rate * more
+
+
+def _rates(log_rate):
+    """-exp(log_rate) as two factors. The second is 1 up to exp(44) in float32: then products have the bits of the
+    formula. Beyond exp(132) a rate makes no difference: the smallest step forgets everything."""
+    half = math.log(torch.finfo(log_rate.dtype).max) // 4 * 2
+    return log_rate.clamp(max=half).exp().neg(), (log_rate - half).clamp(0, 2 * half).exp()
+
+
+class _LogDecay(torch.autograd.Function):
+    """Keeps its result: the gradient of the rate's logarithm is a sum over that."""
+
+    @staticmethod
+    def forward(ctx, step, log_rate):
+        rate, more = _rates(log_rate)
+        a = step * rate * more
+        ctx.save_for_backward(rate, more, a)
+        return a
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, da):
+        rate, more, a = ctx.saved_tensors
+        top = torch.finfo(a.dtype).max / 2
+        dlog = da * a.clamp(min=-top)  # da is 0 where a is -inf
+        return (da * rate * more).clamp(-top, top), dlog.flatten(0, -2).sum(0).to(rate.dtype)
 
 
 class _Chunk:

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from scrubjay.kernels.recurrence import LOG2_E
+from scrubjay.kernels.recurrence import FORGETS, LOG2_E
 from scrubjay.kernels.triton_tools import chunk_table, dot_dtype, jit, launch, precision, tile_side, tl
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -112,7 +112,7 @@ class _Call:
             (self.places.number * -(-self.H // BH),),
             *(a, g, self.sums, self.places.start, self.places.stop, self.places.number, T, self.H),
             *(a.stride(1), a.stride(2), g.stride(1), g.stride(2)),
-            **{"Q": tiles["Q"], "BH": BH, "SCALE": LOG2_E, "num_warps": 4},
+            **{"Q": tiles["Q"], "BH": BH, "FORGETS": FORGETS[torch.float32], "SCALE": LOG2_E, "num_warps": 4},
         )
 
     def _new(self, *shape, dtype=torch.float32):
@@ -338,10 +338,10 @@ def _dot_wide(exact, x, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
 @jit
 def _sums(
     a, g, sums, starts, stops, chunks, T, H, sat, sah, sgt, sgh, Q: tl.constexpr, BH: tl.constexpr,
-    SCALE: tl.constexpr,
+    FORGETS: tl.constexpr, SCALE: tl.constexpr,
 ):
     """Program (tile of heads, chunk). sums: (3, H, chunks, Q), c in log2, rounded, what was rounded off, and the gain.
-    After the chunk's last step c stays and the gain is 0."""
+    After the chunk's last step c stays and the gain is 0. A decay below FORGETS counts as that, see `chunked`."""
     tiles = tl.cdiv(H, BH)
     chunk = tl.program_id(0) // tiles
     start, stop = _place(starts, stops, chunk, T, Q)
@@ -350,6 +350,7 @@ def _sums(
     real = (start + t < stop)[:, None] & here
     decay = tl.load(a + step[:, None] * sat + h[None, :] * sah, mask=real, other=0.0).to(tl.float32)
     gain = tl.load(g + step[:, None] * sgt + h[None, :] * sgh, mask=real, other=0.0).to(tl.float32)
+    decay = tl.where(decay < FORGETS, FORGETS, decay)  # a maximum would hide what is no number
     c = tl.cumsum(decay.to(tl.float64) * SCALE, 0)
     high = c.to(tl.float32)
     at = sums + (h[None, :].to(tl.int64) * chunks + chunk) * Q + t[:, None]

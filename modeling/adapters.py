@@ -15,6 +15,13 @@ class WholeLinear(nn.Linear):
     """A linear layer that no quantizer replaces."""
 
 
+def heads_of(model: PreTrainedModel) -> list[nn.Module]:
+    """What stands on the model without head: `lm_head`, `score`, or what somebody's own class has there."""
+    if model.base_model is model:
+        return []
+    return [child for name, child in model.named_children() if name != model.base_model_prefix]
+
+
 def make_replaceable(model: PreTrainedModel, quantization_config) -> None:
     """Leave plain `torch.nn.Linear` layers, which quantizers replace, where they may, and subclasses where not.
 
@@ -23,11 +30,11 @@ def make_replaceable(model: PreTrainedModel, quantization_config) -> None:
     """
     settings = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
     in_blocks = settings.get("load_in_4bit", False)
-    head, whole = model.get_output_embeddings(), []
+    head, whole = {part for top in heads_of(model) for part in top.modules()}, []
     for name, module in model.named_modules():
         if type(module) not in (Linear, nn.Linear):
             continue
-        if module is head:  # quantizers leave it out as long as nobody gives them a list of their own
+        if module in head:  # quantizers leave one out as long as nobody gives them a list of their own
             module.__class__ = WholeLinear
         elif in_blocks and module.in_features % BLOCK:
             module.__class__ = WholeLinear

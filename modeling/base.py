@@ -28,6 +28,7 @@ from scrubjay.modeling.cache_argument import (
     pop_cache,
     takes_cache,
 )
+from scrubjay.modeling.columns import one_text_a_row, read_columns
 from scrubjay.modeling.context_parallel import SequenceShard
 from scrubjay.modeling.layers import Linear, RMSNorm
 from scrubjay.modeling.layout import arrange
@@ -48,7 +49,7 @@ class ZooPreTrainedModel(Published):
     _is_stateful = True  # assisted decoding would have to take tokens back from a sum
     cache_class: type
     no_weight_decay: tuple[str, ...] = ()
-    no_weight_decay_on_embedding = False  # where the head has weights of its own
+    no_weight_decay_on_embedding = False  # where it is not a language model's head as well
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -85,7 +86,8 @@ class ZooPreTrainedModel(Published):
     def weight_decay_groups(self, weight_decay: float) -> list[dict]:
         """Parameter groups for an optimizer: matrices decay; biases, norms, and gates' own parameters do not."""
         spared = self.no_weight_decay
-        if self.no_weight_decay_on_embedding and not self.config.tie_word_embeddings:
+        tied = self.config.tie_word_embeddings and self.get_output_embeddings() is not None
+        if self.no_weight_decay_on_embedding and not tied:
             spared += ("embed_tokens",)
         decayed: list[nn.Parameter] = []
         kept: list[nn.Parameter] = []
@@ -147,10 +149,11 @@ class ZooModel(ZooPreTrainedModel):
         """(B, T) tokens to (B, T, D) hidden states.
 
         Args:
-            attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row.
-            position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as transformers' collators give them: positions
-                that restart, offsets (D + 1,), or document numbers (B, T). Positions are counted by the model itself.
-                torch.export writes down one document a row, and its program refuses positions that restart.
+            attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row. Also
+                the numbers of packed documents from 1 on, or what is added to scores; see `columns.MASKS`.
+            position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as collators give them: positions that restart,
+                offsets (D + 1,) over the B * T columns, or document numbers (B, T), negative at padding. Padding beside
+                documents comes back as zeros. Positions are counted by the model. torch.export: one document a row.
             cache: the model's own, advanced in place. `past_key_values` is the same, as before transformers 5.24.
             inputs_embeds: (B, T, D) instead of input_ids.
             shard: the T columns are one rank's slice of longer rows, as `shard_sequence` says.
@@ -164,9 +167,10 @@ class ZooModel(ZooPreTrainedModel):
         cache, use_cache = self._cache(held, use_cache, x)
         seen = 0 if cache is None else cache.get_seq_length()
         counts = cache.layers[0].counts.to(x.device) if seen else None
-        plan = arrange(x.shape[:2], x.device, counts, attention_mask, position_ids, cu_seq_lens_q, seq_idx, seen)
-        if held is None and plan.layout.cu_seqlens is not None:
-            cache = None  # documents that end in a row have no state to hand on
+        marks = (attention_mask, position_ids, cu_seq_lens_q, seq_idx, kwargs.get("cu_seq_lens_k"))
+        columns = read_columns(x.shape[:2], x.device, *marks, seen=seen, cache=held)
+        cache = None if columns.packed else cache  # documents that end in a row have no state to hand on
+        plan = arrange(columns, counts)
         layout = plan.layout if shard is None else _slice(plan.layout, shard, x.shape, seen, cache)
         layout = self.locate(layout, x.dtype)
         x = plan.enter(self.embed(x))
@@ -343,9 +347,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         x = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         x = x if isinstance(keep, int) else x[:, keep]
-        logits = self.lm_head(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = None
+        logits, loss = self.head(x), None
         if labels is not None or loss_kwargs.get("shift_labels") is not None:
             compute = self.loss_function if shard is None else partial(shard.loss, self.loss_function)
             loss = compute(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
@@ -357,13 +359,18 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         out = ZooCausalLMOutput(loss=loss, logits=logits, **kept)
         return self.output(out, outputs, labels, shard=shard, **loss_kwargs)
 
+    def head(self, x):
+        """The logits (..., V) of hidden states (..., D), in float32 or wider."""
+        logits = self.lm_head(x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
     def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None, shard=None):
         """What forward returns: `out`, to which a model may add what its blocks gave beside the hidden states."""
         return out
 
     def generate(self, *args, **kwargs):
-        """As in transformers; the cache may be given by either name on every version."""
-        return super().generate(*args, **by_its_name(kwargs))
+        """As in transformers; the cache may be given by either name on every version, and a mask in any convention."""
+        return super().generate(*args, **by_its_name(one_text_a_row(kwargs)))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give generate() the model's own cache; `cache_implementation` may be "dynamic" or "offloaded"."""

@@ -221,8 +221,8 @@ def take_slots(ring: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 
 
 def put_slots(ring: torch.Tensor, slots: torch.Tensor, new: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """Write (B, K, S, P) to slots (B, S), distinct in a row. In place unless a gradient may need what was there, or it is
-    the input of an exported program."""
+    """Write (B, K, S, P) to slots (B, S), distinct in a row. In place unless a gradient may need what was there, or it
+    is the input of an exported program."""
     ring = roomy(ring, new)
     new = new.to(ring.dtype)
     if real is not None:

@@ -28,7 +28,19 @@ from scrubjay.modeling.adore_layer import AdoreLayer, Step, row_bytes
 from scrubjay.modeling.attached import AttachedCache, decoder_of
 from scrubjay.modeling.cache import read_tensors, write_tensors
 from scrubjay.modeling.controller import Scorer, check_scorer, scorer_for
-from scrubjay.modeling.decoder_call import as_attention_takes_it, check_decoder, check_sizes, cut, each, given, joined
+from scrubjay.modeling.decoder_call import (
+    as_attention_takes_it,
+    check_decoder,
+    check_layers,
+    check_rows,
+    check_sizes,
+    cut,
+    device_of,
+    each,
+    given,
+    joined,
+    one_text,
+)
 from scrubjay.modeling.history import TokenHistory
 
 SINKS = 4  # of the policy "streaming", where `sinks` says nothing
@@ -40,7 +52,7 @@ class AdoreCache(AttachedCache):
     Pass it as `cache` (before transformers 5.24 as `past_key_values`) to the model's forward or generate(). It takes
     part in the calls of this very model that are given it, and in no other; `close()` it, use it with `with`, or drop
     it to end that. Positions are those of the real tokens of each row: it counts them by the attention_mask, whatever
-    position_ids say.
+    position_ids say, but for packed documents, which are refused: a cache holds one text a row.
 
     Bytes: layers * B * H * (m + 1) * (P_keys + P_values) * itemsize of keys and values, whatever the number of tokens;
     and for each token, released or not, 4 (its id) + 4 + 1 + the features of its scorer (`controller_hidden` *
@@ -58,6 +70,7 @@ class AdoreCache(AttachedCache):
     """
 
     row_bytes = staticmethod(row_bytes)
+    scorer: Any  # of a pickle that is not yet attached, the name of its kind
 
     def __init__(
         self,
@@ -98,9 +111,8 @@ class AdoreCache(AttachedCache):
         if self.layers[0].is_initialized:
             check_sizes("This cache", [len(self.layers), *self.layers[0].keys.shape[1::2]], decoder)
         if isinstance(self.scorer, str):
-            controller = in_use(getattr(model, "controller", None)) if controller is None else controller
-            check_scorer("This cache", self.scorer, controller)
-            self.scorer = scorer_for(controller, decoder)
+            controller = controller or in_use(getattr(model, "controller", None))
+            self.scorer = scorer_for(check_scorer("This cache", self.scorer, controller), decoder)
         super().attach(decoder)
 
     def _build(self, settings, scorer, num_layers):
@@ -123,6 +135,9 @@ class AdoreCache(AttachedCache):
         if self._failed:
             raise ValueError("A call with this cache failed half way: its layers differ. reset() it or make a new one.")
         check_decoder(decoder)
+        check_layers(decoder, len(self.layers))
+        self._check(kwargs)
+        kwargs = one_text(kwargs, self, self.history.length)
         real = self._real(kwargs)
         pieces = None
         if self.settings.prefill == "chunked" and real.shape[1] > self.settings.cache_size:
@@ -143,7 +158,7 @@ class AdoreCache(AttachedCache):
         self._pieces = pieces
         return kwargs
 
-    def leave(self, decoder: nn.Module, output):
+    def leave(self, decoder: nn.Module | None, output):
         """Cut the rebuilt tokens off, and put what was run ahead in front."""
         step, pieces = self._step, self._pieces
         self._step = self._pieces = None
@@ -159,23 +174,23 @@ class AdoreCache(AttachedCache):
         """As transformers calls it, within a call that `enter` has prepared."""
         return super().update(key_states, value_states, layer_idx, self._step)
 
+    def _check(self, kwargs):
+        """Refuse other rows than are held, and a mask of another shape."""
+        x, mask = given(kwargs), kwargs.get("attention_mask")
+        batch, new = x.shape[:2]
+        if self.history.rows:
+            check_rows(self, self.history.batch_size, batch)
+        allowed = ((batch, new), (batch, self.history.length + new))
+        if mask is not None and (not isinstance(mask, torch.Tensor) or tuple(mask.shape) not in allowed):
+            got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(f"attention_mask must have one of the shapes {allowed}; got {got}.")
+
     def _real(self, kwargs):
         """Which of the new columns are tokens, (B, q) bool."""
         x, mask = given(kwargs), kwargs.get("attention_mask")
-        batch, new = x.shape[:2]
-        held = self.history.batch_size
-        if held not in (-1, batch):
-            raise ValueError(
-                f"This cache holds {held} rows, the input has {batch}. Use a new AdoreCache(model), or "
-                "cache.batch_repeat_interleave / cache.batch_select_indices to change its rows."
-            )
         if mask is None:
-            return torch.ones(batch, new, dtype=torch.bool, device=x.device)
-        allowed = ((batch, new), (batch, self.history.length + new))
-        if not isinstance(mask, torch.Tensor) or tuple(mask.shape) not in allowed:
-            got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise ValueError(f"attention_mask must have one of the shapes {allowed}; got {got}.")
-        return mask[:, -new:].bool()
+            return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return mask[:, -x.shape[1] :]
 
     def _run_ahead(self, decoder, kwargs):
         """Outputs of all pieces of a prompt but the last, and the arguments of the last."""
@@ -333,24 +348,11 @@ class AdoreCache(AttachedCache):
         self._clear()
 
     def _map(self, change):
-        for layer in self.layers:
-            layer.map(change)
+        super()._map(change)
         self.history.map(change)
         if self.slots is not None:
             self.slots = change(self.slots)
             self.last_rebuilt = change(self.last_rebuilt)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was: keys, values and all that is known of its tokens."""
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, in that order."""
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times in place."""
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def __getstate__(self):
         """What a pickle holds: of a scorer with weights its kind alone."""
@@ -381,8 +383,7 @@ class AdoreCache(AttachedCache):
             ValueError: a file of another kind of cache or of another model, or another scorer.
         """
         decoder: Any = decoder_of(model)
-        device = decoder.get_input_embeddings().weight.device
-        tensors, about = read_tensors(path, cls, device)
+        tensors, about = read_tensors(path, cls, device_of(decoder))
         cache = cls(model, AdoreSettings(**about["settings"]), controller=controller)
         check_sizes(path, [about["num_layers"], tensors["0.keys"].shape[1], tensors["0.keys"].shape[3]], decoder)
         check_scorer(path, about["scorer"], cache.scorer)

@@ -10,7 +10,11 @@ from functools import wraps
 from operator import attrgetter
 
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.utils import ModelOutput
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
@@ -90,3 +94,8 @@ class ZooModelOutput(WithCache, BaseModelOutputWithPast):
 @dataclass
 class ZooCausalLMOutput(WithCache, CausalLMOutputWithPast):
     """What a language model of the zoo returns, on every version."""
+
+
+@dataclass
+class ZooClassifierOutput(WithCache, SequenceClassifierOutputWithPast):
+    """What a classifier of the zoo returns, on every version."""

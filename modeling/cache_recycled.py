@@ -16,7 +16,7 @@ from scrubjay.configuration.configuration_wrapped import WrappedConfig
 from scrubjay.modeling.attached import AttachedCache, decoder_of
 from scrubjay.modeling.attention_recycled import NAMES, stand_back, stand_in
 from scrubjay.modeling.cache import read_tensors, write_tensors
-from scrubjay.modeling.decoder_call import mesh_of
+from scrubjay.modeling.decoder_call import check_layers, check_rows, device_of, mesh_of, one_text
 from scrubjay.modeling.evicting import EvictingLayer
 from scrubjay.modeling.kept_keys import TAIL, Call, Kept, row_bytes
 from scrubjay.modeling.recycled_layer import RecycledLayer
@@ -35,7 +35,8 @@ class RecycledCache(AttachedCache):
             `RecycledForCausalLM`, whose settings are then the defaults.
         settings: fields of `RecycledConfig`.
 
-    Steps that choose among the keys, or attend those chosen, have no gradient.
+    Steps that choose among the keys, or attend those chosen, have no gradient. A cache holds one text a row: a call of
+    packed documents is refused.
 
     Raises:
         ValueError: a model, or a setting, that it was not built for.
@@ -78,17 +79,19 @@ class RecycledCache(AttachedCache):
 
     def enter(self, decoder, kwargs):
         """Note padding and positions."""
+        check_layers(decoder, len(self.layers))
         stock = decoder.config._attn_implementation
         if stock not in NAMES:
             raise ValueError(
                 f"RecycledCache needs the attention implementation {' or '.join(map(repr, NAMES))}, which it can "
                 f"stand in for; the model has {stock!r}. Call model.set_attn_implementation('sdpa')."
             )
-        given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        (batch, columns), seen = given.shape[:2], self.get_seq_length()
+        x = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        (batch, columns), seen = x.shape[:2], self.get_seq_length()
         self._check(batch, seen, columns, kwargs.get("attention_mask"))
+        kwargs = one_text(kwargs, self, seen)
         self.call.real = real = self._real(kwargs.get("attention_mask"), batch, seen, columns)
-        at = torch.arange(columns, device=given.device)
+        at = torch.arange(columns, device=x.device)
         self.call.source = None
         if real is not None and not bool(real[:, seen:].all()):
             self.call.source = torch.where(real[:, seen:], at, -1).cummax(1).values[:, -TAIL:]
@@ -97,7 +100,7 @@ class RecycledCache(AttachedCache):
             positions = (seen + at)[None] if positions is None else positions
             if self.call.source is not None:
                 positions = positions.expand(batch, -1).gather(1, self.call.source.clamp(min=0))
-            self.call.rotary = decoder.rotary_emb(torch.empty(0, device=given.device), positions[:, -TAIL:])
+            self.call.rotary = decoder.rotary_emb(torch.empty(0, device=x.device), positions[:, -TAIL:])
         stand_in(decoder)  # its layers may be others than they were
         self.call.table, self.call.mesh = decoder.rotary_emb, mesh_of(decoder)
         if seen and isinstance(self.layers[0], EvictingLayer):
@@ -116,11 +119,8 @@ class RecycledCache(AttachedCache):
         layer = self.layers[0]
         if any(other.seen != seen for other in self.layers):
             raise ValueError("An earlier call failed between two layers; call cache.reset() and start again.")
-        if layer.is_initialized and seen and (held := len(next(iter(layer.tensors().values())))) != batch:
-            raise ValueError(
-                f"This cache holds {held} rows, the input has {batch}. Use a new RecycledCache(model), or "
-                "cache.batch_repeat_interleave / cache.batch_select_indices to change its rows."
-            )
+        if layer.is_initialized and seen:
+            check_rows(self, len(next(iter(layer.tensors().values()))), batch)
         if mask is not None and (mask.ndim != 2 or tuple(mask.shape) != (batch, seen + columns)):
             raise ValueError(
                 f"attention_mask must have shape {(batch, seen + columns)}, 1 for tokens and 0 for padding, with the "
@@ -130,29 +130,15 @@ class RecycledCache(AttachedCache):
     def _real(self, mask, batch, seen, columns):
         """(B, n + T) bool, None without padding."""
         if mask is not None:
-            return None if bool(mask.all()) else mask.bool()
+            return None if bool(mask.all()) else mask
         if self.call.real is None or not seen:
             return None
         return F.pad(self.call.real[:, :seen], (0, columns), value=True)  # new columns are tokens
 
-    def _map_real(self, change):
+    def _map(self, change):
+        super()._map(change)
         if self.call.real is not None:
             self.call.real = change(self.call.real)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes what row beam_idx[i] was."""
-        super().reorder_cache(beam_idx)
-        self._map_real(lambda real: real[beam_idx.to(real.device)])
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, in that order."""
-        super().batch_select_indices(indices)
-        self._map_real(lambda real: real[indices.to(real.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times in place."""
-        super().batch_repeat_interleave(repeats)
-        self._map_real(lambda real: real.repeat_interleave(repeats, 0))
 
     def reset(self) -> None:
         """Forget every token; the settings stay."""
@@ -195,7 +181,7 @@ class RecycledCache(AttachedCache):
         Raises:
             ValueError: a file of another kind of cache, or of a model of other sizes.
         """
-        device = next(model.parameters()).device if device is None else device
+        device = device_of(model) if device is None else device
         tensors, about = read_tensors(path, cls, device)
         cache = cls(model, **about["settings"])
         if about["sizes"] != (sizes := _sizes(cache.settings.base_config)):

@@ -31,6 +31,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from scrubjay.modeling.cache_argument import pop_cache
+from scrubjay.modeling.columns import read_columns
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "max_length_q", "max_length_k")
 
@@ -197,7 +198,7 @@ def shard_sequence(batch: dict, group: Any = None) -> dict:
     length = x.shape[1]
     if length < ranks:
         raise ValueError(f"A sequence of {length} columns cannot be split over {ranks} ranks: each needs one at least.")
-    _check_plain(batch, length)
+    _check_plain(batch, x)
     labels = batch.pop("labels", None)
     if labels is not None and batch.get("shift_labels") is None:
         batch["shift_labels"] = F.pad(labels, (0, 1), value=-100)[..., 1:]
@@ -225,20 +226,20 @@ def average_gradients(model: nn.Module, group: Any = None) -> None:
             parameter.grad /= dist.get_world_size(group)
 
 
-def _check_plain(batch, length):
+def _check_plain(batch, x):
     """Refuse padding, packed documents and caches, and take out what says that there are none."""
-    mask, positions = batch.pop("attention_mask", None), batch.pop("position_ids", None)
-    if mask is not None and not bool(mask.all()):
-        raise ValueError(
-            "shard_sequence cannot split a padded batch. Pass rows that are full: cut them to one length, or put "
-            "padding after the text and -100 into its labels, without an attention_mask."
-        )
+    mask, positions, length = batch.pop("attention_mask", None), batch.pop("position_ids", None), x.shape[1]
     if positions is not None and positions.shape[-1:] != (length,):
         got = tuple(positions.shape)
         raise ValueError(f"position_ids must have {length} columns as the input has; got shape {got}.")
     marks = [name for name in PACKED if batch.get(name) is not None]
-    if positions is not None and bool((positions.diff(dim=-1) <= 0).any()):
-        marks.append("position_ids that restart")
+    columns = read_columns(x.shape[:2], x.device, mask, None if positions is None else positions.view(-1, length))
+    if columns.real is not None:
+        raise ValueError(
+            "shard_sequence cannot split a padded batch. Pass rows that are full: cut them to one length, or put "
+            "padding after the text and -100 into its labels, without an attention_mask."
+        )
+    marks += [f"{name} that {'restart' if name == 'position_ids' else 'numbers them'}" for name in columns.marks]
     if marks:
         raise ValueError(f"shard_sequence cannot split packed documents ({', '.join(marks)}): pass one a row.")
     if pop_cache(batch) is not None:

@@ -105,12 +105,17 @@ class ControllerLinear(nn.Module):
         """Uniform up to in_features ** -0.5."""
         start(self)
 
-    def forward(self, x):
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+    def forward(self, x, biased: bool = True):
+        return torch.nn.functional.linear(x, self.weight, self.bias if biased else None)
 
 
 class ControllerGRU(nn.GRU):
     """A GRU of a controller, likewise."""
+
+    def forward(self, x, state):
+        # torch computes with a list of its own, which is out of date where offloading put the weights in their place
+        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        return super().forward(x, state)
 
     def reset_parameters(self):
         """Uniform up to hidden_size ** -0.5."""
@@ -268,7 +273,7 @@ class Controller(Scorer):
 
     def _turned(self, x):
         """W x, without the bias that the features already have."""
-        return torch.nn.functional.linear(x, self.first.weight)
+        return self.first(x, biased=False)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `controller.safetensors` and `controller.json` into a folder."""
@@ -318,8 +323,9 @@ def scorer_for(controller: Scorer | str, decoder: Any) -> Scorer:
     return controller
 
 
-def check_scorer(what: Any, needed: str, scorer: Scorer | None) -> None:
-    """Refuse a scorer of another kind than `what` was made with."""
-    if type(scorer).__name__ != needed:
+def check_scorer(what: Any, needed: str, scorer: Scorer | None) -> Scorer:
+    """The scorer, refused if it is of another kind than `what` was made with."""
+    if scorer is None or type(scorer).__name__ != needed:
         got = "none" if scorer is None else f"a {type(scorer).__name__}"
         raise ValueError(f"{what} was made with a {needed}, here is {got}. Pass the same as controller=.")
+    return scorer

@@ -5,7 +5,36 @@ B batch, T time, Q queries, K keys, H heads, D hidden size.
 
 import torch
 
-from scrubjay.modeling.attached import ATTENTION
+from scrubjay.modeling.columns import read_columns
+
+ATTENTION = ("sdpa", "eager")
+
+
+def check_layers(decoder, count):
+    """Refuse layers that would call a cache of `count` layers out of order, twice, or not at all."""
+    layers = decoder.layers[: decoder.config.num_hidden_layers]
+    places = [layer.self_attn.layer_idx for layer in layers]
+    if places != list(range(count)):
+        raise ValueError(
+            f"The decoder's layers call the cache by the numbers {places}, and it has {count} layers. Where layers "
+            "were taken out, exchanged or repeated (each time a copy.deepcopy), number them anew and make a new cache: "
+            "for i, layer in enumerate(decoder.layers): layer.self_attn.layer_idx = i; "
+            "decoder.config.num_hidden_layers = len(decoder.layers)."
+        )
+    checkpointing = decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    if checkpointing and (torch.is_grad_enabled() or not all(layer._can_checkpoint_with_cache for layer in layers)):
+        raise ValueError(
+            "Gradient checkpointing runs layers twice and cannot advance a cache: pass none, or call model.eval()."
+        )
+
+
+def check_rows(cache, held, batch):
+    """Refuse a call of `batch` rows to a cache that holds others."""
+    if held != batch:
+        raise ValueError(
+            f"This cache holds {held} rows, the input has {batch}. Use a new {type(cache).__name__}(model), or "
+            "cache.batch_repeat_interleave / cache.batch_select_indices to change its rows."
+        )
 
 
 def check_decoder(decoder):
@@ -15,10 +44,6 @@ def check_decoder(decoder):
         raise ValueError(
             f"AdoreCache gives attention a mask of its own, which {chosen!r} does not take. Load the model with "
             f"attn_implementation= one of {ATTENTION}."
-        )
-    if decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers):
-        raise ValueError(
-            "Gradient checkpointing runs layers twice and cannot advance a cache: pass none, or call model.eval()."
         )
     kind = (getattr(decoder.config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
@@ -47,6 +72,15 @@ def check_sizes(what, held, decoder):
         )
 
 
+def device_of(model) -> torch.device:
+    """Where a model's inputs are to be: with its embedding, or where accelerate runs it and fetches its weights to."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    devices = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", (hook,))]
+    known = [device for device in devices if device is not None]
+    return torch.device(known[0]) if known else embedding.weight.device
+
+
 def mesh_of(decoder):
     """The devices that hold parts of the decoder's weights; None where each of them is whole."""
     return getattr(decoder.layers[0].self_attn.q_proj.weight, "device_mesh", None)
@@ -61,7 +95,8 @@ def mean_over_devices(x, mesh):
 
 
 def attendable(keys, values, like):
-    """keys and values as attention takes them: of the dtype of `like`, a part of the call, unless autocast sees to it."""
+    """keys and values as attention takes them: in the dtype of `like`, a part of the call, if autocast does not see to
+    it."""
     if torch.is_autocast_enabled(like.device.type):
         return keys, values
     return keys.to(like.dtype), values.to(like.dtype)
@@ -74,6 +109,20 @@ def given(kwargs):
     if x is None:
         raise ValueError("The decoder needs input_ids or inputs_embeds; got neither.")
     return x
+
+
+def one_text(kwargs, cache, seen):
+    """A call's keyword arguments, its mask read, for a cache of `seen` columns: each row goes on with its text.
+
+    Raises:
+        ValueError: a row of several documents; arguments that do not fit.
+    """
+    x, mask = given(kwargs), kwargs.get("attention_mask")
+    marks = [kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "seq_idx", "cu_seq_lens_k")]
+    if x.shape[1] == 1 and marks[1:] == [None] * 3 and (mask is None or not mask.is_floating_point()):
+        return kwargs if mask is None else kwargs | {"attention_mask": mask != 0}  # a step waits for no value
+    columns = read_columns(x.shape[:2], x.device, mask, *marks, seen=seen, cache=cache)
+    return kwargs if columns.mask is None else kwargs | {"attention_mask": columns.mask}
 
 
 def as_attention_takes_it(mask, decoder):

@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
 
+from scrubjay.configuration.tested_versions import OLDEST
 from scrubjay.modeling.remote_code import digest, written_class
 
 CARD = "README.md"
@@ -21,10 +22,16 @@ BEGIN = "<!-- scrubjay: every save writes this part anew; text above and below i
 END = "<!-- scrubjay: end -->"
 PART = re.compile(rf"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)})[\s\S])*?{re.escape(END)}")
 PINNED = re.compile(r"^([0-9a-f]{64})  (\S+\.py)\r?$", re.MULTILINE)
-OLDEST_TRANSFORMERS = "5.17"
 CODE_LICENSE = "Apache-2.0"
 NEEDED = {"bitsandbytes": "accelerate, bitsandbytes"}
 NOT_GIVEN = "not given"
+# {end of a class's name: the Hub's name of what it does, what the example of the card prints of the output}
+TASKS = {
+    "ForCausalLM": ("text-generation", None),
+    "ForSequenceClassification": ("text-classification", "logits"),
+    "ForTokenClassification": ("token-classification", "logits"),
+}
+HEADLESS = ("feature-extraction", "last_hidden_state.shape")
 
 
 @dataclass(frozen=True)
@@ -108,9 +115,8 @@ def write_card(model: Any, folder: Path, old: str | None, place: Place = Place()
     except Exception as error:  # of the YAML parser, which is huggingface_hub's affair
         raise ValueError(f"The metadata of the {CARD} there cannot be read. Repair or remove them. {error}") from error
     notes, paper, data = Notes.of(model.config), model.config.paper, card.data
-    task = "text-generation" if _kind(model).endswith("ForCausalLM") else "feature-extraction"
     data["library_name"] = "transformers"
-    data["pipeline_tag"] = data.get("pipeline_tag") or task
+    data["pipeline_tag"] = data.get("pipeline_tag") or TASKS.get(_head(_kind(model)), HEADLESS)[0]
     own = ("custom_code", "scrubjay", model.config.model_type, f"arxiv:{paper['arxiv']}", *place.tags)
     data["tags"] = list(dict.fromkeys([*_as_list(data.get("tags")), *own]))
     if notes.license is not None:
@@ -152,10 +158,16 @@ def _part(model, folder, notes, license_name, place) -> Iterable[str]:
     yield "## How to load"
     needed = ", ".join(["torch", *(NEEDED.get(name, name) for name in _quantizer(model))])
     yield (
-        f"With {needed} and transformers {OLDEST_TRANSFORMERS} or newer; nothing else has to be installed. "
+        f"With {needed} and transformers {OLDEST} or newer; nothing else has to be installed. "
         "`trust_remote_code=True` runs the code files listed below."
     )
     yield _loading(kind, place)
+    if _head(kind) == "ForCausalLM":
+        yield (
+            f"`AutoModelForSequenceClassification.from_pretrained({place.arguments}, num_labels=2, "
+            "trust_remote_code=True)`, or `AutoModelForTokenClassification`, makes a classifier of it: a new `score`, "
+            "which is to be trained, stands where the language model's head stood."
+        )
     yield "## What the paper leaves open"
     yield _choices(model.config)
     yield "## Training"
@@ -177,6 +189,11 @@ def _marked(*values):
 
 def _kind(model):
     return written_class(type(model)).__name__
+
+
+def _head(kind):
+    """Which head a class has, "" without one."""
+    return next((end for end in TASKS if kind.endswith(end)), "")
 
 
 def _quantizer(model):
@@ -208,7 +225,8 @@ def _sizes(model, folder):
 
 def _loading(kind, place):
     where = place.arguments
-    head = "AutoModelForCausalLM" if kind.endswith("ForCausalLM") else "AutoModel"
+    head = f"AutoModel{_head(kind)}"
+    shown = TASKS.get(_head(kind), HEADLESS)[1]
     lines = [f"from transformers import {head}" + (", AutoTokenizer" if place.tokenizer else ""), ""]
     lines.append(f"model = {head}.from_pretrained({where}, trust_remote_code=True)")
     if place.tokenizer:
@@ -217,8 +235,8 @@ def _loading(kind, place):
     else:
         lines[:0] = ["import torch"]
         lines.append('inputs = {"input_ids": torch.tensor([[1, 2, 3]])}  # no tokenizer came with the model')
-    if head == "AutoModel":
-        lines.append("print(model(**inputs).last_hidden_state.shape)")
+    if shown is not None:
+        lines.append(f"print(model(**inputs).{shown})")
     else:
         lines.append("output = model.generate(**inputs, max_new_tokens=20)")
         lines.append("print(tokenizer.decode(output[0]))" if place.tokenizer else "print(output)")

@@ -13,27 +13,34 @@ from scrubjay.configuration.configuration_adore import AdoreConfig
 from scrubjay.modeling.adapters import in_use
 from scrubjay.modeling.cache_adore import AdoreCache
 from scrubjay.modeling.controller import Controller, ControllerEmbedding, ControllerGRU, ControllerLinear, start
-from scrubjay.modeling.wrapped import ZooWrapperForCausalLM, ZooWrapperModel
+from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
+from scrubjay.modeling.wrapped import ZooWrapperForCausalLM, ZooWrapperModel, ZooWrapperPreTrainedModel
 
 
-class FrozenController:
-    """What both models below share: a controller that the language-model loss does not train."""
+class AdorePreTrainedModel(ZooWrapperPreTrainedModel):
+    """What all models below share: a controller that no loss of theirs trains."""
+
+    config_class = AdoreConfig
+    cache_class = AdoreCache
+    _keep_in_fp32_modules_strict = ["controller"]  # a GRU sums over the whole text
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As in transformers, whose loading makes every parameter ask for a gradient."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
-        model.controller.requires_grad_(False)
+        model.base_model.controller.requires_grad_(False)
         return loaded
 
+    def _init_weights(self, module):
+        if isinstance(module, (ControllerLinear, ControllerGRU, ControllerEmbedding)):
+            start(module)
+        else:
+            super()._init_weights(module)
 
-class AdoreModel(FrozenController, ZooWrapperModel):
+
+class AdoreModel(AdorePreTrainedModel, ZooWrapperModel):
     """The decoder without a head, and the controller."""
-
-    config_class = AdoreConfig
-    cache_class = AdoreCache
-    _keep_in_fp32_modules_strict = ["controller"]  # a GRU sums over the whole text
 
     def __init__(self, config):
         super().__init__(config)
@@ -47,12 +54,6 @@ class AdoreModel(FrozenController, ZooWrapperModel):
             config.label_k,
         ).requires_grad_(False)
         self.post_init()
-
-    def _init_weights(self, module):
-        if isinstance(module, (ControllerLinear, ControllerGRU, ControllerEmbedding)):
-            start(module)
-        else:
-            super()._init_weights(module)
 
     def set_controller(self, controller: Controller) -> None:
         """Take the weights of a controller that was trained apart.
@@ -69,13 +70,11 @@ class AdoreModel(FrozenController, ZooWrapperModel):
         held.sizes = dict(controller.sizes)
 
 
-class AdoreForCausalLM(FrozenController, ZooWrapperForCausalLM, GenerationMixin):
-    """The decoder, its head, and the controller."""
+class WithController:
+    """What all heads share: the controller of the model without head, by a short name."""
 
-    config_class = AdoreConfig
-    cache_class = AdoreCache
     model_class = AdoreModel
-    _keep_in_fp32_modules_strict = ["controller"]
+    model: AdoreModel
 
     @property
     def controller(self) -> Controller:
@@ -87,4 +86,22 @@ class AdoreForCausalLM(FrozenController, ZooWrapperForCausalLM, GenerationMixin)
         self.model.set_controller(controller)
 
 
-__all__ = ["AdoreForCausalLM", "AdoreModel"]
+class AdoreForCausalLM(AdorePreTrainedModel, WithController, ZooWrapperForCausalLM, GenerationMixin):
+    """The decoder, its head, and the controller."""
+
+
+class AdoreForSequenceClassification(AdorePreTrainedModel, WithController, ZooForSequenceClassification):
+    """The decoder with scores of a text, and the controller."""
+
+
+class AdoreForTokenClassification(AdorePreTrainedModel, WithController, ZooForTokenClassification):
+    """The decoder with scores of each token, and the controller."""
+
+
+__all__ = [
+    "AdoreForCausalLM",
+    "AdoreForSequenceClassification",
+    "AdoreForTokenClassification",
+    "AdoreModel",
+    "AdorePreTrainedModel",
+]

@@ -8,15 +8,21 @@ from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.modeling.attention_recycled import stand_in
 from scrubjay.modeling.cache_argument import takes_cache
 from scrubjay.modeling.cache_recycled import RecycledCache
-from scrubjay.modeling.wrapped import ZooWrapperForCausalLM, ZooWrapperModel
+from scrubjay.modeling.columns import read_columns
+from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
+from scrubjay.modeling.wrapped import ZooWrapperForCausalLM, ZooWrapperModel, ZooWrapperPreTrainedModel
 
 
-class RecycledModel(ZooWrapperModel):
-    """The decoder without a head."""
+class RecycledPreTrainedModel(ZooWrapperPreTrainedModel):
+    """What all models below share."""
 
     config_class = RecycledConfig
     cache_class = RecycledCache
     _is_stateful = False  # the cache gives tokens back, so another model may propose some
+
+
+class RecycledModel(RecycledPreTrainedModel, ZooWrapperModel):
+    """The decoder without a head."""
 
     @takes_cache
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, **kwargs):
@@ -30,14 +36,14 @@ class RecycledModel(ZooWrapperModel):
         return super().forward(input_ids, attention_mask, position_ids, cache, **kwargs)
 
     def _tail(self, input_ids, attention_mask, position_ids, cache, kwargs):
-        config, columns = self.config, (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
-        packed |= position_ids is not None and columns > 1 and bool((position_ids.diff(dim=-1) != 1).any())
-        if padded or packed or cache is not None or columns <= config.train_tail:
+        config, x = self.config, input_ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        marks = (position_ids, *(kwargs.get(name) for name in ("cu_seq_lens_q", "seq_idx", "cu_seq_lens_k")))
+        columns = read_columns(x.shape[:2], x.device, attention_mask, *marks)
+        plain = columns.real is None and not columns.packed and cache is None
+        if not plain or x.shape[1] <= config.train_tail:
             raise ValueError(
                 f"train_tail = {config.train_tail} needs rows of more tokens than that, without padding, packing or a "
-                f"cache; got {columns} columns. Cut the text into rows of equal length, or set config.train_tail = 0."
+                f"cache; got {x.shape[1]} columns. Cut the text into rows of one length, or set config.train_tail = 0."
             )
         stand_in(self.decoder)  # for good: a layer that is run again in the backward pass must find it, too
         settings = {"recent": config.keep_recent, "kernel": config.pool_kernel, "reduce": config.group_reduce}
@@ -45,13 +51,28 @@ class RecycledModel(ZooWrapperModel):
         return settings, config.full_layers
 
 
-class RecycledForCausalLM(ZooWrapperForCausalLM, GenerationMixin):
+class RecycledForCausalLM(RecycledPreTrainedModel, ZooWrapperForCausalLM, GenerationMixin):
     """The decoder and its head."""
 
-    config_class = RecycledConfig
-    cache_class = RecycledCache
     model_class = RecycledModel
-    _is_stateful = False
 
 
-__all__ = ["RecycledForCausalLM", "RecycledModel"]
+class RecycledForSequenceClassification(RecycledPreTrainedModel, ZooForSequenceClassification):
+    """The decoder with scores of a text."""
+
+    model_class = RecycledModel
+
+
+class RecycledForTokenClassification(RecycledPreTrainedModel, ZooForTokenClassification):
+    """The decoder with scores of each token."""
+
+    model_class = RecycledModel
+
+
+__all__ = [
+    "RecycledForCausalLM",
+    "RecycledForSequenceClassification",
+    "RecycledForTokenClassification",
+    "RecycledModel",
+    "RecycledPreTrainedModel",
+]

@@ -26,6 +26,7 @@ from scrubjay.kernels.rodimus_gates import rodimus_gates
 from scrubjay.kernels.window import window_attention, window_attention_step
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.cache import RodimusCache
+from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
 from scrubjay.modeling.key_names import Copy, Ignore, Merge, Rename, as_mapping, ignored, same
 from scrubjay.modeling.layers import (
     CausalConv,
@@ -304,4 +305,22 @@ class RodimusForCausalLM(RodimusPreTrainedModel, ZooForCausalLM, GenerationMixin
     model_class = RodimusModel
 
 
-__all__ = ["RodimusForCausalLM", "RodimusModel", "RodimusPreTrainedModel"]
+class RodimusForSequenceClassification(RodimusPreTrainedModel, ZooForSequenceClassification):
+    """Rodimus or Rodimus+ with scores of a text."""
+
+    model_class = RodimusModel
+
+
+class RodimusForTokenClassification(RodimusPreTrainedModel, ZooForTokenClassification):
+    """Rodimus or Rodimus+ with scores of each token."""
+
+    model_class = RodimusModel
+
+
+__all__ = [
+    "RodimusForCausalLM",
+    "RodimusForSequenceClassification",
+    "RodimusForTokenClassification",
+    "RodimusModel",
+    "RodimusPreTrainedModel",
+]

@@ -18,9 +18,11 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_ssd import SSDConfig
-from scrubjay.kernels.ssd import ssd, ssd_change
+from scrubjay.kernels.ssd import log_decay, ssd, ssd_change
+from scrubjay.modeling.adapters import heads_of
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.cache import SSDCache
+from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
 from scrubjay.modeling.key_names import Copy, Rename, as_mapping
 from scrubjay.modeling.layers import CausalConv, GatedRMSNorm, Linear, RMSNorm, inverse_softplus, log_uniform
 from scrubjay.modeling.sharding import spread
@@ -94,7 +96,7 @@ class SSDMixer(nn.Module):
         steps = (
             k.view(B, T, self.groups, -1),
             v.view(B, T, self.heads, -1),
-            -dt * self.A_log.to(wide).exp(),
+            log_decay(dt, self.A_log.to(wide)),
             dt,
         )
         if layout.shard is not None:
@@ -133,8 +135,12 @@ class SSDPreTrainedModel(ZooPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         config = self.config
-        if isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):
+        if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=config.initializer_range)
+        elif isinstance(module, nn.Linear) and any(module is head for head in heads_of(self)):
+            init.normal_(module.weight, std=config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, CausalConv):
             module.reset_parameters()
         elif isinstance(module, nn.Linear):
@@ -171,4 +177,22 @@ class SSDForCausalLM(SSDPreTrainedModel, ZooForCausalLM, GenerationMixin):
     model_class = SSDModel
 
 
-__all__ = ["SSDForCausalLM", "SSDModel", "SSDPreTrainedModel"]
+class SSDForSequenceClassification(SSDPreTrainedModel, ZooForSequenceClassification):
+    """SSD with scores of a text."""
+
+    model_class = SSDModel
+
+
+class SSDForTokenClassification(SSDPreTrainedModel, ZooForTokenClassification):
+    """SSD with scores of each token."""
+
+    model_class = SSDModel
+
+
+__all__ = [
+    "SSDForCausalLM",
+    "SSDForSequenceClassification",
+    "SSDForTokenClassification",
+    "SSDModel",
+    "SSDPreTrainedModel",
+]

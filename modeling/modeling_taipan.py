@@ -31,8 +31,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from scrubjay.configuration.configuration_taipan import TaipanConfig
 from scrubjay.kernels.gate import logit, select, threshold_for
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel
-from scrubjay.modeling.cache_argument import ZooCausalLMOutput, ZooModelOutput
+from scrubjay.modeling.cache_argument import ZooCausalLMOutput, ZooClassifierOutput, ZooModelOutput
 from scrubjay.modeling.cache_taipan import TaipanCache
+from scrubjay.modeling.columns import read_columns, read_mask
+from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
 from scrubjay.modeling.layers import GatedMLP, RMSNorm, rotary_table
 from scrubjay.modeling.modeling_ssd import SSDBlock, SSDMixer, SSDPreTrainedModel
 from scrubjay.modeling.selective import Gate, SelectiveAttention
@@ -53,6 +55,15 @@ class TaipanModelOutput(ZooModelOutput):
 @dataclass
 class TaipanCausalLMOutput(ZooCausalLMOutput):
     """As `TaipanModelOutput`; `loss` holds budget_lambda * budget_loss in training."""
+
+    budget_loss: torch.Tensor | None = None
+    selection: torch.Tensor | None = None
+    sequence_selection: torch.Tensor | None = None
+
+
+@dataclass
+class TaipanClassifierOutput(ZooClassifierOutput):
+    """As `TaipanCausalLMOutput`."""
 
     budget_loss: torch.Tensor | None = None
     selection: torch.Tensor | None = None
@@ -183,10 +194,33 @@ class TaipanModel(TaipanPreTrainedModel, ZooModel):
         )
 
 
-class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM, GenerationMixin):
-    """Taipan language model."""
+class WithBudget:
+    """What all heads share: the budget loss in their own, in training."""
 
     model_class = TaipanModel
+    output_class: type[TaipanCausalLMOutput] | type[TaipanClassifierOutput]
+
+    def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None, shard=None):
+        loss = out.loss
+        if loss is not None and self.training:
+            share = 1.0
+            if num_items_in_batch is not None:
+                targets = labels[..., 1:] if shift_labels is None else shift_labels
+                asked = (targets != -100).sum().to(loss.device)
+                share = (asked if shard is None else shard.sum(asked)) / num_items_in_batch
+            loss = loss + self.config.budget_lambda * share * outputs.budget_loss
+        return self.output_class(
+            **{**out, "loss": loss},
+            budget_loss=outputs.budget_loss,
+            selection=outputs.selection,
+            sequence_selection=outputs.sequence_selection,
+        )
+
+
+class TaipanForCausalLM(TaipanPreTrainedModel, WithBudget, ZooForCausalLM, GenerationMixin):
+    """Taipan language model."""
+
+    output_class = TaipanCausalLMOutput
 
     @torch.no_grad()
     def calibrate(
@@ -200,7 +234,7 @@ class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM, GenerationMixin):
         Args:
             input_ids: (B, T) text like that to come; a few thousand tokens.
             rate: None is `config.capacity`.
-            attention_mask: (B, T), 1 for tokens, 0 for padding, which does not count; None: all are tokens.
+            attention_mask: (B, T), as `forward` takes it; padding does not count. None: all are tokens.
 
         Returns: the share of this text that each selective layer selects, in order; with eval_gate="sample" the
             expected one.
@@ -213,7 +247,7 @@ class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM, GenerationMixin):
         rate = self.config.capacity if rate is None else rate
         if not 0 < rate < 1:
             raise ValueError(f"rate must lie between 0 and 1; got {rate}.")
-        if attention_mask is not None and not attention_mask.any():
+        if attention_mask is not None and not read_mask(attention_mask)[0].any():
             raise ValueError("calibrate needs at least one real token; attention_mask is 0 everywhere.")
         self.model.check_places()
         config, sampled, shares = self.config, self.config.eval_gate == "sample", []
@@ -244,26 +278,29 @@ class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM, GenerationMixin):
         finally:
             hook.remove()
         delta = torch.cat(found, 1)  # of the segments of a long text
-        if attention_mask is None:
+        columns = read_columns(input_ids.shape, delta.device, attention_mask)
+        if columns.real is None or columns.packed:  # blocks see the tokens alone
             return delta.flatten()
-        lengths = attention_mask.bool().sum(1, keepdim=True).to(delta.device)
+        lengths = columns.real.sum(1, keepdim=True)
         return delta[torch.arange(delta.shape[1], device=delta.device) < lengths]  # blocks see real tokens first
 
-    def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None, shard=None):
-        loss = out.loss
-        if loss is not None and self.training:
-            share = 1.0
-            if num_items_in_batch is not None:
-                targets = labels[..., 1:] if shift_labels is None else shift_labels
-                asked = (targets != -100).sum().to(loss.device)
-                share = (asked if shard is None else shard.sum(asked)) / num_items_in_batch
-            loss = loss + self.config.budget_lambda * share * outputs.budget_loss
-        return TaipanCausalLMOutput(
-            **{**out, "loss": loss},
-            budget_loss=outputs.budget_loss,
-            selection=outputs.selection,
-            sequence_selection=outputs.sequence_selection,
-        )
+
+class TaipanForSequenceClassification(TaipanPreTrainedModel, WithBudget, ZooForSequenceClassification):
+    """Taipan with scores of a text."""
+
+    output_class = TaipanClassifierOutput
 
 
-__all__ = ["TaipanForCausalLM", "TaipanModel", "TaipanPreTrainedModel"]
+class TaipanForTokenClassification(TaipanPreTrainedModel, WithBudget, ZooForTokenClassification):
+    """Taipan with scores of each token."""
+
+    output_class = TaipanClassifierOutput
+
+
+__all__ = [
+    "TaipanForCausalLM",
+    "TaipanForSequenceClassification",
+    "TaipanForTokenClassification",
+    "TaipanModel",
+    "TaipanPreTrainedModel",
+]

@@ -48,11 +48,11 @@ class Published(PreTrainedModel):
     ) -> None:
         """Write weights, configuration, the code that runs them, and a card, README.md.
 
-        The folder loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` where torch and
-        transformers are installed and this library is not. Everything is written beside what the folder holds and then
-        takes its place: until then an error leaves the folder as it was, and in that moment it has no config.json, so
-        that it does not load. Shards and code files of an earlier save go; other files, and text of your own in
-        README.md, stay.
+        The folder loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, or with that of
+        another head, where torch and transformers are installed and this library is not. Everything is written beside
+        what the folder holds and then takes its place: until then an error leaves the folder as it was, and in that
+        moment it has no config.json, so that it does not load. Shards and code files of an earlier save go; other
+        files, and text of your own in README.md, stay.
 
         Args:
             card: notes for the card, as `describe` takes them.

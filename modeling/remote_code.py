@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification")  # ends of names of classes
 logger = logging.get_logger(__name__)
 OWN_IMPORT = re.compile(r"^(\s*)from scrubjay\.\w+\.(\w+) import ", re.MULTILINE)
 FLAT_IMPORT = re.compile(r"^\s*from \.(\w+) import ", re.MULTILINE)
@@ -47,12 +48,10 @@ def _is_own(cls):
 def auto_map(model_class: Any) -> dict[str, str]:
     """What config.json says of where the classes are, as module.Class of the flat folder."""
     model_class = written_class(model_class)
-    head = _related(model_class, "ForCausalLM")
-    return {
-        "AutoConfig": _flat_name(head.config_class),
-        "AutoModel": _flat_name(head.model_class),
-        "AutoModelForCausalLM": _flat_name(head),
-    }
+    found = {kind: _related(model_class, kind) for kind in HEADS}
+    causal = found[HEADS[0]]
+    named = {"AutoConfig": _flat_name(causal.config_class), "AutoModel": _flat_name(causal.model_class)}
+    return named | {f"AutoModel{kind}": _flat_name(head) for kind, head in found.items()}
 
 
 def code_files(model_class: Any) -> dict[str, str]:
@@ -83,7 +82,7 @@ def digest(content: bytes) -> str:
 
 
 def _related(model_class, suffix):
-    """The causal-LM class that stands in the same module as `model_class`."""
+    """The class with this head that stands in the same module as `model_class`."""
     module = sys.modules[model_class.__module__]
     return next(getattr(module, name) for name in vars(module) if name.endswith(suffix) and not name.startswith("Zoo"))
 

@@ -244,7 +244,7 @@ class SelectiveAttention(nn.Module):
         makes keys and a query in vain, and still reads nothing: a GPU is not asked which rows those are."""
         masked, every = steps_by_mask(ring.keys), self.config.kv_scope == "all"
         index = torch.arange(m.shape[0], device=m.device) if masked else m[:, 0].nonzero()[:, 0]
-        if not len(index) and not every:
+        if not index.shape[0] and not every:
             return self._nothing(x, a, layout)
         k, v = self._keys(x, layout) if every or masked else self._keys(x[index, 0], layout, index)
         positions, lengths = layout.positions, None if every else m[:, 0].long()
@@ -252,7 +252,7 @@ class SelectiveAttention(nn.Module):
             k, v = (t.new_zeros(len(m), 1, *t.shape[1:]).index_copy(0, index, t[:, None]) for t in (k, v))
         seen = ring.held(1)
         ring.append(k, v, positions, lengths)
-        if not len(index):
+        if not index.shape[0]:
             return self._nothing(x, a, layout, k, v)
         keys, values = ring.keys, ring.values
         if not every and self.config.window_axis == "position":
@@ -304,7 +304,7 @@ def _of_rows(proj, x, layout, index, width):
         batch = x if index is None else x.new_zeros(shape.numel(), x.shape[-1]).index_copy(0, index, x)
         y = proj(batch.view(*shape, -1)).flatten(0, 1)
         return y if index is None else y[index]
-    if len(x):
+    if x.shape[0]:
         return proj(x)
     awaited = torch.is_grad_enabled() or layout.shard is not None or any(hooked(part) for part in proj.modules())
     return proj(x.sum(0, keepdim=True))[:0] if awaited else x.new_zeros(0, width)

@@ -8,18 +8,26 @@ from scrubjay.modeling.arguments import given, refuse_unknown
 from scrubjay.modeling.attached import AttachedCache
 from scrubjay.modeling.base import ZooForCausalLM, ZooPreTrainedModel
 from scrubjay.modeling.cache_argument import CACHE, ZooModelOutput, named, takes_cache
-from scrubjay.modeling.layout import arrange
+from scrubjay.modeling.columns import read_columns
+from scrubjay.modeling.decoder_call import as_attention_takes_it
 
 DECODERS_OWN = ("output_hidden_states", "output_attentions", "recycled_tail")  # what goes on to the decoder as it is
 
 
-class ZooWrapperModel(ZooPreTrainedModel):
+class ZooWrapperPreTrainedModel(ZooPreTrainedModel):
+    """What a `ZooWrapperModel` and all that stands on one share: new weights start by the decoder's own rule."""
+
+    _supports_sdpa = True
+
+    def _init_weights(self, module):
+        self.base_model.decoder._init_weights(module)
+
+
+class ZooWrapperModel(ZooWrapperPreTrainedModel):
     """A decoder of transformers whose default cache is the zoo's. Its parameters have the decoder's own names.
 
     Positions are those of the real tokens of each row, so that padding on any side changes nothing.
     """
-
-    _supports_sdpa = True
 
     def __init__(self, config):
         config.validate()  # from_pretrained changes fields after it has read them
@@ -31,10 +39,9 @@ class ZooWrapperModel(ZooPreTrainedModel):
         self.cache_class.stay(decoder)
         self.__dict__["decoder"] = decoder  # not as a module: its children are this model's own, under their own names
         self._no_split_modules = decoder._no_split_modules
+        for layer in decoder.layers:  # before 5.24 one that checkpoints drops its cache even without gradients
+            layer._can_checkpoint_with_cache = True
         self.post_init()
-
-    def _init_weights(self, module):
-        self.decoder._init_weights(module)
 
     def __setattr__(self, name, value):
         """As in torch; what replaces a child (an adapter, other embeddings) does so in the decoder, too."""
@@ -73,9 +80,12 @@ class ZooWrapperModel(ZooPreTrainedModel):
         """(B, T) tokens to (B, T, D) hidden states.
 
         Args:
-            attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row. The
-                zoo's caches remember the padding that they were given.
-            position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as transformers' collators give them.
+            attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row. Also
+                the numbers of packed documents from 1 on, or what is added to scores; see `columns.MASKS`. The zoo's
+                caches remember the padding that they were given.
+            position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as collators give them: positions that restart,
+                offsets (D + 1,) over the B * T columns, or document numbers (B, T), negative at padding. Rows of
+                documents may be padded. Positions are counted by the model itself.
             cache: the zoo's for this model, or one of transformers'. `past_key_values` is the same, as before
                 transformers 5.24.
 
@@ -88,6 +98,7 @@ class ZooWrapperModel(ZooPreTrainedModel):
                 f"{type(self).__name__} attends to every token before its own and hands no state from rank to rank: it "
                 "cannot run on a slice of a sequence. Pass whole rows, without shard_sequence."
             )
+        marks = (position_ids, cu_seq_lens_q, seq_idx, kwargs.get("cu_seq_lens_k"))
         asked = {name: kwargs.pop(name) for name in DECODERS_OWN if kwargs.get(name) is not None}
         refuse_unknown(self, kwargs)
         flags = {name: getattr(self.config, name) for name in ("output_hidden_states", "output_attentions")}
@@ -97,12 +108,13 @@ class ZooWrapperModel(ZooPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         use_cache = not self.checkpoints(cache) and use_cache
         seen = 0 if cache is None else cache.get_seq_length()
-        attention_mask = _whole_mask(cache, seen, shape, attention_mask)
-        packing = (position_ids if seen == 0 else None, cu_seq_lens_q, seq_idx)
-        layout = arrange(shape, device, None, attention_mask, *packing, seen).layout
-        if layout.cu_seqlens is not None:
-            cache, use_cache = None, False
-        positions = _positions(shape, device, attention_mask, seen, layout)
+        columns = read_columns(shape, device, attention_mask, *marks, seen=seen, cache=cache)
+        if columns.packed:
+            use_cache = False  # documents that end in a row have nothing to hand on
+            attention_mask, positions = _documents(columns, self.decoder)
+        else:
+            attention_mask = _whole_mask(cache, seen, shape, columns.mask)
+            positions = _positions(shape, device, attention_mask, seen)
         if use_cache and cache is None:
             cache = self.cache_class(self)
         out = self.decoder(
@@ -135,13 +147,8 @@ def _check_devices(config):
         )
 
 
-class ZooWrapperForCausalLM(ZooForCausalLM):
+class ZooWrapperForCausalLM(ZooWrapperPreTrainedModel, ZooForCausalLM):
     """A `ZooWrapperModel` and the decoder's language-model head. A checkpoint of the decoder loads as it is."""
-
-    _supports_sdpa = True
-
-    def _init_weights(self, module):
-        self.model._init_weights(module)
 
     def get_decoder(self):
         """transformers' own model."""
@@ -169,14 +176,20 @@ def _whole_mask(cache, seen, shape, mask):
     before = cache.real()
     if before is None:
         return mask if mask is None else torch.nn.functional.pad(mask, (seen, 0), value=1)
-    mask = before.new_ones(shape) if mask is None else mask.to(before.device, torch.bool)
-    return torch.cat([before, mask], 1).long()
+    mask = before.new_ones(shape) if mask is None else mask.to(before.device)
+    return torch.cat([before, mask], 1)
 
 
-def _positions(shape, device, mask, seen, layout):
-    """(B, T): numbers of the real tokens of each row, or of each packed document, from 0."""
-    if layout.cu_seqlens is not None:
-        return layout.positions.view(shape)
+def _documents(columns, decoder):
+    """The 4-D mask under which documents see themselves, and positions (B, T) in each. Padding sees padding: attention
+    that sees nothing is not a number."""
+    number, position = (columns.spread(x) for x in columns.located())
+    seen = (number[:, :, None] == number[:, None]).tril()
+    return as_attention_takes_it(seen, decoder), position
+
+
+def _positions(shape, device, mask, seen):
+    """(B, T): numbers of the real tokens of each row, from 0."""
     if mask is None or mask.shape[1] != seen + shape[1]:
         return torch.arange(seen, seen + shape[1], device=device).expand(shape)
     return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -shape[1] :]

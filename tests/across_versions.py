@@ -3,7 +3,7 @@
     python tests/across_versions.py save FOLDER       every model of the zoo, and what it generates
     python tests/across_versions.py check FOLDER      in another environment: the same tokens, without scrubjay
 
-`make test-across` does it with the oldest and the newest environment, both ways.
+`make test-oldest` does it with the oldest version and the pinned one, both ways.
 """
 
 import json

@@ -11,6 +11,7 @@ from kernel_cases import (
     F32,
     F64,
     KERNELS,
+    MARGIN,
     RECURRENT,
     against_reference,
     assert_within,
@@ -46,6 +47,43 @@ def check_decays(kernel, dtype=F32, scale=1e3):
     # 1.5e-11 apart: at scale 1000 the worst gradient of `a` was off by 2.4e-12.
     bound = 1e-11 if dtype == F64 and scale >= 1e3 else None
     assert_within(kernel, *against_reference(kernel, inputs), inputs, bound)
+
+
+# Where log-decays forget everything, among T steps in chunks of `size`.
+FORGETTING = {
+    "the first step": lambda size, T: [0],
+    "the last step": lambda size, T: [T - 1],
+    "a chunk's first step": lambda size, T: [size],
+    "a chunk's last step": lambda size, T: [size - 1],
+    "inside a chunk": lambda size, T: [size // 2],
+    "several of a chunk": lambda size, T: [1, size // 2, size // 2 + 1, size - 2],
+    "a whole chunk": lambda size, T: range(size, 2 * size),
+    "every step": lambda size, T: range(T),
+}
+
+
+def forgetting(inputs, strength, steps):
+    """Weak decays, but `strength` at `steps`, of every second head or channel, and at the first of `steps` of all."""
+    inputs["a"] *= 1e-3
+    inputs["a"][:, steps, ::2] = strength
+    inputs["a"][:, steps[0]] = strength
+    return inputs
+
+
+def check_forgetting(kernel, dtype=F32, strength=-torch.inf, where="several of a chunk"):
+    T, size = two_borders(kernel), KERNELS[kernel].lengths[2]
+    steps = list(FORGETTING[where](size, T))
+    check_forgotten(kernel, forgetting(draw(kernel, T, dtype), strength, steps))
+
+
+def check_forgotten(kernel, inputs, fast=None):
+    """The reference, and no gradient to a decay that forgets everything, not even 1e-17: what such a decay is made of
+    may be larger than 1e30."""
+    got, want = against_reference(kernel, inputs, fast)
+    # In float64 sums of a chunk reach 7e4, where numbers are 1.5e-11 apart: the worst of three seeds was 6.3e-13.
+    assert_within(kernel, got, want, inputs, MARGIN * 6.3e-13 if inputs["a"].dtype == F64 else None)
+    strong = inputs["a"] == inputs["a"].min()
+    assert_within(kernel, {"d a": got["d a"][strong]}, {"d a": torch.zeros(int(strong.sum()))}, inputs, 0.0)
 
 
 def check_documents(kernel, dtype=F64, with_state=True):

@@ -2,7 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from kernel_cases import F32, assert_within, check, draw
+from kernel_cases import F32, OutOfBoundError, assert_within, check, draw
+from kernel_checks import FORGETTING, check_forgotten, forgetting
 
 from scrubjay.kernels import ssd
 
@@ -39,11 +40,28 @@ def check_decays():
     check("ssd", strong(1e3), fast)
 
 
+def check_forgetting_of_ssd(strength=-torch.inf, where="several of a chunk"):
+    """A chunk and six steps; in the backward pass, whose chunks `where` means, two and six."""
+    inputs = draw("ssd", 70, batch=1, states=1, groups=1, heads=2)
+    check_forgotten("ssd", forgetting(inputs, strength, list(FORGETTING[where](32, 70))), fast)
+
+
+def check_no_number():
+    inputs = draw("ssd", 5, batch=1, states=1, groups=1, heads=2)
+    inputs["a"][:, 3] = torch.nan
+    y, state = fast(**inputs)
+    if not (y[:, 3:].isnan().all() and state.isnan().all() and y[:, :3].isfinite().all()):
+        raise OutOfBoundError("ssd: a decay that is no number leaves numbers behind it")
+
+
 def check_step(dtype=F32, **arguments):
     inputs = draw("ssd", 1, dtype, batch=3, states=3, **arguments)
     state = inputs.pop("initial_state")
-    one = {name: x[:, 0] for name, x in inputs.items()}
+    check_step_of({name: x[:, 0] for name, x in inputs.items()}, state)
+
+
+def check_step_of(one, state):
     got = ssd.ssd_step_triton(**one, state=state)
     want = ssd.ssd_step(*(x.double() for x in one.values()), state.double())
     for name, mine, reference in zip(("y", "state"), got, want, strict=True):
-        assert_within("ssd", {name: mine}, {name: reference}, inputs)
+        assert_within("ssd", {name: mine}, {name: reference}, one)

@@ -189,6 +189,11 @@ def test_embeddings_and_shifted_labels_are_cut_as_they_are():
     ("fields", "message"),
     [
         (dict(attention_mask=torch.tensor([[1] * 5 + [0]] * 2)), "cannot split a padded batch"),
+        (dict(attention_mask=torch.tensor([[0.0] * 5 + [-torch.inf]] * 2)), "cannot split a padded batch"),
+        (
+            dict(attention_mask=torch.tensor([[1, 1, 1, 2, 2, 2]] * 2)),
+            r"packed documents \(attention_mask that numbers",
+        ),
         (dict(seq_idx=torch.zeros(2, 6)), r"packed documents \(seq_idx\)"),
         (dict(cu_seq_lens_q=torch.tensor([0, 4, 12])), r"packed documents \(cu_seq_lens_q\)"),
         (dict(position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])), "position_ids that restart"),
@@ -225,8 +230,10 @@ def test_without_a_process_group_the_error_says_what_to_call():
         (dict(labels=tokens(2, 6)), "cannot be shifted"),
         (dict(attention_mask=torch.tensor([[1] * 5 + [0]] * 2)), "cannot have a padding mask"),
         (dict(seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]] * 2)), "cannot have packed documents"),
+        (dict(attention_mask=torch.tensor([[1, 1, 1, 2, 2, 2]] * 2)), "cannot have packed documents"),
+        (dict(seq_idx=torch.tensor([[0, 0, 0, 0, 0, -1]] * 2)), "cannot have a padding mask"),
     ],
-    ids=["columns", "labels", "mask", "documents"],
+    ids=["columns", "labels", "mask", "documents", "numbering mask", "numbers of -1"],
 )
 @pytest.mark.usefixtures("group")
 def test_a_call_that_is_not_a_slice_is_refused(recurrent, fields, message):

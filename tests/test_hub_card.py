@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from zoo import ZOO, tokens
 
-from scrubjay.modeling.model_card import BEGIN, END, OLDEST_TRANSFORMERS, Notes
+from scrubjay.configuration.tested_versions import OLDEST
+from scrubjay.modeling.model_card import BEGIN, END, Notes
 
 ROOT = Path(__file__).parent.parent
 SSD = ZOO[0]
@@ -261,7 +262,7 @@ def test_a_model_without_a_head_says_so(tmp_path, monkeypatch):
 
 
 def test_the_oldest_transformers_is_that_of_the_package():
-    assert f'"transformers>={OLDEST_TRANSFORMERS},' in (ROOT / "pyproject.toml").read_text()
+    assert f'"transformers>={OLDEST},' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_notes_survive_a_configuration_changed_by_hand():

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from kernel_cases import BF16, F32, F64, MARGIN, OutOfBoundError, draw, error, results, widened
+from kernel_checks import forgetting
 
 from scrubjay.kernels import recurrence
 from scrubjay.kernels.ddts import ddts, ddts_change, ddts_change_reference
@@ -70,6 +71,24 @@ def test_a_decay_of_minus_infinity_forgets_all_that_was_before(kernel):
     alone = change(**{name: x[:, 12:] for name, x in inputs.items()})[1]
     assert bool((total == -torch.inf).all())
     assert error(state, alone) < 1e-15
+
+
+@pytest.mark.parametrize("strength", [-torch.inf, -1e14], ids=str)
+@pytest.mark.parametrize("kernel", CHANGES)
+def test_change_with_its_gradients_where_decays_forget_everything(kernel, strength):
+    def factor(change):
+        def call(**inputs):
+            total, state = change(**inputs)
+            return total.exp(), state
+
+        return call
+
+    change, reference, _ = CHANGES[kernel]
+    inputs = forgetting(inputs_of(kernel, 33, F32), strength, [0, 15, 16, 20, 32])
+    got, cotangents = results(factor(change), inputs)
+    for name, want in results(factor(reference), widened(inputs), cotangents)[0].items():
+        assert error(got[name], want) < MARGIN * MEASURED[F32], name
+    assert not got["d a"][inputs["a"] == inputs["a"].min()].any()
 
 
 @pytest.mark.parametrize("kernel", CHANGES)

@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_cases import BF16, OutOfBoundError, check, draw
-from kernel_checks import check_borders, check_closed_form, check_decays, check_documents, check_packed
+from kernel_checks import (
+    check_borders,
+    check_closed_form,
+    check_decays,
+    check_documents,
+    check_forgetting,
+    check_packed,
+)
 
 from scrubjay.kernels import conv, ddts, norm, recurrence, ssd, window
 
@@ -111,6 +118,11 @@ def check_tiles(kernel):
     check(kernel, draw(kernel, 5 * conv.MIN_ROWS, channels=conv.TILE // (4 * conv.MIN_ROWS)))
 
 
+def as_they_are(original):
+    return dict.fromkeys(original, -torch.inf)
+
+
+check_large = partial(check_forgetting, strength=-1e14)
 check_bfloat16 = partial(check_borders, dtype=BF16)
 
 
@@ -128,11 +140,15 @@ MUTATIONS = {
     "ssd: single steps without decay": (ssd, "ssd_step", with_argument(3, lambda a: 0 * a), check_closed_form),
     "ssd: state kept across documents": (recurrence, "documents", borders_forgotten, check_documents),
     "ssd: last chunk never written": (recurrence, "chunks", last_one_forgotten, check_borders),
+    "ssd: a decay of minus infinity in sums": (recurrence, "FORGETS", as_they_are, check_forgetting),
+    "ssd: decays of 1e14 in sums": (recurrence, "FORGETS", as_they_are, check_large),
     "ddts: no decay across a chunk's border": (ddts._Chunk, "advance_", state_not_decayed, check_borders),
     "ddts: gradient of the state not decayed": (ddts._Chunk, "gradients_", gradient_not_decayed, check_borders),
     "ddts: state rounded to bfloat16 between chunks": (ddts._Chunk, "advance_", state_in_bfloat16, check_bfloat16),
     "ddts: a step does not see itself": (ddts, "_lower", with_result(lambda mask: mask.tril(-1)), check_borders),
     "ddts: state kept across documents": (recurrence, "documents", borders_forgotten, check_documents),
+    "ddts: a decay of minus infinity in sums": (recurrence, "FORGETS", as_they_are, check_forgetting),
+    "ddts: decays of 1e14 in sums": (recurrence, "FORGETS", as_they_are, check_large),
     "causal_conv: taps in reverse": (conv, "_convolve", with_argument(1, lambda w: w.flip(1)), check_borders),
     "causal_conv: last tile never written": (conv, "chunks", last_one_forgotten, check_tiles),
     "causal_conv: no bias": (conv, "_convolve", with_argument(2, lambda bias: None), check_borders),

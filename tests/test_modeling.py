@@ -274,19 +274,6 @@ def test_a_cache_of_keys_and_values_is_refused(recurrent):
         recurrent.build()(tokens(2, 5), cache=DynamicCache())
 
 
-def test_packing_with_padding_or_a_used_cache_is_refused(entry):
-    model, ids = entry.build(), tokens(1, 10)
-    cu_seqlens = torch.tensor([0, 4, 10])
-    mask = torch.ones_like(ids)
-    mask[0, 0] = 0
-    with pytest.raises(ValueError, match="a padding mask"):
-        model(ids, attention_mask=mask, cu_seq_lens_q=cu_seqlens)
-    with torch.no_grad():
-        cache = model(ids, use_cache=True).cache
-    with pytest.raises(ValueError, match="already holds tokens"):
-        model(ids, cache=cache, cu_seq_lens_q=cu_seqlens)
-
-
 def test_parallel_plans_name_modules_that_exist(entry):
     from fnmatch import fnmatch
 

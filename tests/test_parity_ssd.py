@@ -121,6 +121,18 @@ def test_ssd_gradients_equal_those_of_its_recurrence(sizes):
     assert max(errors.values()) < BOUND, errors
 
 
+@pytest.mark.parametrize("log_rate", [30.0, 89.0, 800.0])
+def test_ssd_heads_that_forget_everything_equal_their_recurrence(log_rate):
+    """exp(800) is infinite in float64 too."""
+    model = shake(SSDForCausalLM(SSDConfig(**SSD)).double())
+    for block in model.model.layers:
+        block.mixer.A_log.data[::2] = log_rate
+    ids = tokens(model.config.vocab_size, 2, 70)
+    want = ssd_logits(model.state_dict(), model.config, ids)
+    assert error(whole(model, ids), want) < BOUND
+    assert error(through(model, ids, [65] + [1] * 5), want) < BOUND
+
+
 def test_the_padding_token_of_ssd_learns_like_any_other():
     """Published models pad with the token that ends documents; the authors and transformers exempt it from nothing."""
     model, ids, _ = ssd_case(pad_token_id=0)

@@ -8,10 +8,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from peft_cases import whole
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast, Trainer
+from tiny_tokenizer import tiny_tokenizer
+from transformers import BitsAndBytesConfig, Trainer
 from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from zoo import VOCAB, ZOO, relative
@@ -21,10 +19,7 @@ LENGTHS = (5, 9, 7, 12, 6, 8, 10, 4) * 3
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCAB)}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    return tiny_tokenizer()
 
 
 @pytest.fixture

@@ -65,6 +65,17 @@ def test_a_recycled_tail_has_no_effect_outside_train_mode():
         assert torch.equal(got, model(ids, use_cache=False).logits)
 
 
+def test_documents_are_apart_after_a_recycled_tail_was_trained():
+    """Its attention function stays in the decoder for good."""
+    model, ids = build(), tokens(1, 20)
+    model(ids)
+    model.eval()
+    with torch.no_grad():
+        packed = model(ids, attention_mask=torch.tensor([[1] * 8 + [2] * 10 + [0] * 2])).logits
+        parts = [model(part, use_cache=False).logits for part in (ids[:, :8], ids[:, 8:18])]
+    assert (packed[:, :18] - torch.cat(parts, 1)).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recycled_tail_gradients_under_checkpointing_are_the_same(reentrant):
     model, ids = build(), tokens(2, LENGTH)
@@ -104,8 +115,10 @@ def test_recycled_tail_gradients_equal_finite_differences(monkeypatch):
         {"input_ids": tokens(2, 20), "attention_mask": torch.ones(2, 20).tril(10)},
         {"input_ids": tokens(1, 20), "position_ids": torch.cat([torch.arange(8), torch.arange(12)])[None]},
         {"input_ids": tokens(1, 20), "cu_seq_lens_q": torch.tensor([0, 8, 20])},
+        {"input_ids": tokens(1, 20), "attention_mask": torch.tensor([[1] * 8 + [2] * 12])},
+        {"input_ids": tokens(1, 20), "seq_idx": torch.tensor([[0] * 18 + [-1] * 2])},
     ],
-    ids=["short", "padded", "packed", "packed by offsets"],
+    ids=["short", "padded", "packed", "packed by offsets", "packed by a mask", "padded by numbers"],
 )
 def test_recycled_tail_refuses_what_it_is_not_defined_for(arguments):
     with pytest.raises(ValueError, match="train_tail = 5 needs rows of more tokens"):

@@ -125,11 +125,13 @@ def test_autocast_stays_near_float32_and_keeps_states_exact(entry):
     assert min(cosine) > 0.95
 
 
-@pytest.mark.parametrize("more", [{}, {"return_seq_idx": True}, {"return_flash_attn_kwargs": True}], ids=str)
-def test_flattening_collator_equals_separate_documents(entry, more):
-    model = entry.build(torch.float64)
+@pytest.mark.parametrize("numbers", [False, True])
+@pytest.mark.parametrize("bounds", [False, True])
+def test_flattening_collator_equals_separate_documents(entry, numbers, bounds):
+    model, more = entry.build(torch.float64), dict(return_seq_idx=numbers, return_flash_attn_kwargs=bounds)
     documents = [{"input_ids": tokens(1, n, seed=n)[0].tolist()} for n in (9, 1, 30)]
     batch = DataCollatorWithFlattening(return_tensors="pt", **more)(documents)
+    assert ("seq_idx" in batch, "cu_seq_lens_k" in batch) == (numbers, bounds)
     got = model(**batch, num_items_in_batch=torch.tensor(37))
     parts = [model(torch.tensor([d["input_ids"]])).logits for d in documents]
     assert relative(got.logits, torch.cat(parts, 1)) < 1e-10

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from kernel_cases import BF16, F16, F32, F64, assert_within, draw, results, widened
+from kernel_checks import FORGETTING, forgetting
 from rodimus_cases import (
     EPS,
     check_ddts,
@@ -93,10 +94,24 @@ def test_one_strong_decay_among_weak_ones_takes_nothing_from_them():
     check_ddts(inputs)
 
 
-def test_a_decay_of_minus_infinity_forgets_everything():
-    inputs = drawn(70, F16)
-    inputs["a"][:, 20:40:3, ::2] = -torch.inf
-    check_ddts(inputs)
+@pytest.mark.parametrize("where", FORGETTING)
+@pytest.mark.parametrize("strength", [-torch.inf, -1e14], ids=str)
+def test_a_decay_of_minus_infinity_forgets_everything(strength, where):
+    inputs = forgetting(drawn(70, F16), strength, list(FORGETTING[where](32, 70)))
+    found = check_ddts(inputs)
+    assert not found["d a"][inputs["a"] == inputs["a"].min()].any()
+
+
+def test_a_decay_of_minus_infinity_in_packed_documents():
+    inputs, options = documents(F32)
+    last = inputs["a"].shape[1] - 1
+    check_ddts(forgetting(inputs, -torch.inf, [*range(0, last, 4), last]), **options)
+
+
+def test_a_decay_of_minus_infinity_in_a_single_step():
+    q, k, v, a, state = step_inputs()
+    a[:, ::2] = -torch.inf
+    check_step(q, k, v, a, state)
 
 
 def test_inputs_that_are_not_contiguous():

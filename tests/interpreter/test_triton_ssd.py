@@ -6,8 +6,19 @@ measured here: 4e-7 in float32, 9e-3 in bfloat16 (which the interpreter cuts off
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_cases import BF16, F16, F32, F64, assert_within, check, draw, error, results
-from ssd_cases import check_documents_of_ssd, check_step, fast, strong
+from kernel_checks import FORGETTING, check_forgotten, forgetting
+from ssd_cases import (
+    LENGTHS,
+    check_documents_of_ssd,
+    check_forgetting_of_ssd,
+    check_no_number,
+    check_step,
+    check_step_of,
+    fast,
+    strong,
+)
 
 from scrubjay.kernels.ssd import ssd
 from scrubjay.kernels.ssd_triton import ssd_step_triton
@@ -69,6 +80,34 @@ def test_one_strong_decay_among_weak_ones_takes_nothing_from_them():
     inputs["a"] *= 1e-3
     inputs["a"][:, 17] = -1e4
     check("ssd", inputs, fast)
+
+
+@pytest.mark.parametrize("where", FORGETTING)
+@pytest.mark.parametrize("strength", [-torch.inf, -1e14], ids=str)
+def test_decays_that_forget_everything_take_nothing_from_weak_ones(strength, where):
+    check_forgetting_of_ssd(strength, where)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_decays_that_forget_everything_in_16_bits(dtype):
+    inputs = draw("ssd", 131, dtype, batch=1, states=1, groups=1, heads=2)
+    check_forgotten("ssd", forgetting(inputs, -torch.inf, [5, 63, 64, 100, 127, 130]), fast)
+
+
+def test_decays_that_forget_everything_in_packed_documents():
+    inputs = draw("ssd", sum(LENGTHS), batch=1, states=len(LENGTHS), groups=1, heads=2)
+    inputs = forgetting(inputs, -torch.inf, [*range(0, sum(LENGTHS), 4), sum(LENGTHS) - 1])
+    check("ssd", inputs, fast, cu_seqlens=F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0)))
+
+
+def test_decays_that_forget_everything_in_single_steps():
+    inputs = {name: x[:, 0] for name, x in draw("ssd", 1, states=0).items()}
+    inputs["a"][:, ::2] = -torch.inf
+    check_step_of(inputs, torch.randn(2, 4, 5, 7))
+
+
+def test_a_decay_that_is_no_number_is_not_taken_for_one_that_forgets():
+    check_no_number()
 
 
 def test_inputs_that_are_not_contiguous():

@@ -3,11 +3,23 @@
 None makes a kernel write beyond its tensors: the interpreter would write there.
 """
 
+from functools import partial
+
 import pytest
-from ssd_cases import check_chunks, check_decays, check_documents_of_ssd, check_step, check_tiles
+from ssd_cases import (
+    check_chunks,
+    check_decays,
+    check_documents_of_ssd,
+    check_forgetting_of_ssd,
+    check_no_number,
+    check_step,
+    check_tiles,
+)
 from triton_mutation import must_be_found
 
 from scrubjay.kernels import ssd_triton
+
+check_large = partial(check_forgetting_of_ssd, -1e14)
 
 # name: (the code as it is, the code with the error, the comparison that finds it)
 MUTATIONS = {
@@ -17,6 +29,16 @@ MUTATIONS = {
         check_decays,
     ),
     "sums: what was rounded off is lost": ("(c - high.to(tl.float64)).to(tl.float32)", "(0 * high)", check_decays),
+    "sums: of decays as large as they come": (
+        "decay = tl.where(decay < FORGETS, FORGETS, decay)",
+        "decay = tl.where(decay < FORGETS, decay, decay)",
+        check_large,
+    ),
+    "sums: what is no number taken for a small one": (
+        "decay = tl.where(decay < FORGETS, FORGETS, decay)",
+        "decay = tl.maximum(decay, FORGETS)",
+        check_no_number,
+    ),
     "sums: one step late": (
         "step, here = _wide(start) + t,",
         "step, here = _wide(start) + tl.maximum(t - 1, 0),",
