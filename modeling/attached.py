@@ -8,6 +8,7 @@ import copy
 import inspect
 import threading
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -116,8 +117,8 @@ class AttachedCache(Cache):
     A pickle holds the state alone: what comes of it belongs to no model until it is told which, by `attach`.
     """
 
-    _decoder: "weakref.ref[nn.Module] | None" = None
-    _detach: "weakref.finalize | None" = None
+    _decoder: Any = None  # a weak reference
+    _detach: Any = None  # and what ends with the cache
     _caller: threading.Thread | None = None  # whose call is in progress
     _ahead = False  # whether it has made calls of its own meanwhile
     _outside = ("_detach", "_decoder", "_caller", "_ahead")  # of no meaning to a copy
@@ -212,6 +213,23 @@ class AttachedCache(Cache):
     def real(self) -> torch.Tensor | None:
         """(B, seen) bool, which columns given so far are tokens; None: all."""
         return None
+
+    def _map(self, change):
+        """Apply a change of rows to all that is held."""
+        for layer in self.layers:
+            layer.map(change)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, in that order."""
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times in place."""
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def reset(self) -> None:
         """Forget every token, and a call that was broken off."""

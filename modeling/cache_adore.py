@@ -70,6 +70,7 @@ class AdoreCache(AttachedCache):
     """
 
     row_bytes = staticmethod(row_bytes)
+    scorer: Any  # of a pickle that is not yet attached, the name of its kind
 
     def __init__(
         self,
@@ -110,9 +111,8 @@ class AdoreCache(AttachedCache):
         if self.layers[0].is_initialized:
             check_sizes("This cache", [len(self.layers), *self.layers[0].keys.shape[1::2]], decoder)
         if isinstance(self.scorer, str):
-            controller = in_use(getattr(model, "controller", None)) if controller is None else controller
-            check_scorer("This cache", self.scorer, controller)
-            self.scorer = scorer_for(controller, decoder)
+            controller = controller or in_use(getattr(model, "controller", None))
+            self.scorer = scorer_for(check_scorer("This cache", self.scorer, controller), decoder)
         super().attach(decoder)
 
     def _build(self, settings, scorer, num_layers):
@@ -158,7 +158,7 @@ class AdoreCache(AttachedCache):
         self._pieces = pieces
         return kwargs
 
-    def leave(self, decoder: nn.Module, output):
+    def leave(self, decoder: nn.Module | None, output):
         """Cut the rebuilt tokens off, and put what was run ahead in front."""
         step, pieces = self._step, self._pieces
         self._step = self._pieces = None
@@ -348,24 +348,11 @@ class AdoreCache(AttachedCache):
         self._clear()
 
     def _map(self, change):
-        for layer in self.layers:
-            layer.map(change)
+        super()._map(change)
         self.history.map(change)
         if self.slots is not None:
             self.slots = change(self.slots)
             self.last_rebuilt = change(self.last_rebuilt)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was: keys, values and all that is known of its tokens."""
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, in that order."""
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times in place."""
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def __getstate__(self):
         """What a pickle holds: of a scorer with weights its kind alone."""

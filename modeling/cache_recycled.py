@@ -135,24 +135,10 @@ class RecycledCache(AttachedCache):
             return None
         return F.pad(self.call.real[:, :seen], (0, columns), value=True)  # new columns are tokens
 
-    def _map_real(self, change):
+    def _map(self, change):
+        super()._map(change)
         if self.call.real is not None:
             self.call.real = change(self.call.real)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes what row beam_idx[i] was."""
-        super().reorder_cache(beam_idx)
-        self._map_real(lambda real: real[beam_idx.to(real.device)])
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, in that order."""
-        super().batch_select_indices(indices)
-        self._map_real(lambda real: real[indices.to(real.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times in place."""
-        super().batch_repeat_interleave(repeats)
-        self._map_real(lambda real: real.repeat_interleave(repeats, 0))
 
     def reset(self) -> None:
         """Forget every token; the settings stay."""

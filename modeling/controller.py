@@ -327,8 +327,9 @@ def scorer_for(controller: Scorer | str, decoder: Any) -> Scorer:
     return controller
 
 
-def check_scorer(what: Any, needed: str, scorer: Scorer | None) -> None:
-    """Refuse a scorer of another kind than `what` was made with."""
-    if type(scorer).__name__ != needed:
+def check_scorer(what: Any, needed: str, scorer: Scorer | None) -> Scorer:
+    """The scorer, refused if it is of another kind than `what` was made with."""
+    if scorer is None or type(scorer).__name__ != needed:
         got = "none" if scorer is None else f"a {type(scorer).__name__}"
         raise ValueError(f"{what} was made with a {needed}, here is {got}. Pass the same as controller=.")
+    return scorer

@@ -144,7 +144,7 @@ def one_text(kwargs, cache, seen):
 
 def as_attention_takes_it(mask, decoder):
     """(B, Q, K) bool to the 4-D mask of the decoder's attention: bool for sdpa, additive for eager."""
-    if decoder.config._attn_implementation.endswith("sdpa"):  # or what stands in for it
+    if decoder.config._attn_implementation == "sdpa":
         return mask[:, None]
     low = torch.finfo(decoder.dtype).min
     return torch.zeros(mask.shape, dtype=decoder.dtype, device=mask.device).masked_fill_(~mask, low)[:, None]
