@@ -37,7 +37,7 @@ from scrubjay.modeling.cache_argument import (
     takes_cache,
 )
 from scrubjay.modeling.context_parallel import SequenceShard
-from scrubjay.modeling.layers import Linear, RMSNorm
+from scrubjay.modeling.layers import RMSNorm, project
 from scrubjay.modeling.layout import arrange
 from scrubjay.modeling.publishing import Published
 
@@ -307,7 +307,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_function = causal_lm_loss
         self.post_init()
 
@@ -351,7 +351,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         x = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         x = x if isinstance(keep, int) else x[:, keep]
-        logits = self.lm_head(x)
+        logits = project(self.lm_head, x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = None
         if labels is not None or loss_kwargs.get("shift_labels") is not None:
