@@ -20,10 +20,15 @@ _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 
 def linear(x, weight, bias=None):
     """`torch.nn.functional.linear`, differentiable as often. Error against it in float32: 1e-6 of the largest value."""
-    if x.ndim < 2 or not _wins(x, weight, x.numel() * weight.shape[0]):
+    if not wins(x, weight):
         return F.linear(x, weight, bias)
     y = _product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
+
+
+def wins(x, weight) -> bool:
+    """Whether `linear` does not leave these operands to PyTorch."""
+    return x.ndim >= 2 and _wins(x, weight, x.numel() * weight.shape[0])
 
 
 def matmul(a, b):

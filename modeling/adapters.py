@@ -2,11 +2,11 @@
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
-from scrubjay.modeling.layers import Linear
 
 logger = logging.get_logger(__name__)
 BLOCK = 64  # numbers that share a scale in bitsandbytes' 4 bits
@@ -24,7 +24,7 @@ def heads_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def make_replaceable(model: PreTrainedModel, quantization_config) -> None:
-    """Leave plain `torch.nn.Linear` layers, which quantizers replace, where they may, and subclasses where not.
+    """Make subclasses of the `torch.nn.Linear` layers, which quantizers replace, that they are to leave alone.
 
     Not in 4 bits are layers whose inputs are no multiple of 64: on a CPU bitsandbytes takes the scale of another block
     for some of their numbers (0.50.2), and a checkpoint is to be the same on all devices.
@@ -33,15 +33,13 @@ def make_replaceable(model: PreTrainedModel, quantization_config) -> None:
     in_blocks = settings.get("load_in_4bit", False)
     head, whole = {part for top in heads_of(model) for part in top.modules()}, []
     for name, module in model.named_modules():
-        if type(module) not in (Linear, nn.Linear):
+        if type(module) is not nn.Linear:
             continue
         if module in head:  # quantizers leave one out as long as nobody gives them a list of their own
             module.__class__ = WholeLinear
         elif in_blocks and module.in_features % BLOCK:
             module.__class__ = WholeLinear
             whole.append(f"{name} ({module.in_features})")
-        else:
-            module.__class__ = nn.Linear
     if whole:
         logger.warning_once(f"Not in 4 bits, because their inputs are no multiple of {BLOCK}: {', '.join(whole)}.")
 
@@ -65,9 +63,10 @@ def adapts(value: object) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward method: FSDP gathers weights and accelerate fetches them
-    (by a forward method of its own, which it marks so), peft chooses adapters."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or hasattr(module, "_hf_hook"))
+    """Whether a call of the module does more than its class's forward method: FSDP gathers weights and accelerate
+    fetches them (by a forward method of the module's own), peft chooses adapters, profilers watch every module."""
+    own = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return bool(own) or "forward" in module.__dict__ or _has_any_global_hook()
 
 
 def in_use(module):

@@ -36,7 +36,7 @@ from scrubjay.modeling.cache_argument import (
 )
 from scrubjay.modeling.columns import one_text_a_row, read_columns
 from scrubjay.modeling.context_parallel import SequenceShard
-from scrubjay.modeling.layers import Linear, RMSNorm
+from scrubjay.modeling.layers import RMSNorm, project
 from scrubjay.modeling.layout import arrange
 from scrubjay.modeling.losses import causal_lm_loss
 from scrubjay.modeling.publishing import Published
@@ -294,7 +294,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_function = causal_lm_loss
         self.post_init()
 
@@ -352,7 +352,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
 
     def head(self, x):
         """The logits (..., V) of hidden states (..., D), in float32 or wider."""
-        logits = self.lm_head(x)
+        logits = project(self.lm_head, x)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None, shard=None):

@@ -14,7 +14,6 @@ from scrubjay.kernels.dispatch import traced
 from scrubjay.modeling.base import ZooPreTrainedModel
 from scrubjay.modeling.cache_argument import CACHE, ZooClassifierOutput, takes_cache
 from scrubjay.modeling.columns import read_columns
-from scrubjay.modeling.layers import Linear
 from scrubjay.modeling.losses import causal_lm_loss
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
@@ -38,7 +37,7 @@ class ZooClassifier(ZooPreTrainedModel):
 
     def make_score(self, config) -> nn.Module:
         """The layer that is called `score`."""
-        return Linear(config.hidden_size, config.num_labels, bias=False)
+        return nn.Linear(config.hidden_size, config.num_labels, bias=False)
 
     @takes_cache
     @can_return_tuple
@@ -148,7 +147,7 @@ class ZooForTokenClassification(ZooClassifier):
     def make_score(self, config):
         rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
         self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
-        return Linear(config.hidden_size, config.num_labels, bias=getattr(config, "token_classification_bias", True))
+        return nn.Linear(config.hidden_size, config.num_labels, bias=getattr(config, "token_classification_bias", True))
 
     def scored(self, x, input_ids, said, shard):
         return self.dropout(x)

@@ -8,15 +8,20 @@ from torch import nn
 from transformers import initialization as init
 
 from scrubjay.kernels.conv import causal_conv
-from scrubjay.kernels.linear import linear
+from scrubjay.kernels.linear import linear, wins
 from scrubjay.kernels.norm import gated_rms_norm, rms_norm
+from scrubjay.modeling.adapters import hooked
 
 
-class Linear(nn.Linear):
-    """`torch.nn.Linear`, faster on some CPUs."""
+def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """layer(x), of a plain `torch.nn.Linear` by the product that is faster on some CPUs.
 
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
+    The layers are no class of their own, because quantizers look for torch's by its exact type. What acts on a layer's
+    call (a hook, an adapter, another class in its place) acts here too: then the layer is called.
+    """
+    if type(layer) is nn.Linear and wins(x, layer.weight) and not hooked(layer):
+        return linear(x, layer.weight, layer.bias)
+    return layer(x)
 
 
 class RMSNorm(nn.Module):
@@ -71,12 +76,12 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.fc = Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.out_proj = ends_branch(Linear(intermediate_size, hidden_size, bias=False))
+        self.fc = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.out_proj = ends_branch(nn.Linear(intermediate_size, hidden_size, bias=False))
 
     def forward(self, x):
-        up, gate = self.fc(x).chunk(2, -1)
-        return self.out_proj(F.silu(gate) * up)
+        up, gate = project(self.fc, x).chunk(2, -1)
+        return project(self.out_proj, F.silu(gate) * up)
 
 
 def ends_branch(projection: nn.Linear) -> nn.Linear:

@@ -32,11 +32,11 @@ from scrubjay.modeling.layers import (
     CausalConv,
     GatedMLP,
     GatedRMSNorm,
-    Linear,
     RMSNorm,
     ends_branch,
     inverse_softplus,
     log_uniform,
+    project,
     rotary_table,
     rotate,
 )
@@ -139,28 +139,30 @@ class RodimusMixer(nn.Module):
         m, n = config.inner_size, config.state_size
         self.n, self.chunk = n, config.chunk_size
         self.k_norm_eps = config.k_norm_eps
-        self.fc = Linear(config.hidden_size, 2 * m, bias=False)
+        self.fc = nn.Linear(config.hidden_size, 2 * m, bias=False)
         self.conv1d = CausalConv(m, config.conv_kernel)
-        self.in_proj = Linear(m, 2 * n, bias=False)
-        self.mem_gate_proj = Linear(m, 2 * n, bias=False)
+        self.in_proj = nn.Linear(m, 2 * n, bias=False)
+        self.mem_gate_proj = nn.Linear(m, 2 * n, bias=False)
         self.mem_gate_bias = nn.Parameter(torch.empty(2 * n))  # its own parameter, because it is added in float32
-        self.ch_gate_down = Linear(m, config.input_gate_rank, bias=False)
-        self.ch_gate_up = Linear(config.input_gate_rank, m)
+        self.ch_gate_down = nn.Linear(m, config.input_gate_rank, bias=False)
+        self.ch_gate_up = nn.Linear(config.input_gate_rank, m)
         self.residual_weight = nn.Parameter(torch.empty(m))
         self.act_norm = GatedRMSNorm(m, config.rms_norm_eps)
         self.act_dropout = nn.Dropout(config.activation_dropout)
-        self.out_proj = ends_branch(Linear(m, config.hidden_size, bias=False))
+        self.out_proj = ends_branch(nn.Linear(m, config.hidden_size, bias=False))
 
     def forward(self, h, layout, state=None):
         """`state`: the block's `StateLayer`, advanced in place, or None."""
-        x, z = self.fc(h).chunk(2, -1)  # (B, T, M) twice
+        x, z = project(self.fc, h).chunk(2, -1)  # (B, T, M) twice
         conv, s = (None, None) if state is None else state.read(x)
         if layout.shard is not None:
             conv = layout.shard.halo(x, self.conv1d.taps - 1)
         seen, conv = self.conv1d(x, conv, layout)
-        gates = (self.in_proj(seen), self.mem_gate_proj(seen), self.mem_gate_bias)
+        gates = (project(self.in_proj, seen), project(self.mem_gate_proj, seen), self.mem_gate_bias)
         q, k, a = rodimus_gates(*gates, self.k_norm_eps)  # (B, T, N) each
-        v = torch.sigmoid(self.ch_gate_up(self.ch_gate_down(x))) * x  # gated by x before the convolution
+        v = (
+            torch.sigmoid(project(self.ch_gate_up, project(self.ch_gate_down, x))) * x
+        )  # gated by x before the convolution
         if layout.lengths is not None:
             v, a = v * layout.real, a * layout.real  # such a step adds nothing and forgets nothing
         if layout.shard is not None:
@@ -168,7 +170,7 @@ class RodimusMixer(nn.Module):
         y, s = ddts(q, k, v, a, s, layout.cu_seqlens, chunk=self.chunk, overwrite=True)
         if state is not None:
             state.write(conv, s)
-        return self.out_proj(self.act_dropout(self.act_norm(y, z, seen, self.residual_weight)))
+        return project(self.out_proj, self.act_dropout(self.act_norm(y, z, seen, self.residual_weight)))
 
 
 class SharedKeyWindow(nn.Module):
@@ -179,14 +181,15 @@ class SharedKeyWindow(nn.Module):
         self.head_dim, self.window, self.interleaved = config.head_dim, config.sliding_window, config.rope_interleaved
         self.dropout = config.attention_dropout
         d = config.hidden_size
-        self.q_proj = Linear(d, d, bias=False)
-        self.k_proj = Linear(d, config.num_key_heads * self.head_dim, bias=False)
-        self.v_proj = Linear(d, config.num_value_heads * self.head_dim, bias=False)
-        self.o_proj = ends_branch(Linear(d, d, bias=False))
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, config.num_key_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(d, config.num_value_heads * self.head_dim, bias=False)
+        self.o_proj = ends_branch(nn.Linear(d, d, bias=False))
 
     def forward(self, x, layout, state=None):
         """`state`: the block's `WindowStateLayer`, whose ring is advanced in place, or None."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (project(proj, x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
         if layout.rotary is not None:
             q, k = (rotate(t, layout.rotary, self.interleaved) for t in (q, k))
         if state is not None and x.shape[1] == 1 and layout.lengths is None and layout.shard is None:
@@ -198,7 +201,7 @@ class SharedKeyWindow(nn.Module):
             o = window_attention(q, k, v, self.window, past, layout.cu_seqlens, dropout=dropout)
             if state is not None:
                 state.append(k, v, layout.lengths)
-        return self.o_proj(o.flatten(2))
+        return project(self.o_proj, o.flatten(2))
 
     def past(self, k, v, layout, state):
         """(k, v, real) of the steps before the call, or None."""

@@ -24,7 +24,7 @@ from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.cache import SSDCache
 from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
 from scrubjay.modeling.key_names import Copy, Rename, as_mapping
-from scrubjay.modeling.layers import CausalConv, GatedRMSNorm, Linear, RMSNorm, inverse_softplus, log_uniform
+from scrubjay.modeling.layers import CausalConv, GatedRMSNorm, RMSNorm, inverse_softplus, log_uniform, project
 from scrubjay.modeling.sharding import spread
 
 LEAVES = (
@@ -71,18 +71,18 @@ class SSDMixer(nn.Module):
         self.inner, self.keys, self.heads = config.inner_size, config.n_groups * config.state_size, config.num_heads
         self.groups, self.chunk, self.limit = config.n_groups, config.chunk_size, config.time_step_limit
         out = self.inner + config.conv_size + self.heads
-        self.in_proj = Linear(config.hidden_size, out, bias=config.use_bias)
+        self.in_proj = nn.Linear(config.hidden_size, out, bias=config.use_bias)
         self.conv1d = CausalConv(config.conv_size, config.conv_kernel, config.use_conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.empty(self.heads))
         self.norm = GatedRMSNorm(self.inner, config.layer_norm_epsilon, self.groups)
-        self.out_proj = Linear(self.inner, config.hidden_size, bias=config.use_bias)
+        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.use_bias)
 
     def forward(self, x, layout, state=None):
         """`state`: the block's `StateLayer`, advanced in place, or None."""
         B, T, _ = x.shape
-        z, vkq, dt = self.in_proj(x).split([self.inner, self.inner + 2 * self.keys, self.heads], -1)
+        z, vkq, dt = project(self.in_proj, x).split([self.inner, self.inner + 2 * self.keys, self.heads], -1)
         conv, s = (None, None) if state is None else state.read(vkq)
         if layout.shard is not None:
             conv = layout.shard.halo(vkq, self.conv1d.taps - 1)
@@ -107,7 +107,7 @@ class SSDMixer(nn.Module):
         if state is not None:
             state.write(conv, s)
         skip = self.D[:, None].expand(-1, self.inner // self.heads).reshape(-1)
-        return self.out_proj(self.norm(y.flatten(2), z, v, skip))
+        return project(self.out_proj, self.norm(y.flatten(2), z, v, skip))
 
 
 class SSDBlock(GradientCheckpointingLayer):

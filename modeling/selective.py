@@ -21,7 +21,7 @@ from scrubjay.kernels.gate import (
 )
 from scrubjay.kernels.select_attention import pack, select_attention, select_attention_step, steps_by_mask
 from scrubjay.modeling.adapters import adapts, hooked, in_use
-from scrubjay.modeling.layers import Linear, RMSNorm, ends_branch, rotate
+from scrubjay.modeling.layers import RMSNorm, ends_branch, project, rotate
 
 
 class RowNorm(RMSNorm):
@@ -60,10 +60,10 @@ class SelectiveAttention(nn.Module):
         d, self.head_dim = config.hidden_size, config.attention_head_dim
         self.norm = RowNorm(d, config.layer_norm_epsilon)
         self.gate = Gate(config)
-        self.q_proj = Linear(d, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = Linear(d, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = Linear(d, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = ends_branch(Linear(config.num_attention_heads * self.head_dim, d, bias=False))
+        self.q_proj = nn.Linear(d, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(d, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(d, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = ends_branch(nn.Linear(config.num_attention_heads * self.head_dim, d, bias=False))
         self.post_norm = RMSNorm(d, config.layer_norm_epsilon) if config.sal_post_norm else None
 
     def forward(self, h, layout, ring=None, threshold=0.5):
@@ -302,16 +302,16 @@ def _of_rows(proj, x, layout, index, width):
     is gathered in the call or sent after it. Else it is not called.
     """
     if x.ndim == 3:
-        return proj(x)
+        return project(proj, x)
     if adapts(proj) and hooked(proj):
         shape = layout.positions.shape
         batch = x if index is None else x.new_zeros(shape.numel(), x.shape[-1]).index_copy(0, index, x)
-        y = proj(batch.view(*shape, -1)).flatten(0, 1)
+        y = project(proj, batch.view(*shape, -1)).flatten(0, 1)
         return y if index is None else y[index]
     if x.shape[0]:
-        return proj(x)
+        return project(proj, x)
     awaited = torch.is_grad_enabled() or layout.shard is not None or any(hooked(part) for part in proj.modules())
-    return proj(x.sum(0, keepdim=True))[:0] if awaited else x.new_zeros(0, width)
+    return project(proj, x.sum(0, keepdim=True))[:0] if awaited else x.new_zeros(0, width)
 
 
 def _spread(x, packed):
