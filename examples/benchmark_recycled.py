@@ -52,7 +52,7 @@ class Decoding:
     """
 
     def __init__(self, sizes: Sizes, dtype: torch.dtype, policy: str, **changes):
-        settings, self.call = settings_of(sizes, policy=policy, **changes), Call(active=True)
+        settings, self.call = settings_of(sizes, policy=policy, **changes), Call()
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> torch.Tensor:
