@@ -149,9 +149,9 @@ def reorder_without(*left):
     """Rows move, but for the tensors of these names."""
 
     def changed(original):
-        def select(self, indices):
+        def select(self, change):
             stay = {name: tensor for name, tensor in self.tensors().items() if name in left}
-            original(self, indices)
+            original(self, change)
             for name, tensor in stay.items():
                 self.set(name, tensor)
 
@@ -246,15 +246,15 @@ MUTATIONS = {
         functools.partial(check_crop, stride=4),
     ),
     "beams: keys not reordered": (
-        [(KeepingLayer, "batch_select_indices", reorder_without("kept.keys", "kept.values"))],
+        [(KeepingLayer, "map", reorder_without("kept.keys", "kept.values"))],
         check_reorder,
     ),
     "beams: ranks not reordered": (
-        [(KeepingLayer, "batch_select_indices", reorder_without("kept.rank"))],
+        [(KeepingLayer, "map", reorder_without("kept.rank"))],
         functools.partial(check_reorder, n_sink=3),
     ),
     "beams: mass not reordered": (
-        [(KeepingLayer, "batch_select_indices", reorder_without("mass"))],
+        [(KeepingLayer, "map", reorder_without("mass"))],
         functools.partial(check_reorder, "h2o"),
     ),
     "dynamic: turned the other way": ([(RecycledLayer, "mean_of", turned_the_other_way)], check_dynamic),
