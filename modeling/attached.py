@@ -119,9 +119,10 @@ class AttachedCache(Cache):
 
     _decoder: Any = None  # a weak reference
     _detach: Any = None  # and what ends with the cache
+    _on = False  # asked in every call, which torch.compile may trace: it cannot guard on what Python finalizes
     _caller: threading.Thread | None = None  # whose call is in progress
     _ahead = False  # whether it has made calls of its own meanwhile
-    _outside = ("_detach", "_decoder", "_caller", "_ahead")  # of no meaning to a copy
+    _outside = ("_detach", "_decoder", "_on", "_caller", "_ahead")  # of no meaning to a copy
 
     def attach(self, model: nn.Module) -> None:
         """Take part in the calls of `model` that are given this cache."""
@@ -132,6 +133,7 @@ class AttachedCache(Cache):
             hooks = kind._join(decoder, token)
         self._detach = weakref.finalize(self, _take_off, self._decoder, hooks, token)
         self._detach.atexit = False
+        self._on = True
 
     @classmethod
     def stay(cls, decoder: nn.Module) -> None:
@@ -160,6 +162,7 @@ class AttachedCache(Cache):
         """Whether this is a cache for the decoder."""
         return self.attached and self._decoder() is decoder
 
+    @torch.compiler.disable  # which thread calls is nothing that a program can hold
     def begin(self, decoder: nn.Module, kwargs: dict) -> dict:
         """`enter`, if no other call is in progress.
 
@@ -178,6 +181,7 @@ class AttachedCache(Cache):
             self._caller = me
         return self.enter(decoder, kwargs)
 
+    @torch.compiler.disable
     def end(self, decoder: nn.Module, output):
         """`leave`, if it was this thread's call."""
         if self._caller is not threading.current_thread():
@@ -245,13 +249,14 @@ class AttachedCache(Cache):
     def close(self) -> None:
         """Leave the model. The cache cannot be used afterwards, unless it is attached again."""
         if self._detach is not None:
+            self._on = False
             self._detach()
             self._abandon()
 
     @property
     def attached(self) -> bool:
         """Whether the cache takes part in its model's calls."""
-        return self._detach is not None and self._detach.alive and self._decoder() is not None
+        return self._on and self._decoder() is not None
 
     def __enter__(self):
         return self

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
+from scrubjay.kernels.dispatch import exported
 from scrubjay.modeling.base import ZooForCausalLM
 from scrubjay.modeling.cache import StateCache
+from scrubjay.modeling.columns import read_mask
 
 BEGUN = 1  # columns seen: of them a step asks only whether there were any. Positions are in the state
 
@@ -31,10 +33,10 @@ class Prefill(nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """attention_mask: (B, T), 1 for tokens, 0 for padding anywhere in a row."""
+        """attention_mask: (B, T), 1 for tokens, 0 for padding anywhere in a row, or what is added to scores."""
         x, state = _advance(self.model, self.model.cache_class(self.model.config), input_ids, attention_mask)
         columns = torch.arange(input_ids.shape[1], device=x.device)
-        last = (columns * attention_mask.bool()).amax(1)[:, None, None]
+        last = (columns * read_mask(attention_mask, look=not exported())[0]).amax(1)[:, None, None]
         return _given(self.model.head(x.gather(1, last.expand(-1, -1, x.shape[2]))[:, 0]), state)
 
 

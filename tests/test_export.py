@@ -148,6 +148,16 @@ def test_saved_programs_decode_as_the_model_does_where_torch_is_alone(recurrent,
 
 
 @torch.no_grad()
+def test_a_prompts_last_token_is_found_by_an_added_mask():
+    model, ids = shallow(ZOO[0]), tokens(2, 5)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
+    prefill = Prefill(model)
+    want = prefill(ids, mask)
+    for got in (prefill(ids, torch.where(mask > 0, 0.0, -torch.inf)), prefill(ids, mask.float())):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@torch.no_grad()
 def test_decoding_is_exported_of_one_size_on_request():
     model = shallow(ZOO[0])
     prefill, step = (program.module() for program in export_decoding(model, batch_size=2, length=5))

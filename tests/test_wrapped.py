@@ -230,3 +230,17 @@ def test_an_interrupted_call_leaves_no_trace(which, ending):
         assert not inner._forward_pre_hooks
         with torch.no_grad():
             assert torch.equal(model(ids).logits, want)
+
+
+@torch.no_grad()
+def test_a_compiled_decoder_goes_on_while_caches_come_and_go():
+    """dynamo guards on hooks by their numbers, which change with each cache that attaches and leaves."""
+    model, ids = decoder(dtype=torch.float32), small(1, 12)
+    options = dict(max_new_tokens=3, do_sample=False)
+    makers = (lambda: AdoreCache(model, cache_size=64), lambda: RecycledCache(model, budget=64))
+    want = model.generate(ids, **options)
+    model.forward = torch.compile(model.forward, backend="eager")
+    for make in (*makers, *makers):
+        with make() as cache:
+            assert torch.equal(model.generate(ids, **named(cache), **options), want)
+        assert torch.equal(model.generate(ids, **options), want)
