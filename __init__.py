@@ -16,12 +16,11 @@ from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.configuration.configuration_rodimus import RodimusConfig
 from scrubjay.configuration.configuration_ssd import SSDConfig
 from scrubjay.configuration.configuration_taipan import TaipanConfig
-from scrubjay.modeling.adapter_report import adapter_report
-from scrubjay.modeling.cache import RodimusCache, SSDCache
-from scrubjay.modeling.cache_adore import AdoreCache
-from scrubjay.modeling.cache_recycled import RecycledCache
-from scrubjay.modeling.cache_taipan import TaipanCache
-from scrubjay.modeling.context_parallel import average_gradients, shard_sequence
+from scrubjay.modeling.caches.cache_adore import AdoreCache
+from scrubjay.modeling.caches.cache_recycled import RecycledCache
+from scrubjay.modeling.caches.cache_rodimus import RodimusCache
+from scrubjay.modeling.caches.cache_state import SSDCache
+from scrubjay.modeling.caches.cache_taipan import TaipanCache
 from scrubjay.modeling.exporting import DecodeStep, Prefill, export_decoding
 from scrubjay.modeling.modeling_adore import (
     AdoreForCausalLM,
@@ -53,7 +52,9 @@ from scrubjay.modeling.modeling_taipan import (
     TaipanForTokenClassification,
     TaipanModel,
 )
-from scrubjay.modeling.sharding import save_adapter, shard_model, whole_state
+from scrubjay.modeling.training.adapter_report import adapter_report
+from scrubjay.modeling.training.context_parallel import average_gradients, shard_sequence
+from scrubjay.modeling.training.sharding import save_adapter, shard_model, whole_state
 
 __version__ = "0.1.0"
 

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import has_file
 
 from scrubjay.conversion.destination import check_destination, whole_or_nothing
-from scrubjay.modeling.publishing import TOKENIZER_FILES
-from scrubjay.modeling.remote_code import HEADS
+from scrubjay.modeling.hub.publishing import TOKENIZER_FILES
+from scrubjay.modeling.hub.remote_code import HEADS
 
 
 def export(

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
 from scrubjay.conversion.checkpoint import read_object
-from scrubjay.modeling.publishing import TOKENIZER
+from scrubjay.modeling.hub.publishing import TOKENIZER
 
 CARRIED = (
     "tokenizer*.json",

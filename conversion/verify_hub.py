@@ -8,9 +8,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from scrubjay.modeling.model_card import CARD, pinned, read_card
-from scrubjay.modeling.publishing import CONFIG, Published
-from scrubjay.modeling.remote_code import auto_map, code_files, digest
+from scrubjay.modeling.hub.model_card import CARD, pinned, read_card
+from scrubjay.modeling.hub.publishing import CONFIG, Published
+from scrubjay.modeling.hub.remote_code import auto_map, code_files, digest
 
 
 @dataclass

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from scrubjay import AdoreCache
 from scrubjay.examples.comparison import Comparison
 from scrubjay.examples.measure import cache_nbytes
-from scrubjay.modeling.cache_argument import named
-from scrubjay.modeling.controller import Controller
+from scrubjay.modeling.decoder.controller import Controller
+from scrubjay.modeling.inputs.cache_argument import named
 
 PIECE = 1024  # tokens of a call that reads the context
 

@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 
 from scrubjay import RecycledConfig
 from scrubjay.examples.comparison import Comparison
-from scrubjay.modeling.kept_keys import Call
-from scrubjay.modeling.recycled_layer import RecycledLayer
+from scrubjay.modeling.caches.kept_keys import Call
+from scrubjay.modeling.caches.recycled_layer import RecycledLayer
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from scrubjay.examples.corpus import Corpus, encode, load_corpus, num_bytes, train_tokenizer
 from scrubjay.examples.recipe import MODELS, Recipe
 from scrubjay.examples.training import Windows, build_model, make_optimizer, schedule
-from scrubjay.modeling.sharding import mixed_precision
+from scrubjay.modeling.training.sharding import mixed_precision
 
 
 def tokenizer_of(corpus: Corpus, vocab_size: int, folder: Path) -> PreTrainedTokenizerFast:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from scrubjay import RecycledCache, RecycledConfig, RecycledForCausalLM
 from scrubjay.examples.corpus import encode, load_corpus, train_tokenizer
 from scrubjay.examples.report import commit, machine, versions
-from scrubjay.modeling.cache_argument import named
+from scrubjay.modeling.inputs.cache_argument import named
 
 
 @dataclass(frozen=True)

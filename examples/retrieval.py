@@ -30,8 +30,8 @@ from scrubjay import AdoreCache, AdoreConfig, RecycledCache
 from scrubjay.examples.adore_data import descend
 from scrubjay.examples.report import FULL, GRAY, OURS, commit, machine, versions
 from scrubjay.examples.train_adore_controller import loss_of
-from scrubjay.modeling.cache_argument import named
-from scrubjay.modeling.controller import Controller
+from scrubjay.modeling.decoder.controller import Controller
+from scrubjay.modeling.inputs.cache_argument import named
 
 RESULTS = Path(__file__).resolve().parent / "results" / "retrieval.json"
 IGNORED = -100

@@ -27,7 +27,7 @@ from scrubjay import AdoreConfig
 from scrubjay.examples.adore_data import descend, smoke_model, streams, windows
 from scrubjay.examples.attention_capture import attention_rows
 from scrubjay.kernels.importance import attended, later_share, top, within_horizon
-from scrubjay.modeling.controller import Controller
+from scrubjay.modeling.decoder.controller import Controller
 
 SINKS = 4  # of the baseline with sinks
 FIELDS = (

@@ -15,17 +15,9 @@ from transformers.utils import can_return_tuple
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.kernels.dispatch import exported
-from scrubjay.modeling.adapters import (
-    NO_PREFIX,
-    adapts,
-    for_peft,
-    give_own_weight,
-    keep_unpacked,
-    make_replaceable,
-    refuse_prefix,
-)
-from scrubjay.modeling.arguments import given, refuse_unknown
-from scrubjay.modeling.cache_argument import (
+from scrubjay.modeling.hub.publishing import Published
+from scrubjay.modeling.inputs.arguments import given, refuse_unknown
+from scrubjay.modeling.inputs.cache_argument import (
     CACHE,
     ZooCausalLMOutput,
     ZooModelOutput,
@@ -34,12 +26,20 @@ from scrubjay.modeling.cache_argument import (
     pop_cache,
     takes_cache,
 )
-from scrubjay.modeling.columns import one_text_a_row, read_columns
-from scrubjay.modeling.context_parallel import SequenceShard
+from scrubjay.modeling.inputs.columns import one_text_a_row, read_columns
 from scrubjay.modeling.layers import RMSNorm, project
 from scrubjay.modeling.layout import arrange
 from scrubjay.modeling.losses import causal_lm_loss
-from scrubjay.modeling.publishing import Published
+from scrubjay.modeling.training.adapters import (
+    NO_PREFIX,
+    adapts,
+    for_peft,
+    give_own_weight,
+    keep_unpacked,
+    make_replaceable,
+    refuse_prefix,
+)
+from scrubjay.modeling.training.context_parallel import SequenceShard
 
 # Columns that a block takes at a time on a CPU when no gradient is wanted, which bounds the memory of its temporaries.
 # Fewer read the weights more often: 2048 tokens took 7 % longer in four segments of 512 than in one.

@@ -14,8 +14,8 @@ from torch.export import Dim, ExportedProgram, export
 
 from scrubjay.kernels.dispatch import exported
 from scrubjay.modeling.base import ZooForCausalLM
-from scrubjay.modeling.cache import StateCache
-from scrubjay.modeling.columns import read_mask
+from scrubjay.modeling.caches.cache_state import StateCache
+from scrubjay.modeling.inputs.columns import read_mask
 
 BEGUN = 1  # columns seen: of them a step asks only whether there were any. Positions are in the state
 

@@ -12,8 +12,8 @@ from transformers.utils import can_return_tuple
 
 from scrubjay.kernels.dispatch import traced
 from scrubjay.modeling.base import ZooPreTrainedModel
-from scrubjay.modeling.cache_argument import CACHE, ZooClassifierOutput, takes_cache
-from scrubjay.modeling.columns import read_columns
+from scrubjay.modeling.inputs.cache_argument import CACHE, ZooClassifierOutput, takes_cache
+from scrubjay.modeling.inputs.columns import read_columns
 from scrubjay.modeling.losses import causal_lm_loss
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")

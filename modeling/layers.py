@@ -10,7 +10,7 @@ from transformers import initialization as init
 from scrubjay.kernels.conv import causal_conv
 from scrubjay.kernels.linear import linear, wins
 from scrubjay.kernels.norm import gated_rms_norm, rms_norm
-from scrubjay.modeling.adapters import hooked
+from scrubjay.modeling.training.adapters import hooked
 
 
 def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:

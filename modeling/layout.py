@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from scrubjay.modeling.columns import Columns, tokens_first
-from scrubjay.modeling.context_parallel import SequenceShard
+from scrubjay.modeling.inputs.columns import Columns, tokens_first
+from scrubjay.modeling.training.context_parallel import SequenceShard
 
 
 @dataclass(frozen=True)

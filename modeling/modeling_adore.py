@@ -10,10 +10,10 @@ examples/train_adore_controller.py.
 from transformers.generation import GenerationMixin
 
 from scrubjay.configuration.configuration_adore import AdoreConfig
-from scrubjay.modeling.adapters import in_use
-from scrubjay.modeling.cache_adore import AdoreCache
-from scrubjay.modeling.controller import Controller, ControllerEmbedding, ControllerGRU, ControllerLinear, start
+from scrubjay.modeling.caches.cache_adore import AdoreCache
+from scrubjay.modeling.decoder.controller import Controller, ControllerEmbedding, ControllerGRU, ControllerLinear, start
 from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
+from scrubjay.modeling.training.adapters import in_use
 from scrubjay.modeling.wrapped import ZooWrapperForCausalLM, ZooWrapperModel, ZooWrapperPreTrainedModel
 
 

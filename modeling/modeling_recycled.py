@@ -6,11 +6,11 @@ import torch
 from transformers.generation import GenerationMixin
 
 from scrubjay.configuration.configuration_recycled import RecycledConfig
-from scrubjay.modeling.attention_recycled import stand_in
-from scrubjay.modeling.cache_argument import takes_cache
-from scrubjay.modeling.cache_recycled import RecycledCache
-from scrubjay.modeling.columns import read_columns
+from scrubjay.modeling.caches.cache_recycled import RecycledCache
+from scrubjay.modeling.decoder.attention_recycled import stand_in
 from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
+from scrubjay.modeling.inputs.cache_argument import takes_cache
+from scrubjay.modeling.inputs.columns import read_columns
 from scrubjay.modeling.wrapped import ZooWrapperForCausalLM, ZooWrapperModel, ZooWrapperPreTrainedModel
 
 

@@ -25,9 +25,9 @@ from scrubjay.kernels.ddts import ddts, ddts_change
 from scrubjay.kernels.rodimus_gates import rodimus_gates
 from scrubjay.kernels.window import window_attention, window_attention_step
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
-from scrubjay.modeling.cache import RodimusCache
+from scrubjay.modeling.caches.cache_rodimus import RodimusCache
 from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
-from scrubjay.modeling.key_names import Copy, Ignore, Merge, Rename, as_mapping, ignored, same
+from scrubjay.modeling.hub.key_names import Copy, Ignore, Merge, Rename, as_mapping, ignored, same
 from scrubjay.modeling.layers import (
     CausalConv,
     GatedMLP,
@@ -40,7 +40,7 @@ from scrubjay.modeling.layers import (
     rotary_table,
     rotate,
 )
-from scrubjay.modeling.sharding import spread
+from scrubjay.modeling.training.sharding import spread
 
 BUFFERS = (
     "mixer.inner_mixer.conv_state_*",

@@ -20,8 +20,8 @@ from scrubjay.kernels.gate import (
     straight_through,
 )
 from scrubjay.kernels.select_attention import pack, select_attention, select_attention_step, steps_by_mask
-from scrubjay.modeling.adapters import adapts, hooked, in_use
 from scrubjay.modeling.layers import RMSNorm, ends_branch, project, rotate
+from scrubjay.modeling.training.adapters import adapts, hooked, in_use
 
 
 class RowNorm(RMSNorm):

@@ -4,13 +4,13 @@ import torch
 from transformers import AutoModel
 from transformers.utils import can_return_tuple
 
-from scrubjay.modeling.adapters import prefix_tuned
-from scrubjay.modeling.arguments import given, refuse_unknown
-from scrubjay.modeling.attached import AttachedCache
 from scrubjay.modeling.base import ZooForCausalLM, ZooPreTrainedModel
-from scrubjay.modeling.cache_argument import CACHE, ZooModelOutput, named, takes_cache
-from scrubjay.modeling.columns import read_columns
-from scrubjay.modeling.decoder_call import as_attention_takes_it, keep_caches
+from scrubjay.modeling.decoder.attached import AttachedCache
+from scrubjay.modeling.decoder.decoder_call import as_attention_takes_it, keep_caches
+from scrubjay.modeling.inputs.arguments import given, refuse_unknown
+from scrubjay.modeling.inputs.cache_argument import CACHE, ZooModelOutput, named, takes_cache
+from scrubjay.modeling.inputs.columns import read_columns
+from scrubjay.modeling.training.adapters import prefix_tuned
 
 DECODERS_OWN = ("output_hidden_states", "output_attentions", "recycled_tail")  # what goes on to the decoder as it is
 

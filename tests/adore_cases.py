@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from scrubjay import AdoreCache
-from scrubjay.modeling.cache_argument import CACHE, named
-from scrubjay.modeling.controller import Scorer
+from scrubjay.modeling.decoder.controller import Scorer
+from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
 VOCAB = 97
 # float64, sdpa, norms that keep float64: the worst over all cases was 1e-12, on logits up to 40

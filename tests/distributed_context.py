@@ -23,8 +23,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from zoo import ZOO, relative, tokens
 
 from scrubjay import average_gradients, shard_sequence
-from scrubjay.modeling import context_parallel, selective
-from scrubjay.modeling.context_parallel import SequenceShard
+from scrubjay.modeling import selective
+from scrubjay.modeling.training import context_parallel
+from scrubjay.modeling.training.context_parallel import SequenceShard
 
 RECURRENT = {entry.name: entry for entry in ZOO if entry.recurrent}
 LENGTH = 41  # divides by no number of ranks that is tried

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from zoo import ZOO, tokens
 
 from scrubjay.examples.pretrain import keep_precision
-from scrubjay.modeling.sharding import shard_model
+from scrubjay.modeling.training.sharding import shard_model
 
 NEW = 12
 # cache settings under which keys are released, read in part, or rebuilt within a test's few tokens

@@ -24,7 +24,7 @@ from zoo import VOCAB, ZOO, tokens
 
 from scrubjay import cli
 from scrubjay.conversion.verify_hub import verify
-from scrubjay.modeling import publishing
+from scrubjay.modeling.hub import publishing
 
 OUT = Path(sys.argv[1])
 API = HfApi()

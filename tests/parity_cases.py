@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from scrubjay.modeling.cache_argument import CACHE, named
+from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
 BOUND = 1e-10  # float64 against the recurrences; the worst of all cases was 9.2e-13, of all gradients 9.1e-14
 SSD = dict(hidden_size=16, head_dim=8, state_size=6, num_hidden_layers=2, vocab_size=29, pad_token_id=None)

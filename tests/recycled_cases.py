@@ -15,7 +15,7 @@ from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-from scrubjay.modeling.cache_argument import named
+from scrubjay.modeling.inputs.cache_argument import named
 
 VOCAB = 61
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}

@@ -18,8 +18,8 @@ from adore_cases import (
 )
 
 from scrubjay import AdoreCache
-from scrubjay.modeling.cache_argument import CACHE, named
-from scrubjay.modeling.controller import Controller
+from scrubjay.modeling.decoder.controller import Controller
+from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
 
 @pytest.fixture(params=["llama", "qwen2", "qwen3"])

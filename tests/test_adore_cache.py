@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from scrubjay import AdoreCache
-from scrubjay.modeling.cache_argument import CACHE, named
-from scrubjay.modeling.controller import Controller
+from scrubjay.modeling.decoder.controller import Controller
+from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import torch
 from adore_cases import decoder, mask_of, run, text
 
 from scrubjay import AdoreCache
-from scrubjay.modeling.cache_argument import named
-from scrubjay.modeling.controller import BUCKETS, Controller, RandomPolicy
+from scrubjay.modeling.decoder.controller import BUCKETS, Controller, RandomPolicy
+from scrubjay.modeling.inputs.cache_argument import named
 
 KINDS = [(mode, pos) for mode in ("query", "distance", "static") for pos in ("relative", "absolute", "learned")]
 

@@ -15,7 +15,7 @@ from scrubjay.examples.attention_capture import PER_HEAD, Request, answering, at
 from scrubjay.examples.comparison import SIDES
 from scrubjay.examples.measure import cache_nbytes
 from scrubjay.kernels.importance import agreed, attended, later_share, top, tuning_mask, within_horizon
-from scrubjay.modeling.controller import Controller
+from scrubjay.modeling.decoder.controller import Controller
 
 
 def maps(model, ids):

@@ -15,8 +15,8 @@ from zoo import own_fields
 from scrubjay import AdoreCache, AdoreConfig, AdoreForCausalLM, AdoreModel
 from scrubjay.configuration import configuration_adore
 from scrubjay.configuration.configuration_adore import AdoreSettings
-from scrubjay.modeling.cache_argument import CACHE, named
-from scrubjay.modeling.controller import Controller
+from scrubjay.modeling.decoder.controller import Controller
+from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
 SIZES = dict(hidden_size=48, num_hidden_layers=2, vocab_size=VOCAB, num_attention_heads=4)
 OTHER_VALUES = {

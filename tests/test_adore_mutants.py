@@ -5,10 +5,10 @@ import torch
 from adore_cases import EXACT, PIECES, decoder, drawn_scores, follows, gap_after_reordering, text
 
 from scrubjay.kernels import release
-from scrubjay.modeling import cache_adore
-from scrubjay.modeling.adore_layer import AdoreLayer
-from scrubjay.modeling.cache_adore import AdoreCache
-from scrubjay.modeling.history import TokenHistory
+from scrubjay.modeling.caches import cache_adore
+from scrubjay.modeling.caches.adore_layer import AdoreLayer
+from scrubjay.modeling.caches.cache_adore import AdoreCache
+from scrubjay.modeling.caches.history import TokenHistory
 
 
 def rebuilt_at_the_current_position(original):

@@ -6,9 +6,9 @@ from adore_cases import PIECES, SMALL, decoder, made, run, text
 
 from scrubjay import AdoreCache
 from scrubjay.configuration.configuration_adore import AdoreSettings
-from scrubjay.modeling import controller as controller_module
-from scrubjay.modeling.cache_argument import named
-from scrubjay.modeling.controller import Controller, Scorer
+from scrubjay.modeling.decoder import controller as controller_module
+from scrubjay.modeling.decoder.controller import Controller, Scorer
+from scrubjay.modeling.inputs.cache_argument import named
 
 
 @pytest.fixture

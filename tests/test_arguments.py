@@ -11,7 +11,7 @@ from zoo import tokens
 
 from scrubjay import AdoreCache, RecycledCache
 from scrubjay.configuration.cache_names import CACHE_NAMES
-from scrubjay.modeling.cache_argument import CACHE, by_its_name, named, pop_cache
+from scrubjay.modeling.inputs.cache_argument import CACHE, by_its_name, named, pop_cache
 
 OPTIONS = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
 

@@ -14,7 +14,7 @@ from scrubjay import AdoreCache, RecycledCache, RecycledConfig, RecycledForCausa
 from scrubjay.kernels import recycle
 from scrubjay.kernels.select_attention import select_attention_step
 from scrubjay.kernels.window import window_attention, window_attention_step
-from scrubjay.modeling.cache_argument import CACHE, named
+from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SPANS = [14, 1, 1, 5, *[1] * 9]

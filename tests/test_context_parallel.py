@@ -15,8 +15,9 @@ from zoo import ZOO, relative, tokens
 
 from scrubjay import shard_sequence
 from scrubjay.examples import long_context
-from scrubjay.modeling import base, context_parallel
-from scrubjay.modeling.context_parallel import SequenceShard
+from scrubjay.modeling import base
+from scrubjay.modeling.training import context_parallel
+from scrubjay.modeling.training.context_parallel import SequenceShard
 
 pytestmark = pytest.mark.slow
 WORLDS = (2, 4)

@@ -19,7 +19,7 @@ from document_cases import (
 )
 from zoo import VOCAB, ZOO, relative, tokens, trainable
 
-from scrubjay.modeling.columns import read_columns
+from scrubjay.modeling.inputs.columns import read_columns
 
 WAYS = {
     "positions beside a mask of ones": (FULL, lambda p: dict(position_ids=positions(p), attention_mask=real(p))),

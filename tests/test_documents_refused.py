@@ -7,7 +7,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from zoo import VOCAB, relative, tokens
 
 from scrubjay import AdoreCache, RecycledCache
-from scrubjay.modeling.cache_argument import named
+from scrubjay.modeling.inputs.cache_argument import named
 
 ALL = dict(input_ids=tokens(2, 24))
 REFUSED = {

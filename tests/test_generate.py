@@ -5,7 +5,7 @@ import torch
 from transformers import TextStreamer
 from zoo import VOCAB, relative, tokens
 
-from scrubjay.modeling.cache_argument import CACHE, named
+from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
 
 @torch.no_grad()

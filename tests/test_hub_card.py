@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from zoo import ZOO, tokens
 
 from scrubjay.configuration.tested_versions import OLDEST
-from scrubjay.modeling.model_card import BEGIN, END, Notes
+from scrubjay.modeling.hub.model_card import BEGIN, END, Notes
 
 ROOT = Path(__file__).parent.parent
 SSD = ZOO[0]

@@ -15,8 +15,8 @@ import pytest
 from added_adapters import needs_add_adapter
 from hub_server import HubServer
 
-from scrubjay.modeling.model_card import BEGIN, END, pinned
-from scrubjay.modeling.remote_code import code_files
+from scrubjay.modeling.hub.model_card import BEGIN, END, pinned
+from scrubjay.modeling.hub.remote_code import code_files
 
 TESTS = Path(__file__).parent
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}

@@ -6,7 +6,7 @@ from accelerate import cpu_offload, disk_offload
 from zoo import ZOO, tokens
 
 from scrubjay import AdoreCache, AdoreForCausalLM
-from scrubjay.modeling.cache_argument import CACHE, named
+from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
 # transformers 5.17 takes the device of the weights, which is none between two calls, for the model's
 pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on:UserWarning")

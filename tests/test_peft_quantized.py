@@ -17,8 +17,8 @@ from transformers.utils import logging
 from zoo import VOCAB, ZOO, relative, tokens
 
 from scrubjay import AdoreCache, RecycledCache, adapter_report
-from scrubjay.modeling.adapters import WholeLinear, keep_unpacked
-from scrubjay.modeling.cache_argument import CACHE, named
+from scrubjay.modeling.inputs.cache_argument import CACHE, named
+from scrubjay.modeling.training.adapters import WholeLinear, keep_unpacked
 
 # Said of every merge into 4 bits, whose rounding is bounded here.
 pytestmark = pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear:UserWarning")

@@ -9,7 +9,7 @@ from transformers.utils import logging
 from zoo import ZOO
 
 from scrubjay import adapter_report
-from scrubjay.modeling.adapter_report import EMBEDDING, EXCLUDED, HEAD, NOT_LINEAR, NOT_NAMED, TIED, VECTORS
+from scrubjay.modeling.training.adapter_report import EMBEDDING, EXCLUDED, HEAD, NOT_LINEAR, NOT_NAMED, TIED, VECTORS
 
 # said of every tied model whose head or embedding is adapted
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and:UserWarning")

@@ -12,9 +12,9 @@ from test_wrapped import caches
 from zoo import tokens
 
 from scrubjay import AdoreCache, RecycledCache
-from scrubjay.modeling.attached import AttachedCache
-from scrubjay.modeling.cache_argument import CACHE, named
-from scrubjay.modeling.controller import Controller
+from scrubjay.modeling.decoder.attached import AttachedCache
+from scrubjay.modeling.decoder.controller import Controller
+from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
 
 def by_torch(x):

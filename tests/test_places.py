@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from zoo import ZOO, tokens
 
 from scrubjay import AdoreCache, RecycledCache
-from scrubjay.modeling.cache_argument import named
+from scrubjay.modeling.inputs.cache_argument import named
 
 CHANGES = {
     "a copy more": lambda layers: [*layers, *copy.deepcopy(layers)],

@@ -7,7 +7,7 @@ from recycled_cases import BOUND, VOCAB, Oracle, assert_close, compare, decoder,
 from transformers import DynamicCache
 
 from scrubjay import RecycledCache
-from scrubjay.modeling.recycled_layer import RecycledLayer
+from scrubjay.modeling.caches.recycled_layer import RecycledLayer
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 

@@ -11,8 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import ZOO
 
 from scrubjay import RecycledCache, RecycledConfig, RecycledForCausalLM, SSDCache
-from scrubjay.modeling import attention_recycled
-from scrubjay.modeling.cache_argument import CACHE, named
+from scrubjay.modeling.decoder import attention_recycled
+from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
 POLICIES = ("recycled", "snapkv", "h2o", "streaming", "full")
 DYNAMIC = {"schedule": "dynamic", "qc": 2, "threshold": 0.4}

@@ -9,7 +9,7 @@ from recycled_cases import Oracle, assert_close, decoder, drive, padded, tokens
 from transformers import DynamicCache
 
 from scrubjay import RecycledCache
-from scrubjay.modeling.cache_argument import named
+from scrubjay.modeling.inputs.cache_argument import named
 
 KINDS = ("llama", "qwen2", "qwen3")
 POLICIES = ("recycled", "snapkv", "h2o", "streaming", "full")

@@ -7,11 +7,11 @@ import torch
 from recycled_cases import Oracle, OutOfBoundError, assert_close, compare, decoder, drive, padded, tokens
 
 from scrubjay import RecycledCache, RecycledConfig
-from scrubjay.modeling import evicting, kept_keys, recycled_layer
-from scrubjay.modeling.cache_argument import named
-from scrubjay.modeling.evicting import EvictingLayer
-from scrubjay.modeling.kept_keys import Call, KeepingLayer, Kept
-from scrubjay.modeling.recycled_layer import TAIL, RecycledLayer
+from scrubjay.modeling.caches import evicting, kept_keys, recycled_layer
+from scrubjay.modeling.caches.evicting import EvictingLayer
+from scrubjay.modeling.caches.kept_keys import Call, KeepingLayer, Kept
+from scrubjay.modeling.caches.recycled_layer import TAIL, RecycledLayer
+from scrubjay.modeling.inputs.cache_argument import named
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 

@@ -7,7 +7,7 @@ import torch
 from recycled_cases import assert_close, decoder, drive, gap, padded, tokens
 
 from scrubjay import RecycledCache, RecycledConfig
-from scrubjay.modeling.cache_argument import named
+from scrubjay.modeling.inputs.cache_argument import named
 
 BUDGET, SINKS = 8, 3
 TABLES = 1e-6  # transformers' rotary tables are float32, so equal distances at other positions differ by up to 1.3e-7

@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from zoo import relative, tokens
 
 from scrubjay import RecycledCache, RecycledConfig, RecycledForCausalLM
-from scrubjay.modeling.cache_argument import named
+from scrubjay.modeling.inputs.cache_argument import named
 
 TAIL, LENGTH = 5, 30
 

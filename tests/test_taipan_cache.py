@@ -8,7 +8,7 @@ from parity_cases import BOUND, error, tokens
 from taipan_cases import build
 
 from scrubjay import SSDCache, TaipanCache, TaipanConfig, TaipanForCausalLM
-from scrubjay.modeling.cache_taipan import RingLayer
+from scrubjay.modeling.caches.cache_taipan import RingLayer
 
 NAMES = ("defaults", "selected keys", "selected keys by rank, cap of 3")
 

@@ -10,7 +10,7 @@ from taipan_cases import build
 
 from scrubjay import TaipanConfig
 from scrubjay.modeling import selective
-from scrubjay.modeling.cache_taipan import RingLayer
+from scrubjay.modeling.caches.cache_taipan import RingLayer
 from scrubjay.modeling.modeling_ssd import SSDMixer
 from scrubjay.modeling.selective import SelectiveAttention
 

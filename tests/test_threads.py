@@ -12,7 +12,7 @@ from recycled_cases import decoder, tokens
 from transformers import DynamicCache
 
 from scrubjay import AdoreCache, AdoreConfig, AdoreForCausalLM, RecycledCache, RecycledConfig, RecycledForCausalLM
-from scrubjay.modeling.cache_argument import CACHE, named
+from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
 ROUNDS = 10  # of 4 calls each
 ADORE = dict(cache_size=8, rebuild=3)

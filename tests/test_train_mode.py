@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from zoo import ZOO, tokens
 
 from scrubjay import AdoreCache, AdoreForCausalLM, RecycledCache, RecycledForCausalLM
-from scrubjay.modeling.cache_argument import CACHE, named
+from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
 SMALL = {"adore": {"cache_size": 8, "label_k": 4, "recent": 2}, "recycled": {"budget": 8}}
 ATTACHED = {

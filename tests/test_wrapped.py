@@ -26,7 +26,7 @@ from scrubjay import (
     TaipanConfig,
     TaipanForCausalLM,
 )
-from scrubjay.modeling.cache_argument import CACHE, named
+from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
 WRAPPERS = {
     "recycled": (RecycledConfig, RecycledForCausalLM, dict(budget=8, stride=3)),

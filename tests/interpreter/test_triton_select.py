@@ -12,7 +12,7 @@ from scrubjay.kernels import select_attention as kernel
 from scrubjay.kernels import select_attention_triton
 from scrubjay.kernels.select_attention import pack
 from scrubjay.modeling import selective
-from scrubjay.modeling.cache_taipan import RingLayer
+from scrubjay.modeling.caches.cache_taipan import RingLayer
 from scrubjay.modeling.layout import Layout
 from scrubjay.modeling.selective import SelectiveAttention
 

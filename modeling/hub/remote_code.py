@@ -1,7 +1,7 @@
 """The code that travels with a checkpoint: a model's own source and all it imports, flattened into one folder.
 
 transformers loads remote code from flat siblings alone (`from .x import y`), so the closure of a modeling file is
-written side by side and each `from scrubjay.<folder>.<module> import ...` becomes `from .<module> import ...`. Code
+written side by side and each `from scrubjay.<rooms>.<module> import ...` becomes `from .<module> import ...`. Code
 that was itself loaded from such a folder is copied as it is.
 """
 
@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification")  # ends of names of classes
 logger = logging.get_logger(__name__)
-OWN_IMPORT = re.compile(r"^(\s*)from scrubjay\.\w+\.(\w+) import ", re.MULTILINE)
+OWN_IMPORT = re.compile(r"^(\s*)from scrubjay\.((?:\w+\.)+)(\w+) import ", re.MULTILINE)
 FLAT_IMPORT = re.compile(r"^\s*from \.(\w+) import ", re.MULTILINE)
 
 
@@ -40,9 +40,11 @@ def written_class(cls: Any) -> Any:
 
 
 def _is_own(cls):
-    """Whether its module lies beside this one, in the library or in a folder that it was loaded with."""
+    """Whether its module is the library's, or lies beside a copy of this one in a folder that it was loaded with."""
     path = getattr(sys.modules[cls.__module__], "__file__", None)
-    return path is not None and (Path(path).parent / "remote_code.py").is_file()
+    if path is None:
+        return False
+    return cls.__module__.startswith("scrubjay.modeling.") or (Path(path).parent / "remote_code.py").is_file()
 
 
 def auto_map(model_class: Any) -> dict[str, str]:
@@ -64,9 +66,9 @@ def code_files(model_class: Any) -> dict[str, str]:
         if path.name in files:
             continue
         text = path.read_text(encoding="utf-8")
-        files[path.name] = OWN_IMPORT.sub(r"\1from .\2 import ", text)
+        files[path.name] = OWN_IMPORT.sub(r"\1from .\3 import ", text)
         waiting += [path.parent / f"{name}.py" for name in FLAT_IMPORT.findall(text)]
-        waiting += [_module_path(path, name) for name in OWN_IMPORT.findall(text)]
+        waiting += [_module_path(path, rooms, name) for _, rooms, name in OWN_IMPORT.findall(text)]
     return files
 
 
@@ -91,6 +93,7 @@ def _flat_name(cls):
     return f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}"
 
 
-def _module_path(path, found):
-    """Source of `scrubjay.<folder>.<module>`, whose names are unique over all folders."""
-    return next(path.parent.parent.glob(f"*/{found[1]}.py"))
+def _module_path(path, rooms, name):
+    """Source of `scrubjay.<rooms><name>`, which `path`, a file of the library too, imports."""
+    below = Path(*rooms.split("."), f"{name}.py")
+    return next(root / below for root in path.parents if (root / below).is_file())

@@ -11,7 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from scrubjay.kernels.recycle import attend_tail
-from scrubjay.modeling.decoder_call import ATTENTION, attendable
+from scrubjay.modeling.decoder.decoder_call import ATTENTION, attendable
 
 # the code that travels with a checkpoint is another copy of this module, with an attention of its own
 _COPY = "" if __name__.startswith("scrubjay.") else f"_{zlib.crc32(__name__.encode()):08x}"

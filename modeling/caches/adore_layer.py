@@ -9,8 +9,8 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.kernels.release import turned, unturned
-from scrubjay.modeling.cache import appended, roomy, writable
-from scrubjay.modeling.decoder_call import attendable, sizes_of
+from scrubjay.modeling.caches.buffers import appended, roomy, writable
+from scrubjay.modeling.decoder.decoder_call import attendable, sizes_of
 
 
 @dataclass

@@ -5,7 +5,7 @@ B batch, T time, Q queries, K keys, H heads, D hidden size.
 
 import torch
 
-from scrubjay.modeling.columns import read_columns
+from scrubjay.modeling.inputs.columns import read_columns
 
 ATTENTION = ("sdpa", "eager")
 

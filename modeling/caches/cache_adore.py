@@ -23,12 +23,12 @@ from torch import nn
 
 from scrubjay.configuration.configuration_adore import AdoreSettings, warn_of_fixed_order
 from scrubjay.kernels.release import compacted, highest, ranking, release_step, visibility
-from scrubjay.modeling.adapters import in_use
-from scrubjay.modeling.adore_layer import AdoreLayer, Step, row_bytes
-from scrubjay.modeling.attached import AttachedCache, decoder_of
-from scrubjay.modeling.cache import read_tensors, write_tensors
-from scrubjay.modeling.controller import Scorer, check_scorer, scorer_for
-from scrubjay.modeling.decoder_call import (
+from scrubjay.modeling.caches.adore_layer import AdoreLayer, Step, row_bytes
+from scrubjay.modeling.caches.cache_file import read_tensors, write_tensors
+from scrubjay.modeling.caches.history import TokenHistory
+from scrubjay.modeling.decoder.attached import AttachedCache, decoder_of
+from scrubjay.modeling.decoder.controller import Scorer, check_scorer, scorer_for
+from scrubjay.modeling.decoder.decoder_call import (
     as_attention_takes_it,
     check_decoder,
     check_layers,
@@ -41,7 +41,7 @@ from scrubjay.modeling.decoder_call import (
     joined,
     one_text,
 )
-from scrubjay.modeling.history import TokenHistory
+from scrubjay.modeling.training.adapters import in_use
 
 SINKS = 4  # of the policy "streaming", where `sinks` says nothing
 

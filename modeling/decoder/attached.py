@@ -15,7 +15,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from scrubjay.configuration.configuration_wrapped import BASES
-from scrubjay.modeling.cache_argument import CACHE, by_its_name
+from scrubjay.modeling.inputs.cache_argument import CACHE, by_its_name
 
 
 def decoder_of(model) -> nn.Module:

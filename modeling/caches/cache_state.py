@@ -6,15 +6,11 @@ that it has seen, so that padding on any side leaves no trace.
 
 import json
 import os
-import tempfile
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from scrubjay.kernels.dispatch import exported
+from scrubjay.modeling.caches.cache_file import read_tensors, write_tensors
 
 
 class StateLayer(CacheLayerMixin):
@@ -131,109 +127,8 @@ class StateLayer(CacheLayerMixin):
             )
 
 
-class WindowStateLayer(StateLayer):
-    """A recurrent state and a ring of the last W keys and values (SW-SKA). O(1) bytes.
-
-    keys: (B, K, W, P), positions already encoded. values: (B, V, W, P). The token with count c is at slot c mod W.
-
-    Args:
-        keys, values: shapes without the batch.
-    """
-
-    names = ("conv", "state", "counts", "keys", "values")
-
-    def __init__(self, conv: list[int], state: list[int], keys: list[int], values: list[int]):
-        super().__init__(conv, state)
-        self.shapes |= {"keys": tuple(keys), "values": tuple(values)}
-        self.window = keys[1]
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
-        """Allocate zeros for the batch, dtype and device of (B, ...) inputs."""
-        super().lazy_initialization(key_states)
-        self.keys = key_states.new_zeros(key_states.shape[0], *self.shapes["keys"])
-        self.values = key_states.new_zeros(key_states.shape[0], *self.shapes["values"])
-
-    def past(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """The last S < W steps in order: (B, S, K, P), (B, S, V, P) and which are real, (B, S); None before any."""
-        if self.seen == 0 or self.window == 1:
-            return None
-        steps = self.window - 1 if exported() else min(self.window - 1, self.seen)
-        at = self.counts[:, None] + torch.arange(-steps, 0, device=self.counts.device)
-        slots = at % self.window
-        return take_slots(self.keys, slots).transpose(1, 2), take_slots(self.values, slots).transpose(1, 2), at >= 0
-
-    def hold(self, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor) -> None:
-        """Write what `past` gives, of steps that `skip` counted."""
-        slots = (self.counts[:, None] + torch.arange(-k.shape[1], 0, device=k.device)) % self.window
-        self.keys = put_slots(self.keys, slots, k.transpose(1, 2), real)
-        self.values = put_slots(self.values, slots, v.transpose(1, 2), real)
-
-    def append(self, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> None:
-        """Write the last W real steps of k (B, T, K, P) and v (B, T, V, P); `lengths` (B,) are real, None: all T."""
-        steps, real = last_steps(k, lengths, self.window)
-        slots = (self.counts[:, None] + steps) % self.window
-        self.keys = put_slots(self.keys, slots, take_slots(k.transpose(1, 2), steps.clamp(min=0)), real)
-        self.values = put_slots(self.values, slots, take_slots(v.transpose(1, 2), steps.clamp(min=0)), real)
-
-    def held(self, new: int = 0) -> torch.Tensor:
-        """(B, W): slots that hold a token once `new` more have been written."""
-        return torch.arange(self.window, device=self.counts.device) < self.counts[:, None] + new
-
-
-def last_steps(x: torch.Tensor, lengths: torch.Tensor | None, window: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Which steps of x (B, T, ...) a window ends with, (B, S) in order, and which of them are real (None: all).
-
-    S = min(T, W); in an exported program, whose T may be any, W.
-    """
-    (B, T), any_length = x.shape[:2], exported() and x.shape[1] != 1
-    ends = torch.full((B,), T, dtype=torch.int64, device=x.device) if lengths is None else lengths
-    steps = ends[:, None] + torch.arange(-(window if any_length else min(T, window)), 0, device=x.device)
-    return steps, None if lengths is None and not any_length else steps >= 0
-
-
-def _at(slots: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return slots[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
-
-
-def writable(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy of what inference mode made and is now to be written outside of it, which torch refuses."""
-    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
-
-
-def roomy(x: torch.Tensor, *new: torch.Tensor) -> torch.Tensor:
-    """x in a dtype that holds what is in it and all `new` without rounding: under autocast, and before and after it,
-    one layer's keys are of several."""
-    dtype = x.dtype
-    for tensor in new:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return x.to(dtype)
-
-
-def appended(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """(B, K, S, P) and (B, K, T, P) -> (B, K, S + T, P). Autocast's own `cat` takes two dtypes at most."""
-    held = roomy(held, new)
-    return torch.cat([held, new.to(held.dtype)], 2)
-
-
-def take_slots(ring: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """(B, K, W, P), (B, S) -> (B, K, S, P)."""
-    return ring.gather(2, _at(slots, ring))
-
-
-def put_slots(ring: torch.Tensor, slots: torch.Tensor, new: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """Write (B, K, S, P) to slots (B, S), distinct in a row. In place unless a gradient may need what was there, or it
-    is the input of an exported program."""
-    ring = roomy(ring, new)
-    new = new.to(ring.dtype)
-    if real is not None:
-        new = torch.where(real[:, None, :, None], new, take_slots(ring, slots))
-    if torch.is_grad_enabled() or exported():
-        return ring.scatter(2, _at(slots, ring), new)
-    return writable(ring).scatter_(2, _at(slots, ring), new)
-
-
 class StateCache(Cache):
-    """One `StateLayer` or `WindowStateLayer` for each block. Make one of the subclasses below.
+    """A `StateLayer` for each block. Make one of the subclasses: SSDCache, RodimusCache, TaipanCache.
 
     Args:
         config: the model's configuration, or the model.
@@ -251,8 +146,7 @@ class StateCache(Cache):
     @staticmethod
     def make_layers(layout: dict) -> list[CacheLayerMixin]:
         """Empty layers for a `layout`."""
-        kind = WindowStateLayer if "keys" in layout["shapes"] else StateLayer
-        return [kind(**layout["shapes"]) for _ in range(layout["num_layers"])]
+        return [StateLayer(**layout["shapes"]) for _ in range(layout["num_layers"])]
 
     @staticmethod
     def layout(config) -> dict:
@@ -321,34 +215,6 @@ class StateCache(Cache):
         return cache
 
 
-def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], cls: type, about: dict) -> None:
-    """Write a cache's tensors and what else it needs (anything JSON can say) to a file, all of it or nothing."""
-    path = Path(path)
-    metadata = {"class": cls.__name__, "about": json.dumps(about)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def read_tensors(path: str | os.PathLike, cls: type, device: str | torch.device = "cpu") -> tuple[dict, dict]:
-    """(tensors, about) that `write_tensors` wrote for this class.
-
-    Raises:
-        ValueError: a file of another kind of cache, or no cache at all.
-    """
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        metadata = file.metadata() or {}
-        if metadata.get("class") != cls.__name__:
-            raise ValueError(
-                f"{path} holds {metadata.get('class', 'no cache')}; {cls.__name__}.load needs its own kind."
-            )
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["about"])  # noqa: SIM118
-
-
 class SSDCache(StateCache):
     """Convolution window and recurrent state of each SSD block.
 
@@ -360,19 +226,3 @@ class SSDCache(StateCache):
         conv = [config.conv_kernel - 1, config.conv_size]
         state = [config.num_heads, config.state_size, config.head_dim]
         return {"num_layers": config.num_hidden_layers, "shapes": {"conv": conv, "state": state}}
-
-
-class RodimusCache(StateCache):
-    """Convolution window and recurrent state of each block; for Rodimus+ also the window of keys and values.
-
-    Bytes a row: layers * ((K - 1) * m * itemsize + n * m * 4 + 8), Rodimus+ also layers * W * (key heads + value heads)
-    * head_dim * itemsize.
-    """
-
-    @staticmethod
-    def layout(config) -> dict:
-        shapes = {"conv": [config.conv_kernel - 1, config.inner_size], "state": [config.state_size, config.inner_size]}
-        if config.has_attention:
-            shapes["keys"] = [config.num_key_heads, config.sliding_window, config.head_dim]
-            shapes["values"] = [config.num_value_heads, config.sliding_window, config.head_dim]
-        return {"num_layers": config.num_hidden_layers, "shapes": shapes}

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
 
 from scrubjay.configuration.tested_versions import OLDEST
-from scrubjay.modeling.remote_code import digest, written_class
+from scrubjay.modeling.hub.remote_code import digest, written_class
 
 CARD = "README.md"
 BEGIN = "<!-- scrubjay: every save writes this part anew; text above and below it stays -->"

@@ -6,9 +6,9 @@ B batch, H query heads, G key heads, P head size, T new columns, n columns held,
 import torch
 
 from scrubjay.kernels.recycle import decode, decode_with_scores, top
-from scrubjay.modeling.cache import appended, roomy, writable
-from scrubjay.modeling.decoder_call import mean_over_devices
-from scrubjay.modeling.kept_keys import TAIL, KeepingLayer, Kept
+from scrubjay.modeling.caches.buffers import appended, roomy, writable
+from scrubjay.modeling.caches.kept_keys import TAIL, KeepingLayer, Kept
+from scrubjay.modeling.decoder.decoder_call import mean_over_devices
 
 GROWTH = 1.25  # of the full buffer when it is full
 

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from scrubjay.modeling.cache_argument import pop_cache
-from scrubjay.modeling.columns import read_columns
+from scrubjay.modeling.inputs.cache_argument import pop_cache
+from scrubjay.modeling.inputs.columns import read_columns
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "max_length_q", "max_length_k")
 

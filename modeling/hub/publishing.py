@@ -13,9 +13,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import create_and_tag_model_card
 
-from scrubjay.modeling.model_card import CARD, Notes, Place, pinned, read_card, write_card
-from scrubjay.modeling.remote_code import auto_map, check_folder, write_code, written_class
-from scrubjay.modeling.sharding import is_sharded, whole_state
+from scrubjay.modeling.hub.model_card import CARD, Notes, Place, pinned, read_card, write_card
+from scrubjay.modeling.hub.remote_code import auto_map, check_folder, write_code, written_class
+from scrubjay.modeling.training.sharding import is_sharded, whole_state
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"

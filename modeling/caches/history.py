@@ -5,7 +5,7 @@ B batch, T columns given so far (padding included), D width of embeddings, F of 
 
 import torch
 
-from scrubjay.modeling.cache import writable
+from scrubjay.modeling.caches.buffers import writable
 
 CHUNK = 256  # columns by which the tables grow, so that a step copies nothing
 TABLES = ("ids", "embeds", "positions", "real", "features")

@@ -14,8 +14,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.kernels.recycle import gather_pair, pooled, put_row, scores_of
-from scrubjay.modeling.cache import roomy, writable
-from scrubjay.modeling.decoder_call import sizes_of
+from scrubjay.modeling.caches.buffers import roomy, writable
+from scrubjay.modeling.decoder.decoder_call import sizes_of
 
 TAIL = 64  # queries remembered, and so columns that `crop` may take back
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from scrubjay.modeling.adapters import adapts
+from scrubjay.modeling.training.adapters import adapts
 
 NOT_NAMED = "not in target_modules"
 EXCLUDED = "in exclude_modules"

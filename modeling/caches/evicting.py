@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from scrubjay.kernels.recycle import attend_seen, decode, decode_with_scores, received, top
 from scrubjay.kernels.release import turned
-from scrubjay.modeling.cache import appended, roomy, writable
-from scrubjay.modeling.kept_keys import KeepingLayer, Kept, pick
+from scrubjay.modeling.caches.buffers import appended, roomy, writable
+from scrubjay.modeling.caches.kept_keys import KeepingLayer, Kept, pick
 
 
 class EvictingLayer(KeepingLayer):
