@@ -13,7 +13,7 @@ define TRITON
 	@.venv/bin/python -c 'import triton' 2>/dev/null || echo 'Triton is not installed: its kernels are not tested here.'
 	@! .venv/bin/python -c 'import triton' 2>/dev/null || { set -ex; \
 	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(call PYTEST,.venv) -n $(WORKERS) tests/interpreter; \
-	.venv/bin/python examples/kernels_aot.py --check; }
+	.venv/bin/python examples/benchmarks/kernels_aot.py --check; }
 endef
 
 CONTRACT = $(wildcard tests/test_modeling.py tests/test_generate.py tests/test_hub*.py tests/test_recycled_generate.py \
@@ -61,7 +61,7 @@ test-kernels: .venv/.dev ## the kernels alone: PyTorch's, Triton's in its interp
 
 gpu: .venv/.dev ## the tests that need a CUDA device, then the benchmark, which writes examples/results/gpu_<name>.json
 	$(call PYTEST,.venv) -m gpu
-	.venv/bin/python examples/benchmark_gpu.py
+	.venv/bin/python examples/benchmarks/benchmark_gpu.py
 
 style: .venv/.dev ## format and repair
 	.venv/bin/ruff format .

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from scrubjay.examples.recipe import MODELS, Recipe
+from scrubjay.examples.learning.recipe import MODELS, Recipe
 
 DEFAULT = "rodimus_plus"
 
@@ -94,7 +94,7 @@ def make_parser() -> Parser:
     add_export(commands)
     add_verify(commands)
     add_eval(commands)
-    text = "measure speed and memory; its arguments are those of examples/benchmark.py"
+    text = "measure speed and memory; its arguments are those of examples/benchmarks/benchmark.py"
     commands.add_parser("bench", help=text, add_help=False).set_defaults(run=bench)
     return parser
 
@@ -160,7 +160,7 @@ def generate(arguments: argparse.Namespace) -> None:
     model, tokenizer = _load(arguments)
     from transformers import set_seed
 
-    from scrubjay.examples.isolated import stream
+    from scrubjay.examples.measuring.isolated import stream
 
     set_seed(arguments.seed)
     sampling = {"do_sample": False}
@@ -295,8 +295,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
             f"the tokenizer of {arguments.model} lacks a tokenizer.json or an eos_token, which marks where text starts "
             "and ends. Add them to its folder."
         )
-    from scrubjay.examples.corpus import encode, num_bytes
-    from scrubjay.examples.measure import stream_bits
+    from scrubjay.examples.data.corpus import encode, num_bytes
+    from scrubjay.examples.measuring.measure import stream_bits
 
     stream = encode(tokenizer, [text])
     bits = stream_bits(model, stream, arguments.length, arguments.batch_size)
@@ -304,7 +304,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> int | None:
-    from scrubjay.examples.benchmark import main as run
+    from scrubjay.examples.benchmarks.benchmark import main as run
 
     return run(arguments.rest)
 

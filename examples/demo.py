@@ -17,9 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,12 +26,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
 
-from scrubjay.examples.baselines import NGram, lzma_bits
-from scrubjay.examples.corpus import Corpus, encode, joined, load_corpus, num_bytes, train_tokenizer
-from scrubjay.examples.measure import cache_growth, decode_rate, full_cache_nbytes, stream_bits
-from scrubjay.examples.recipe import Recipe
-from scrubjay.examples.report import commit, figure, machine, summary, versions
-from scrubjay.examples.training import Log, Windows, build_model, find_pace, plan_steps, save, train
+from scrubjay.examples.data.corpus import Corpus, encode, joined, load_corpus, num_bytes, train_tokenizer
+from scrubjay.examples.learning.recipe import Recipe
+from scrubjay.examples.learning.training import Log, Windows, build_model, find_pace, plan_steps, save, train
+from scrubjay.examples.measuring.baselines import NGram, lzma_bits
+from scrubjay.examples.measuring.measure import cache_growth, decode_rate, full_cache_nbytes, stream_bits
+from scrubjay.examples.measuring.report import commit, figure, machine, section, summary, versions
 
 PROMPTS = ("def ", "import ", "class ")
 
@@ -120,15 +118,6 @@ def check(recipe: Recipe, minutes: float) -> None:
             raise ValueError(f"{name} is {value}, at least {least} is needed.")
 
 
-@contextmanager
-def section(title: str) -> Iterator[None]:
-    """A heading, and how long what is under it took."""
-    print(f"\n== {title}", flush=True)
-    started = time.perf_counter()
-    yield
-    print(f"   {time.perf_counter() - started:.1f} s", flush=True)
-
-
 def read(recipe: Recipe, text: Path | None, pool: ThreadPoolExecutor) -> tuple[Corpus, Future]:
     """The corpus, and the compressor already at work on it: it is slow and runs beside the rest."""
     whole = load_corpus(text)
@@ -197,8 +186,8 @@ def fit(name: str, data: Text, recipe: Recipe, minutes: float, output: Path, see
 
 
 def complete_in_isolation(folder: Path, new_tokens: int, seed: int) -> dict:
-    """Run isolated.py on the saved folder from an empty working directory, offline; its text goes to our terminal."""
-    script = Path(__file__).with_name("isolated.py").resolve()
+    """Run measuring/isolated.py on the saved folder from an empty working directory, offline; its text goes to our terminal."""
+    script = Path(__file__).resolve().parent / "measuring" / "isolated.py"
     with tempfile.TemporaryDirectory() as empty:
         result = Path(empty, "completions.json")
         child = subprocess.run(

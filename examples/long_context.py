@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from scrubjay import average_gradients, shard_sequence
-from scrubjay.examples.corpus import joined, load_corpus
-from scrubjay.examples.recipe import Recipe
-from scrubjay.examples.training import build_model
+from scrubjay.examples.data.corpus import joined, load_corpus
+from scrubjay.examples.learning.recipe import Recipe
+from scrubjay.examples.learning.training import build_model
 
 MODELS = ("ssd", "rodimus", "rodimus_plus", "taipan")
 VOCABULARY = 256

@@ -28,13 +28,12 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from scrubjay import SSDConfig, SSDForCausalLM, adapter_report
-from scrubjay.examples.corpus import Corpus, encode, load_corpus, train_tokenizer
-from scrubjay.examples.demo import section
-from scrubjay.examples.docstrings import pairs_of
-from scrubjay.examples.qlora_memory import load, measured_apart
-from scrubjay.examples.recipe import MODELS, Recipe
-from scrubjay.examples.report import FULL, GRAY, OURS, commit, machine, size, table, versions
-from scrubjay.examples.training import Windows, build_model, find_pace, plan_steps, save, train
+from scrubjay.examples.data.corpus import Corpus, encode, load_corpus, train_tokenizer
+from scrubjay.examples.data.docstrings import pairs_of
+from scrubjay.examples.learning.recipe import MODELS, Recipe
+from scrubjay.examples.learning.training import Windows, build_model, find_pace, plan_steps, save, train
+from scrubjay.examples.measuring.qlora_memory import load, measured_apart
+from scrubjay.examples.measuring.report import FULL, GRAY, OURS, commit, machine, section, size, table, versions
 from scrubjay.modeling.base import ZooPreTrainedModel
 
 MAMBA2_130M = {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50288}  # the published sizes

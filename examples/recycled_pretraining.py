@@ -23,8 +23,8 @@ import torch
 from transformers import PreTrainedModel
 
 from scrubjay import RecycledCache, RecycledConfig, RecycledForCausalLM
-from scrubjay.examples.corpus import encode, load_corpus, train_tokenizer
-from scrubjay.examples.report import commit, machine, versions
+from scrubjay.examples.data.corpus import encode, load_corpus, train_tokenizer
+from scrubjay.examples.measuring.report import commit, machine, versions
 from scrubjay.modeling.inputs.cache_argument import named
 
 

@@ -34,8 +34,8 @@ from transformers import (
 )
 
 from scrubjay import AdoreConfig
-from scrubjay.examples.adore_data import descend, smoke_model, streams, windows
-from scrubjay.examples.attention_capture import PER_HEAD, Request, answering, attention_rows
+from scrubjay.examples.data.adore_data import descend, smoke_model, streams, windows
+from scrubjay.examples.learning.attention_capture import PER_HEAD, Request, answering, attention_rows
 from scrubjay.kernels.importance import top, tuning_mask
 
 

@@ -24,8 +24,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
 
 from scrubjay import AdoreConfig
-from scrubjay.examples.adore_data import descend, smoke_model, streams, windows
-from scrubjay.examples.attention_capture import attention_rows
+from scrubjay.examples.data.adore_data import descend, smoke_model, streams, windows
+from scrubjay.examples.learning.attention_capture import attention_rows
 from scrubjay.kernels.importance import attended, later_share, top, within_horizon
 from scrubjay.modeling.decoder.controller import Controller
 

@@ -52,7 +52,7 @@ def save(folder: Path) -> None:
 
 def check(folder: Path) -> None:
     """Load each model where scrubjay is absent; with and without a cache it gives the tokens that were kept."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "measuring"))
     from isolated import Absent
 
     sys.meta_path.insert(0, Absent())

@@ -1,6 +1,6 @@
 """What tests of Mamba-2 conversions share: small published layouts, their meaning to the judge, and comparisons.
 
-The layouts are written by `examples/published_layouts.py`, by hand. The judge is the float64 recurrence of
+The layouts are written by `examples/benchmarks/published_layouts.py`, by hand. The judge is the float64 recurrence of
 `recurrences.py`, which is fed here by a translation of its own: nothing comes from the tables of the library.
 """
 
@@ -12,7 +12,7 @@ from recurrences import ssd_logits
 from safetensors.torch import load_file
 
 from scrubjay import SSDForCausalLM
-from scrubjay.examples.published_layouts import write_codestral, write_familiar, write_mamba_ssm
+from scrubjay.examples.benchmarks.published_layouts import write_codestral, write_familiar, write_mamba_ssm
 
 BOUND = 1e-4  # float32 logits of scale 10 against the recurrence in float64; the worst of these tests was 1.2e-5
 SMALL = dict(d=32, L=2, V=48, P=16, N=8, G=1, K=4)

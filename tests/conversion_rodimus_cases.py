@@ -1,6 +1,6 @@
 """What tests of Rodimus conversions share: small published layouts, and their meaning to the judge.
 
-The authors' layout is spelled out in `examples/published_rodimus.py`, fla's here. The judge is the float64 recurrence
+The authors' layout is spelled out in `examples/benchmarks/published_rodimus.py`, fla's here. The judge is the float64 recurrence
 of `recurrences.py`, which is fed here by a translation of its own: nothing comes from the tables of the library.
 """
 
@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import torch
 
-from scrubjay.examples.published_layouts import write_folder
-from scrubjay.examples.published_rodimus import eights, lengths, official
+from scrubjay.examples.benchmarks.published_layouts import write_folder
+from scrubjay.examples.benchmarks.published_rodimus import eights, lengths, official
 
 SMALL = {"vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "max_position_embeddings": 128}
 OFFICIAL = {

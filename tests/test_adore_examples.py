@@ -9,11 +9,12 @@ from adore_cases import EXACT, PIECES, TableScorer, decoder, made, run, text
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from scrubjay import AdoreCache, AdoreConfig
-from scrubjay.examples import benchmark_adore, sparse_tune, train_adore_controller
-from scrubjay.examples.adore_data import smoke_model, windows
-from scrubjay.examples.attention_capture import PER_HEAD, Request, answering, attention_rows
-from scrubjay.examples.comparison import SIDES
-from scrubjay.examples.measure import cache_nbytes
+from scrubjay.examples import sparse_tune, train_adore_controller
+from scrubjay.examples.benchmarks import benchmark_adore
+from scrubjay.examples.benchmarks.comparison import SIDES
+from scrubjay.examples.data.adore_data import smoke_model, windows
+from scrubjay.examples.learning.attention_capture import PER_HEAD, Request, answering, attention_rows
+from scrubjay.examples.measuring.measure import cache_nbytes
 from scrubjay.kernels.importance import agreed, attended, later_share, top, tuning_mask, within_horizon
 from scrubjay.modeling.decoder.controller import Controller
 
@@ -43,7 +44,7 @@ def test_rows_are_those_of_full_attention(layers):
 def test_blocks_of_queries_are_one_pass(monkeypatch):
     model, ids, at = decoder(), text(2, 40), torch.arange(40)
     whole = attention_rows(model, ids, at, 5)["mean"]
-    monkeypatch.setattr("scrubjay.examples.attention_capture.BLOCK", 7)
+    monkeypatch.setattr("scrubjay.examples.learning.attention_capture.BLOCK", 7)
     assert (attention_rows(model, ids, at, 5)["mean"] - whole).abs().max() < 1e-12
     assert (whole.sum(-1) - 1).abs().max() < 1e-12
 

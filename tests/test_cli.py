@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scrubjay import cli
-from scrubjay.examples.corpus import train_tokenizer
-from scrubjay.examples.recipe import MODELS, Recipe
+from scrubjay.examples.data.corpus import train_tokenizer
+from scrubjay.examples.learning.recipe import MODELS, Recipe
 
 TEXT = "def cache(acorn):\n    return hide(acorn)\n" * 40
 

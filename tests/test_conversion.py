@@ -26,7 +26,13 @@ from scrubjay import SSDConfig, SSDForCausalLM
 from scrubjay.conversion import convert as conversion
 from scrubjay.conversion.convert import FORMATS, convert, own_shapes
 from scrubjay.conversion.keymap import plan_in, plan_out
-from scrubjay.examples.published_layouts import CODESTRAL, MAMBA2_2B7, mamba2_shapes, mamba_ssm_config, params_json
+from scrubjay.examples.benchmarks.published_layouts import (
+    CODESTRAL,
+    MAMBA2_2B7,
+    mamba2_shapes,
+    mamba_ssm_config,
+    params_json,
+)
 
 LAYOUTS = {layout.name: layout for layout in FORMATS if layout.family == "ssd"}
 

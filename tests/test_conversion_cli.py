@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from scrubjay import SSDConfig, cli
 from scrubjay.conversion import parity
-from scrubjay.examples import conversion_check
+from scrubjay.examples.benchmarks import conversion_check
 
 
 @pytest.fixture(autouse=True)

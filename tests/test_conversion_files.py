@@ -21,7 +21,7 @@ from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.convert import convert
 from scrubjay.conversion.destination import whole_or_nothing
 from scrubjay.conversion.weights import parse_size, write_weights
-from scrubjay.examples.published_layouts import mamba2_shapes, values, write_mamba_ssm
+from scrubjay.examples.benchmarks.published_layouts import mamba2_shapes, values, write_mamba_ssm
 
 TENSORS = {
     "a": torch.arange(15.0).view(3, 5).bfloat16(),

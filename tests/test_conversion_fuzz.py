@@ -14,8 +14,8 @@ from recycled_cases import decoder
 
 from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.convert import convert
-from scrubjay.examples.published_layouts import values
-from scrubjay.examples.published_rodimus import official_shapes
+from scrubjay.examples.benchmarks.published_layouts import values
+from scrubjay.examples.benchmarks.published_rodimus import official_shapes
 
 BIN, SAFE = "pytorch_model.bin", "model.safetensors"
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from scrubjay import SSDConfig, SSDForCausalLM
 from scrubjay.conversion.convert import convert
-from scrubjay.examples.published_layouts import mamba2_shapes, values, write_familiar, write_mamba_ssm
+from scrubjay.examples.benchmarks.published_layouts import mamba2_shapes, values, write_familiar, write_mamba_ssm
 
 
 def refused(source, match, **arguments):

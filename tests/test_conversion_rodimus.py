@@ -25,8 +25,8 @@ from scrubjay.conversion import convert as conversion
 from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.convert_rodimus import RODIMUS
 from scrubjay.conversion.keymap import plan_in, plan_out
-from scrubjay.examples.published_layouts import values
-from scrubjay.examples.published_rodimus import PUBLISHED, official_shapes, repeat_head
+from scrubjay.examples.benchmarks.published_layouts import values
+from scrubjay.examples.benchmarks.published_rodimus import PUBLISHED, official_shapes, repeat_head
 from scrubjay.modeling.hub.key_names import Merge
 
 BOUND = 1e-4  # float32 against float64, of logits up to 5; measured 8.7e-6 at most

@@ -22,8 +22,8 @@ from transformers import AutoTokenizer
 from scrubjay import RodimusConfig, RodimusForCausalLM
 from scrubjay.configuration.rodimus_configs import config_for
 from scrubjay.conversion.convert import convert as full_convert
-from scrubjay.examples.published_layouts import values
-from scrubjay.examples.published_rodimus import official_shapes, repeat_head
+from scrubjay.examples.benchmarks.published_layouts import values
+from scrubjay.examples.benchmarks.published_rodimus import official_shapes, repeat_head
 
 PLUS, UNTIED, ALL = OFFICIAL["plus"], OFFICIAL["plus, odd window"], OFFICIAL["plus, all else"]
 HEAD, EMBEDDING = "lm_head.weight", "model.embeddings.weight"

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from scrubjay.examples.baselines import EM_STEPS, TUNING_SHARE, NGram, gram_keys, lzma_bits
-from scrubjay.examples.corpus import (
+from scrubjay.examples.data.corpus import (
     MIN_BYTES,
     cut,
     encode,
@@ -25,9 +24,8 @@ from scrubjay.examples.corpus import (
     train_tokenizer,
 )
 from scrubjay.examples.demo import check, demo
-from scrubjay.examples.measure import cache_growth, decode_rate, full_cache_nbytes, stream_bits, windows
-from scrubjay.examples.recipe import MODELS, Recipe
-from scrubjay.examples.training import (
+from scrubjay.examples.learning.recipe import MODELS, Recipe
+from scrubjay.examples.learning.training import (
     Plan,
     Windows,
     build_model,
@@ -37,6 +35,8 @@ from scrubjay.examples.training import (
     schedule,
     train,
 )
+from scrubjay.examples.measuring.baselines import EM_STEPS, TUNING_SHARE, NGram, gram_keys, lzma_bits
+from scrubjay.examples.measuring.measure import cache_growth, decode_rate, full_cache_nbytes, stream_bits, windows
 
 VOCAB = 11
 

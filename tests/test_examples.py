@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from scrubjay.examples import benchmark, benchmark_cpu, mqar
-from scrubjay.examples.benchmark_cpu import SIDES, SMOKE, checked, high_water, lines_of, rows_of, window_pass
-from scrubjay.examples.mqar import IGNORED, MODELS, Run, accuracy, causal_labels, draw_distinct, mqar_batch
+from scrubjay.examples.benchmarks import benchmark, benchmark_cpu
+from scrubjay.examples.benchmarks.benchmark_cpu import SIDES, SMOKE, checked, high_water, lines_of, rows_of, window_pass
+from scrubjay.examples.studies import mqar
+from scrubjay.examples.studies.mqar import IGNORED, MODELS, Run, accuracy, causal_labels, draw_distinct, mqar_batch
 
 PAIRS, LENGTH, VOCAB = 5, 32, 40  # keys 1..19, values 20..39
 
@@ -124,7 +125,7 @@ def test_mqar_smoke(model, tmp_path):
     assert out.with_suffix(".png").stat().st_size > 0
     assert [point["step"] for point in record["curve"]] == [2, 3]
     assert record["settings"]["model"] == model
-    assert record["command"].startswith("python examples/mqar.py --smoke")
+    assert record["command"].startswith("python examples/studies/mqar.py --smoke")
 
 
 def test_mqar_is_the_same_run_twice():

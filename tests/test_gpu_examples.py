@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from scrubjay.examples import benchmark_gpu, gpu_peers
-from scrubjay.examples.gpu_work import LARGE, SMALL, works
+from scrubjay.examples.benchmarks import benchmark_gpu, gpu_peers
+from scrubjay.examples.benchmarks.gpu_work import LARGE, SMALL, works
 
 
 def test_the_benchmark_runs_at_tiny_sizes_and_names_every_missing_peer(tmp_path, capsys, monkeypatch):
@@ -41,7 +41,7 @@ def test_without_a_gpu_the_benchmark_says_what_to_do(monkeypatch, capsys):
 
 def test_what_became_worse_in_a_compiled_kernel_is_named():
     pytest.importorskip("triton")
-    from scrubjay.examples.kernels_aot import worse
+    from scrubjay.examples.benchmarks.kernels_aot import worse
 
     row = {"case": "ssd", "kernel": "scan", "types": "*fp32", "constants": {"N": "64"}, "target": "sm_90"}
     row |= {"spill_bytes": 0, "HGMMA": 4, "HMMA": 0}

@@ -36,8 +36,8 @@ import scrubjay
 from scrubjay import adapter_report
 from scrubjay.conversion.export_hub import export
 from scrubjay.conversion.verify_hub import verify
-from scrubjay.examples.published_layouts import values
-from scrubjay.examples.published_rodimus import official_shapes
+from scrubjay.examples.benchmarks.published_layouts import values
+from scrubjay.examples.benchmarks.published_rodimus import official_shapes
 
 AUTO = {KINDS[0]: AutoModelForSequenceClassification, KINDS[1]: AutoModelForTokenClassification}
 MADE = {KINDS[0]: texts, KINDS[1]: each_token}
@@ -267,7 +267,7 @@ def test_folders_load_without_the_library_and_carry_other_heads(tmp_path):
         entry.build().save_pretrained(folder / "lm")
         (folder / "reward.py").write_text(REWARD)
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(Path(__file__).parent.parent / "examples")]
+        [sys.executable, "-c", CHILD, str(Path(__file__).parents[1] / "examples" / "measuring")]
         + [str(tmp_path / entry.name) for entry in ZOO],
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,

@@ -36,7 +36,7 @@ def story(tmp_path_factory):
 
 def _run(script, out, hub, *arguments, **variables):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    paths = os.pathsep.join([str(TESTS.parent / "examples"), kept.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(TESTS.parent / "examples" / "measuring"), kept.get("PYTHONPATH", "")])
     own = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(out / script), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TESTS / script), str(out), *arguments]
     done = subprocess.run(command, env=kept | own | {"PYTHONPATH": paths} | variables, capture_output=True, text=True)

@@ -12,9 +12,9 @@ from hub_server import HubServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scrubjay.examples import qlora
-from scrubjay.examples.corpus import load_corpus, train_tokenizer
-from scrubjay.examples.docstrings import pairs_of
-from scrubjay.examples.qlora_memory import load
+from scrubjay.examples.data.corpus import load_corpus, train_tokenizer
+from scrubjay.examples.data.docstrings import pairs_of
+from scrubjay.examples.measuring.qlora_memory import load
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear:UserWarning"),  # measured by the example

@@ -8,8 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scrubjay.examples import benchmark_recycled, recycled_pretraining, retrieval
-from scrubjay.examples.retrieval import IGNORED, SMOKE, answer, build, caches, draw
+from scrubjay.examples import recycled_pretraining
+from scrubjay.examples.benchmarks import benchmark_recycled
+from scrubjay.examples.studies import retrieval
+from scrubjay.examples.studies.retrieval import IGNORED, SMOKE, answer, build, caches, draw
 
 
 def test_recycled_retrieval_rows_ask_for_records_that_they_list():

@@ -2,9 +2,10 @@
 
 import pytest
 
-from scrubjay.examples import benchmark_taipan, mqar
-from scrubjay.examples.comparison import SIDES
-from scrubjay.examples.mqar import Run
+from scrubjay.examples.benchmarks import benchmark_taipan
+from scrubjay.examples.benchmarks.comparison import SIDES
+from scrubjay.examples.studies import mqar
+from scrubjay.examples.studies.mqar import Run
 
 
 @pytest.mark.parametrize(("pairs", "length"), [(8, 64), (32, 128)])

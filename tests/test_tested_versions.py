@@ -90,7 +90,11 @@ def test_one_process_is_told_once(first, tmp_path):
 
     for entry in ZOO:
         save_unregistered(entry, tmp_path / "models" / entry.name)
-    own = {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT / "examples"), "OMP_NUM_THREADS": "1"}
+    own = {
+        "HF_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(ROOT / "examples" / "measuring"),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(TESTS / "versions_child.py"), first, str(tmp_path / "models")]
     run = subprocess.run(command, cwd=tmp_path, env=os.environ | own, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]

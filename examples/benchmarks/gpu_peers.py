@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from scrubjay.examples.gpu_work import Work, forward_or_both, log_decays, normal, train_step
+from scrubjay.examples.benchmarks.gpu_work import Work, forward_or_both, log_decays, normal, train_step
 
 Call = Callable[[], Any]
 

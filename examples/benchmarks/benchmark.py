@@ -1,8 +1,8 @@
 """Speed and memory beside the peers, as ratios within one run.
 
-    python examples/benchmark.py --cpu                  all of it: about twenty minutes on two cores
-    python examples/benchmark.py --cpu --only prefill   the rows whose name contains a word; kept only with --out
-    python examples/benchmark.py --cpu --smoke          all of it at tiny sizes in seconds; the numbers mean nothing
+    python examples/benchmarks/benchmark.py --cpu                  all of it: about twenty minutes on two cores
+    python examples/benchmarks/benchmark.py --cpu --only prefill   the rows whose name contains a word; kept only with --out
+    python examples/benchmarks/benchmark.py --cpu --smoke          all of it at tiny sizes in seconds; the numbers mean nothing
 
 Prints one table and writes results/benchmark_cpu.json (every sample) and .png. On a busy machine threads wait for each
 other, and the numbers say little: run it alone.
@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from scrubjay.examples.benchmark_cpu import SMOKE, Shape, measure
-from scrubjay.examples.report import GRAY, OURS, commit, machine, table, versions
+from scrubjay.examples.benchmarks.benchmark_cpu import SMOKE, Shape, measure
+from scrubjay.examples.measuring.report import GRAY, OURS, commit, machine, table, versions
 
-RESULTS = Path(__file__).resolve().parent / "results" / "benchmark_cpu.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmark_cpu.json"
 BUSY = 0.5  # load average above which a run says that it was not alone
 
 
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     logging.disable_progress_bar()
-    command = shlex.join(["python", "examples/benchmark.py", *argv])
+    command = shlex.join(["python", "examples/benchmarks/benchmark.py", *argv])
     shape, repetitions = (SMOKE, 2) if args.smoke else (Shape(), args.repetitions)
     result = benchmark(shape, threads=args.threads, repetitions=repetitions, only=args.only, command=command)
     print(f"\n{summary(result)}")

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from scrubjay import RecycledConfig
-from scrubjay.examples.comparison import Comparison
+from scrubjay.examples.benchmarks.comparison import Comparison
 from scrubjay.modeling.caches.kept_keys import Call
 from scrubjay.modeling.caches.recycled_layer import RecycledLayer
 

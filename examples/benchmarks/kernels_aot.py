@@ -1,8 +1,8 @@
 """Compile every Triton kernel ahead of time, on a machine without a GPU, and keep what the compiler says of each.
 
-    python examples/kernels_aot.py                writes examples/results/kernels_aot.json
-    python examples/kernels_aot.py --check        compares with it: exit 1 on a spill or a lost tensor-core instruction
-    python examples/kernels_aot.py --only ssd     prints the kernels of the cases whose name contains "ssd"
+    python examples/benchmarks/kernels_aot.py                writes examples/results/kernels_aot.json
+    python examples/benchmarks/kernels_aot.py --check        compares with it: exit 1 on a spill or a lost tensor-core instruction
+    python examples/benchmarks/kernels_aot.py --only ssd     prints the kernels of the cases whose name contains "ssd"
 
 The calls of aot_cases.py are made on meta tensors; each launch becomes a compilation for the types, the constants and
 the divisibility of its arguments. This tells whether a kernel compiles and what it occupies, nothing of its speed.
@@ -26,10 +26,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from scrubjay.examples.aot_cases import CASES
+from scrubjay.examples.benchmarks.aot_cases import CASES
 from scrubjay.kernels import triton_tools
 
-RESULT = Path(__file__).parent / "results" / "kernels_aot.json"
+RESULT = Path(__file__).resolve().parents[1] / "results" / "kernels_aot.json"
 TARGETS = (80, 90)
 TYPES = {
     torch.float32: "fp32",

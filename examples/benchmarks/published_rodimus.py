@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from scrubjay.examples.published_layouts import values, write_folder
+from scrubjay.examples.benchmarks.published_layouts import values, write_folder
 
 OFFICIAL_ROOT = {
     "architectures": ["RodimusForCausalLM"],

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from scrubjay.examples.corpus import encode, load_corpus, train_tokenizer
+from scrubjay.examples.data.corpus import encode, load_corpus, train_tokenizer
 
 SMOKE_VOCABULARY = 512
 

@@ -1,10 +1,12 @@
-"""What a run leaves behind: where it ran, a table for the terminal, and a figure."""
+"""What a run says and leaves behind: headings, where it ran, a table for the terminal, and a figure."""
 
 import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,7 +48,7 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> str | None:
     """Commit of the checkout this file is in, `+` where it has changes; None outside a checkout of scrubjay."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -59,6 +61,15 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+@contextmanager
+def section(title: str) -> Iterator[None]:
+    """A heading, and how long what is under it took."""
+    print(f"\n== {title}", flush=True)
+    started = time.perf_counter()
+    yield
+    print(f"   {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

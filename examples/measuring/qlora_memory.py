@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.utils import logging
 
 from scrubjay import adapter_report
-from scrubjay.examples.benchmark_cpu import high_water
+from scrubjay.examples.measuring.memory import high_water
 
 
 def four_bits() -> BitsAndBytesConfig:

@@ -9,8 +9,6 @@ B = 1, T time, H heads, P head size. q, v (1, T, H, P), k (1, T, 1, P). Times in
 """
 
 import gc
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +16,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +24,9 @@ from transformers.utils import logging
 
 from scrubjay import SSDForCausalLM
 from scrubjay.configuration.cache_names import CACHE_NAMES
-from scrubjay.examples import benchmark_adore, benchmark_recycled, benchmark_taipan
-from scrubjay.examples.comparison import SIDES, Comparison, in_turn, summarized
+from scrubjay.examples.benchmarks import benchmark_adore, benchmark_recycled, benchmark_taipan
+from scrubjay.examples.benchmarks.comparison import SIDES, Comparison, in_turn, summarized
+from scrubjay.examples.measuring.memory import high_water, memory_method
 from scrubjay.kernels.window import window_attention
 
 DTYPES = ("float32", "bfloat16")
@@ -300,24 +298,6 @@ def peak_memory(side: str, row: Row, shape: Shape, folder: str, chunk: int, thre
     before = high_water(reset=True)
     work()
     return high_water() - before
-
-
-def memory_method() -> str:
-    """How `high_water` can measure here, in words for the reader of a result."""
-    if Path("/proc/self/status").exists():
-        return "peak resident memory of one pass above the idle model, reset before the pass"
-    return "peak resident memory since the process started (no /proc to reset it), so a pass below its start shows as 0"
-
-
-def high_water(*, reset: bool = False) -> int:
-    """Highest resident memory of this process in bytes since the last reset. Only Linux can reset it (5 does that)."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 def memory_row(row: Row, shape: Shape, folder: str, chunk: int, threads: int) -> dict:

@@ -16,8 +16,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from scrubjay import AdoreCache
-from scrubjay.examples.comparison import Comparison
-from scrubjay.examples.measure import cache_nbytes
+from scrubjay.examples.benchmarks.comparison import Comparison
+from scrubjay.examples.measuring.measure import cache_nbytes
 from scrubjay.modeling.decoder.controller import Controller
 from scrubjay.modeling.inputs.cache_argument import named
 

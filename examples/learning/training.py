@@ -35,7 +35,7 @@ from scrubjay import (
     TaipanConfig,
     TaipanForCausalLM,
 )
-from scrubjay.examples.recipe import Recipe
+from scrubjay.examples.learning.recipe import Recipe
 
 TIMED_STEPS = 6  # the first two also build the optimiser's state and are left out
 

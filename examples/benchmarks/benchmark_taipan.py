@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from scrubjay import TaipanCache, TaipanConfig, TaipanForCausalLM
-from scrubjay.examples.comparison import Comparison
+from scrubjay.examples.benchmarks.comparison import Comparison
 from scrubjay.modeling.layout import Layout
 from scrubjay.modeling.modeling_taipan import SelectiveBlock
 

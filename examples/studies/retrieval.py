@@ -5,8 +5,8 @@ one output: the key is given, the value must follow. A small Llama learns it wit
 model answers with every cache at one budget of keys, an eighth of the list or less: which of them could still see the
 record?
 
-    python examples/retrieval.py            train, compare, write results/retrieval.json and .png
-    python examples/retrieval.py --smoke    the code path in seconds, learns nothing
+    python examples/studies/retrieval.py            train, compare, write results/retrieval.json and .png
+    python examples/studies/retrieval.py --smoke    the code path in seconds, learns nothing
 
 The answers before a token are given (teacher forcing), so that one miss does not spoil what follows it. A question and
 its answer are 5 tokens: a stride of 5 looks at everything once a question, of 10 once in two, of 7 here and there.
@@ -27,13 +27,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_constant_schedule_with_warmup
 
 from scrubjay import AdoreCache, AdoreConfig, RecycledCache
-from scrubjay.examples.adore_data import descend
-from scrubjay.examples.report import FULL, GRAY, OURS, commit, machine, versions
+from scrubjay.examples.data.adore_data import descend
+from scrubjay.examples.measuring.report import FULL, GRAY, OURS, commit, machine, versions
 from scrubjay.examples.train_adore_controller import loss_of
 from scrubjay.modeling.decoder.controller import Controller
 from scrubjay.modeling.inputs.cache_argument import named
 
-RESULTS = Path(__file__).resolve().parent / "results" / "retrieval.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "retrieval.json"
 IGNORED = -100
 SOLVED = 0.995  # validation accuracy at which training stops
 LEARNED = 0.2  # mean loss at which lists become longer
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> dict:
         if options.model:
             model.save_pretrained(options.model)
     record = {"task": asdict(task), "curve": curve, "results": compare(model, task)}
-    record |= {"command": shlex.join(["python", "examples/retrieval.py", *argv]), "commit": commit()}
+    record |= {"command": shlex.join(["python", "examples/studies/retrieval.py", *argv]), "commit": commit()}
     record |= {"machine": machine(), "versions": versions()}
     out = options.out if options.out or options.smoke else RESULTS
     if out:

@@ -4,9 +4,9 @@ A sequence lists key-value pairs once, then asks for every key again. Attention 
 must have put all pairs into its state, so accuracy over (pairs, state_size) measures the state and the rule that writes
 to it. Two layers of width 64 are trained from scratch on sequences that are never repeated, and tested on fresh ones.
 
-    python examples/mqar.py --model ssd     one run, printed; --out FILE keeps it
-    python examples/mqar.py --sweep         the table in results/mqar.json and .png; an interrupted one continues
-    python examples/mqar.py --smoke         the code path in seconds, learns nothing
+    python examples/studies/mqar.py --model ssd     one run, printed; --out FILE keeps it
+    python examples/studies/mqar.py --sweep         the table in results/mqar.json and .png; an interrupted one continues
+    python examples/studies/mqar.py --smoke         the code path in seconds, learns nothing
 
 Own generator after the description in the paper; zeros between the queries are the setting of its figure 2.
 """
@@ -31,9 +31,9 @@ from scrubjay import (
     TaipanConfig,
     TaipanForCausalLM,
 )
-from scrubjay.examples.report import FULL, OURS, commit, machine, versions
+from scrubjay.examples.measuring.report import FULL, OURS, commit, machine, versions
 
-RESULTS = Path(__file__).resolve().parent / "results" / "mqar.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "mqar.json"
 MODELS = ("ssd", "rodimus", "rodimus_plus", "taipan", "mamba2")
 IGNORED = -100  # the label that transformers' loss skips
 HEAD_DIM = 64  # value width of one head: the same in SSD and in transformers' Mamba2, so that they are the same model
@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     """Run what the command line asks for; returns the records."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    command = shlex.join(["python", "examples/mqar.py", *argv])
+    command = shlex.join(["python", "examples/studies/mqar.py", *argv])
     base = Run(**{field.name: getattr(args, field.name) for field in fields(Run)})
     options = {}
     if args.smoke:

@@ -1,8 +1,8 @@
 """Speed of the kernels and of whole models on one GPU, beside the peers that are installed there.
 
-    python examples/benchmark_gpu.py            writes results/gpu_<name>.json (every line) and .png
-    python examples/benchmark_gpu.py --only ssd the lines whose name contains a word; kept only with --out
-    python examples/benchmark_gpu.py --smoke    tiny sizes on any machine, to check that everything runs
+    python examples/benchmarks/benchmark_gpu.py            writes results/gpu_<name>.json (every line) and .png
+    python examples/benchmarks/benchmark_gpu.py --only ssd the lines whose name contains a word; kept only with --out
+    python examples/benchmarks/benchmark_gpu.py --smoke    tiny sizes on any machine, to check that everything runs
 
 Times are medians of triton.testing.do_bench, all in one run. Beside each the rate: TFLOP/s of the products that the
 algorithm needs, or GB/s of the bytes that it has to move, and the fraction of what this GPU reached in a matrix product
@@ -21,11 +21,11 @@ from statistics import median
 
 import torch
 
-from scrubjay.examples.gpu_peers import PEERS
-from scrubjay.examples.gpu_work import LARGE, SMALL, Sizes, Work, works
-from scrubjay.examples.report import OURS, commit, machine, table, versions
+from scrubjay.examples.benchmarks.gpu_peers import PEERS
+from scrubjay.examples.benchmarks.gpu_work import LARGE, SMALL, Sizes, Work, works
+from scrubjay.examples.measuring.report import OURS, commit, machine, table, versions
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> dict:
     sizes = SMALL if args.smoke else LARGE
     top = ceiling(sizes, device)
     found = [vars(line) for line in lines(sizes, top, device, args.only)]
-    command = shlex.join(["python", "examples/benchmark_gpu.py", *argv])
+    command = shlex.join(["python", "examples/benchmarks/benchmark_gpu.py", *argv])
     result = {"command": command, "commit": commit(), "device": name, "machine": machine(), "versions": versions()}
     result |= {"ceiling": vars(top), "lines": found}
     print(f"\n{summary(result)}")

@@ -3,8 +3,8 @@
 Each cut is a folder of the published layout with random values: names, shapes, file format and configuration are those
 of the model, only the number of layers is not. The conversion runs in a process of its own, whose peak memory is read.
 
-    python examples/conversion_check.py                 the three cuts, 1 to 3 GB each; some minutes on a CPU
-    python examples/conversion_check.py --smoke         narrow cuts, seconds
+    python examples/benchmarks/conversion_check.py                 the three cuts, 1 to 3 GB each; some minutes on a CPU
+    python examples/benchmarks/conversion_check.py --smoke         narrow cuts, seconds
 """
 
 import argparse
@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scrubjay.examples.published_layouts import CODESTRAL, MAMBA2_2B7, write_codestral, write_mamba_ssm
-from scrubjay.examples.published_rodimus import PUBLISHED, write_rodimus
-from scrubjay.examples.report import machine, size, table, versions
+from scrubjay.examples.benchmarks.published_layouts import CODESTRAL, MAMBA2_2B7, write_codestral, write_mamba_ssm
+from scrubjay.examples.benchmarks.published_rodimus import PUBLISHED, write_rodimus
+from scrubjay.examples.measuring.report import machine, size, table, versions
 
 RESULT = Path("examples/results/conversion.json")
 BOUND = 1e-4  # largest difference of logits, in float32
@@ -29,7 +29,7 @@ CHILD = """
 import json, sys
 import scrubjay.conversion.convert
 from scrubjay.cli import main
-from scrubjay.examples.benchmark_cpu import high_water
+from scrubjay.examples.measuring.memory import high_water
 source, plain, checked = sys.argv[1:]
 peaks = [high_water(reset=True)]
 for arguments in ([plain], [checked, "--check"]):
