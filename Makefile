@@ -16,10 +16,10 @@ define TRITON
 	.venv/bin/python examples/benchmarks/kernels_aot.py --check; }
 endef
 
-CONTRACT = $(wildcard tests/test_modeling.py tests/test_generate.py tests/test_hub*.py tests/test_recycled_generate.py \
-	tests/test_adore_cache.py)
+CONTRACT = $(wildcard tests/modeling/test_modeling.py tests/modeling/test_generate.py tests/publishing/test_hub*.py \
+	tests/caches/test_recycled_generate.py tests/caches/test_adore_cache.py)
 # What peft, accelerate and trl do; their releases are new as well.
-TRAINING = tests/test_peft.py tests/test_peft_training.py
+TRAINING = tests/training/test_peft.py tests/training/test_peft_training.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest test-newest record-newest test-kernels gpu style quality types clean
@@ -37,12 +37,12 @@ test: .venv/.dev ## the whole test-suite, on CPU, offline
 # a folder that one version saved, under the other
 define ACROSS
 	@set -e; for way in ".venv-oldest .venv" ".venv .venv-oldest"; do set -- $$way; folder=$$(mktemp -d); \
-	OMP_NUM_THREADS=1 $$1/bin/python tests/across_versions.py save $$folder; \
-	OMP_NUM_THREADS=1 HF_MODULES_CACHE=$$folder $$2/bin/python tests/across_versions.py check $$folder; rm -rf $$folder; done
+	OMP_NUM_THREADS=1 $$1/bin/python tests/publishing/across_versions.py save $$folder; \
+	OMP_NUM_THREADS=1 HF_MODULES_CACHE=$$folder $$2/bin/python tests/publishing/across_versions.py check $$folder; rm -rf $$folder; done
 endef
 
 test-oldest: .venv-oldest/.test .venv/.dev ## the model contract on the oldest supported transformers, and its folders on the pinned one
-	$(if $(CONTRACT),,$(error no contract test found: tests/test_modeling.py, tests/test_generate.py, tests/test_hub*.py))
+	$(if $(CONTRACT),,$(error no contract test found: tests/modeling/test_modeling.py, tests/modeling/test_generate.py, tests/publishing/test_hub*.py))
 	$(call PYTEST,.venv-oldest) -n $(WORKERS) $(CONTRACT)
 	$(ACROSS)
 
@@ -56,7 +56,7 @@ record-newest: .venv-newest/bin/pip ## write down the releases on which test-new
 	@.venv-newest/bin/python .ci/newest.py record
 
 test-kernels: .venv/.dev ## the kernels alone: PyTorch's, Triton's in its interpreter, Triton's compiled without a GPU
-	$(call PYTEST,.venv) -n $(WORKERS) $(wildcard tests/test_kernels*.py)
+	$(call PYTEST,.venv) -n $(WORKERS) tests/kernels
 	$(TRITON)
 
 gpu: .venv/.dev ## the tests that need a CUDA device, then the benchmark, which writes examples/results/gpu_<name>.json

@@ -186,7 +186,7 @@ def fit(name: str, data: Text, recipe: Recipe, minutes: float, output: Path, see
 
 
 def complete_in_isolation(folder: Path, new_tokens: int, seed: int) -> dict:
-    """Run measuring/isolated.py on the saved folder from an empty working directory, offline; its text goes to our terminal."""
+    """Run isolated.py on the saved folder from an empty working directory, offline; its text goes to our terminal."""
     script = Path(__file__).resolve().parent / "measuring" / "isolated.py"
     with tempfile.TemporaryDirectory() as empty:
         result = Path(empty, "completions.json")

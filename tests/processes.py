@@ -1,4 +1,4 @@
-"""Several processes for a test: one torchrun of a script of this folder, whose results all tests of a session share."""
+"""Several processes for a test: one torchrun of a script of these folders; all tests of a session share its results."""
 
 import os
 import signal
@@ -10,7 +10,15 @@ import torch
 from filelock import FileLock
 
 HERE = Path(__file__).resolve().parent
-ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+FOLDERS = [HERE, *sorted(path for path in HERE.iterdir() if path.is_dir())]  # as pytest has them on its path
+PATH = os.pathsep.join([*map(str, FOLDERS), *filter(None, [os.environ.get("PYTHONPATH")])])
+ALONE = {
+    "PYTHONPATH": PATH,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 
 def run(command: list[str], timeout: float, **environment: str) -> str:
@@ -52,7 +60,7 @@ def results(folder: Path, script: str, processes: int = 2, timeout: float = 240,
         if not out.exists():
             out.mkdir()
             try:
-                run([*torchrun(processes), str(HERE / script), str(out)], timeout, **environment)
+                run([*torchrun(processes), str(next(HERE.rglob(script))), str(out)], timeout, **environment)
             except RuntimeError as error:
                 failure.write_text(str(error), encoding="utf-8")
         if failure.exists():

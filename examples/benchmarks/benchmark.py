@@ -1,8 +1,8 @@
 """Speed and memory beside the peers, as ratios within one run.
 
-    python examples/benchmarks/benchmark.py --cpu                  all of it: about twenty minutes on two cores
-    python examples/benchmarks/benchmark.py --cpu --only prefill   the rows whose name contains a word; kept only with --out
-    python examples/benchmarks/benchmark.py --cpu --smoke          all of it at tiny sizes in seconds; the numbers mean nothing
+    python examples/benchmarks/benchmark.py --cpu        all of it: about twenty minutes on two cores
+        --only prefill    the rows whose name contains a word; kept only with --out
+        --smoke           all of it at tiny sizes in seconds; the numbers mean nothing
 
 Prints one table and writes results/benchmark_cpu.json (every sample) and .png. On a busy machine threads wait for each
 other, and the numbers say little: run it alone.

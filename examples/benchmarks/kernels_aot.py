@@ -1,7 +1,7 @@
 """Compile every Triton kernel ahead of time, on a machine without a GPU, and keep what the compiler says of each.
 
     python examples/benchmarks/kernels_aot.py                writes examples/results/kernels_aot.json
-    python examples/benchmarks/kernels_aot.py --check        compares with it: exit 1 on a spill or a lost tensor-core instruction
+    python examples/benchmarks/kernels_aot.py --check        exit 1 on a spill or a lost tensor-core instruction
     python examples/benchmarks/kernels_aot.py --only ssd     prints the kernels of the cases whose name contains "ssd"
 
 The calls of aot_cases.py are made on meta tensors; each launch becomes a compilation for the types, the constants and

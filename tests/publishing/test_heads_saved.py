@@ -267,7 +267,7 @@ def test_folders_load_without_the_library_and_carry_other_heads(tmp_path):
         entry.build().save_pretrained(folder / "lm")
         (folder / "reward.py").write_text(REWARD)
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(Path(__file__).parents[1] / "examples" / "measuring")]
+        [sys.executable, "-c", CHILD, str(Path(__file__).parents[2] / "examples" / "measuring")]
         + [str(tmp_path / entry.name) for entry in ZOO],
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,

@@ -1,6 +1,6 @@
 """One sequence over the ranks of a process group equals one process, gradients and caches included.
 
-The comparisons are made by tests/distributed_context.py, once on two and once on four processes with gloo; here stand
+The comparisons are made by distributed_context.py, once on two and once on four processes with gloo; here stand
 the bounds. Errors are relative to the largest value of a tensor; a bound is five times the worst that was measured.
 """
 

@@ -19,7 +19,7 @@ from zoo import ZOO
 
 from scrubjay.examples.data.corpus import train_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TASKS = ROOT / "examples" / "lm_eval_tasks"
 SAME = 1e-4  # float32 in a batch of another width: log-probabilities of some -50 differed by 1e-5 at most
 

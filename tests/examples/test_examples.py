@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from scrubjay.examples.benchmarks import benchmark, benchmark_cpu
-from scrubjay.examples.benchmarks.benchmark_cpu import SIDES, SMOKE, checked, high_water, lines_of, rows_of, window_pass
+from scrubjay.examples.benchmarks.benchmark_cpu import SIDES, SMOKE, checked, lines_of, rows_of, window_pass
+from scrubjay.examples.measuring.memory import high_water
 from scrubjay.examples.studies import mqar
 from scrubjay.examples.studies.mqar import IGNORED, MODELS, Run, accuracy, causal_labels, draw_distinct, mqar_batch
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from scrubjay.conversion.export_hub import export
 from scrubjay.modeling.hub.remote_code import code_files
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("configuration", "kernels", "modeling", "conversion")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from scrubjay.examples.demo import demo
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TASKS = ROOT / "examples" / "lm_eval_tasks"
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 

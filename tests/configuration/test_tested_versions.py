@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from scrubjay.configuration import tested_versions
 from scrubjay.configuration.tested_versions import NEWEST, OLDEST, tell_of_untested, untested
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 def pins(name):
@@ -95,7 +95,7 @@ def test_one_process_is_told_once(first, tmp_path):
         "PYTHONPATH": str(ROOT / "examples" / "measuring"),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(TESTS / "versions_child.py"), first, str(tmp_path / "models")]
+    command = [sys.executable, str(HERE / "versions_child.py"), first, str(tmp_path / "models")]
     run = subprocess.run(command, cwd=tmp_path, env=os.environ | own, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     at_first, then = json.loads(run.stdout)

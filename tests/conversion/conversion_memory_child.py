@@ -7,7 +7,7 @@ import json
 import sys
 
 from scrubjay.conversion.convert import convert
-from scrubjay.examples.benchmarks.benchmark_cpu import high_water
+from scrubjay.examples.measuring.memory import high_water
 
 grown = {}
 for source, layout, destination in zip(*[iter(sys.argv[1:])] * 3, strict=True):

@@ -8,7 +8,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-ACCELERATE = Path(__file__).resolve().parents[1] / "examples" / "accelerate"
+ACCELERATE = Path(__file__).resolve().parents[2] / "examples" / "accelerate"
 
 
 def launched(path: Path) -> tuple[object, dict[str, str]]:

@@ -15,7 +15,7 @@ from zoo import ZOO, tokens
 from scrubjay.configuration.tested_versions import OLDEST
 from scrubjay.modeling.hub.model_card import BEGIN, END, Notes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SSD = ZOO[0]
 NOTES = {
     "license": "cc-by-4.0",

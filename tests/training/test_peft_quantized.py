@@ -308,7 +308,7 @@ def test_4_bits_and_an_adapter_without_the_library(tmp_path):
         model.save_pretrained(tmp_path / entry.name)
         wanted.append(f"{entry.model.__name__} {len(split(model)[0])} True")
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(Path(__file__).parents[1] / "examples" / "measuring")]
+        [sys.executable, "-c", CHILD, str(Path(__file__).parents[2] / "examples" / "measuring")]
         + [str(tmp_path / entry.name) for entry in ZOO],
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,

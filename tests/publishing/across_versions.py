@@ -1,7 +1,7 @@
 """A folder that one version of transformers saved, loaded under another, by its own code:
 
-    python tests/across_versions.py save FOLDER       every model of the zoo, and what it generates
-    python tests/across_versions.py check FOLDER      in another environment: the same tokens, without scrubjay
+    python tests/publishing/across_versions.py save FOLDER     every model of the zoo, and what it generates
+    python tests/publishing/across_versions.py check FOLDER    in another environment: the same tokens, without scrubjay
 
 `make test-oldest` does it with the oldest version and the pinned one, both ways.
 """
@@ -39,6 +39,7 @@ def generated(model, **options) -> list[list[int]]:
 
 def save(folder: Path) -> None:
     """Write each model beside its tokens."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     transformers_is_quiet()
     import transformers
     from zoo import ZOO
@@ -52,7 +53,7 @@ def save(folder: Path) -> None:
 
 def check(folder: Path) -> None:
     """Load each model where scrubjay is absent; with and without a cache it gives the tokens that were kept."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "measuring"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "measuring"))
     from isolated import Absent
 
     sys.meta_path.insert(0, Absent())

@@ -1,7 +1,7 @@
 """From an author to a stranger over HTTP: huggingface_hub's client against a Hub on this machine.
 
 Two processes do it, once for all tests: an author's (hub_push_child.py), and a stranger's that has an empty HF_HOME and
-no scrubjay (hub_load_child.py). `pytest tests/test_hub_push.py -k log -s` prints the requests of a round trip.
+no scrubjay (hub_load_child.py). `pytest -k log -s` of this file prints the requests of a round trip.
 """
 
 import json
@@ -18,7 +18,7 @@ from hub_server import HubServer
 from scrubjay.modeling.hub.model_card import BEGIN, END, pinned
 from scrubjay.modeling.hub.remote_code import code_files
 
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
 
@@ -36,10 +36,12 @@ def story(tmp_path_factory):
 
 def _run(script, out, hub, *arguments, **variables):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    paths = os.pathsep.join([str(TESTS.parent / "examples" / "measuring"), kept.get("PYTHONPATH", "")])
+    paths = [str(HERE.parents[1] / "examples" / "measuring"), str(HERE.parent), kept.get("PYTHONPATH", "")]
     own = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(out / script), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TESTS / script), str(out), *arguments]
-    done = subprocess.run(command, env=kept | own | {"PYTHONPATH": paths} | variables, capture_output=True, text=True)
+    command = [sys.executable, str(HERE / script), str(out), *arguments]
+    done = subprocess.run(
+        command, env=kept | own | {"PYTHONPATH": os.pathsep.join(paths)} | variables, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 

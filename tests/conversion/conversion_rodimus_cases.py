@@ -1,7 +1,7 @@
 """What tests of Rodimus conversions share: small published layouts, and their meaning to the judge.
 
-The authors' layout is spelled out in `examples/benchmarks/published_rodimus.py`, fla's here. The judge is the float64 recurrence
-of `recurrences.py`, which is fed here by a translation of its own: nothing comes from the tables of the library.
+The authors' layout is spelled out in `published_rodimus.py`, fla's here. The judge is the float64 recurrence of
+`recurrences.py`, which is fed here by a translation of its own: nothing comes from the tables of the library.
 """
 
 from types import SimpleNamespace
