@@ -1,41 +1,79 @@
-"""Every Python block of the README, run in order as one program, and every file that it names."""
+"""Every Python block of every guide, those of a page run in order as one program, and every file that they name."""
 
 import inspect
 import re
 from pathlib import Path
 
+import pytest
+
 from scrubjay.examples.demo import demo
 
 ROOT = Path(__file__).parents[2]
 TASKS = ROOT / "examples" / "lm_eval_tasks"
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOMS = ("configuration", "kernels", "modeling", "conversion", "examples", "tests")
+PAGES = [*ROOT.glob("*.md"), *(page for room in ROOMS for page in (ROOT / room).rglob("README.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for name, text in TEXTS.items()}
+README = TEXTS["README.md"]
 
 
-def test_python_blocks_run_as_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [name for name, blocks in BLOCKS.items() if blocks])
+def test_python_blocks_run_as_written(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) >= 5
     space: dict = {}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md, block {number}", "exec"), space)
+    for number, block in enumerate(BLOCKS[name]):
+        exec(compile(block, f"{name}, block {number}", "exec"), space)
 
 
-def test_links_and_pictures_exist():
-    targets = re.findall(r"\]\((?!https?:)([^)]+)\)", TEXT)
-    assert targets
-    heads = {f"#{re.sub(r'[^a-z0-9]+', '-', head.lower())}" for head in re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)}
-    assert not [target for target in targets if target not in heads and not (ROOT / target).exists()]
+def test_the_first_page_is_short_and_shows_five_tasks():
+    assert README.count("\n") <= 200
+    assert len(BLOCKS["README.md"]) == 5
+    assert sum(map(len, BLOCKS.values())) >= 20
 
 
-def test_commands_exist():
+def anchors(text):
+    """What the heads of a page are called in links."""
+    heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_and_pictures_exist(name):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXTS[name]):
+        path, _, anchor = target.partition("#")
+        page = (ROOT / name).parent / path if path else ROOT / name
+        assert page.exists(), target
+        assert not anchor or anchor in anchors(page.read_text(encoding="utf-8")), target
+
+
+def test_every_guide_can_be_reached_from_the_first_page():
+    found, waiting = set(), ["README.md"]
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        for target in re.findall(r"\]\((?!https?:)([^)#]+\.md)", TEXTS[name]):
+            page = ((ROOT / name).parent / target).resolve().relative_to(ROOT).as_posix()
+            waiting += [page] if page not in found else []
+    assert found == set(TEXTS)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_commands_exist(name):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"`?make (\w+)", TEXT):
-        assert target in ("makes",) or re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for script in re.findall(r"python (examples/\w+\.py)", TEXT):
-        assert (ROOT / script).exists()
-    assert f"pretrained={inspect.signature(demo).parameters['output'].default}," in TEXT
-    (tasks,) = re.findall(r"--tasks (\S+)", TEXT)
+    for target in re.findall(r"`make ([a-z-]+)", TEXTS[name]):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for script in re.findall(
+        r"(?<![\w/])((?:examples|tests|kernels|modeling|conversion|configuration)/(?!__init__)[\w/]+\.(?:py|md|json|yaml))",
+        TEXTS[name],
+    ):
+        assert (ROOT / script).exists(), script
+    for file in re.findall(r"[`/](\w+\.yaml)", TEXTS[name]):
+        assert list((ROOT / "examples").rglob(file)), file
+
+
+def test_the_command_of_lm_eval_names_the_tasks_and_the_demos_folder():
+    text = TEXTS["examples/README.md"]
+    assert f"pretrained={inspect.signature(demo).parameters['output'].default}," in text
+    (tasks,) = re.findall(r"--tasks (\S+)", text)
     named = {re.search(r"^task: (\S+)$", file.read_text(), re.MULTILINE)[1] for file in TASKS.glob("*.yaml")}
     assert set(tasks.split(",")) == named
-    for file in re.findall(r"[`/](\w+\.yaml)", TEXT):
-        assert (ROOT / "examples" / "accelerate" / file).exists()

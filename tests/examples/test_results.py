@@ -1,4 +1,4 @@
-"""The numbers that the README gives are those of the runs recorded in examples/results."""
+"""The numbers that the guides give are those of the runs recorded in examples/results."""
 
 import json
 import re
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+FIRST, EXAMPLES, KERNELS, CONVERSION = (
+    (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in (".", "examples", "kernels", "conversion")
+)
 
 
 def recorded(name):
@@ -15,8 +17,8 @@ def recorded(name):
 
 
 def section(title):
-    """Text of a section, up to the next of its rank."""
-    return re.split(r"\n## ", TEXT.split(f"\n## {title}\n")[1])[0]
+    """Text of a section of examples/README.md, up to the next of its rank."""
+    return re.split(r"\n## ", EXAMPLES.split(f"\n## {title}\n")[1])[0]
 
 
 def row(text, start):
@@ -53,10 +55,10 @@ def test_retrieval():
 
 def test_bits_per_byte_of_the_long_demo():
     table = recorded("demo_30.json")["bits_per_byte"]
-    assert row(TEXT, "**Rodimus+, 5.2M parameters**") == [f"**{table['rodimus_plus']:.2f}**"]
-    assert row(TEXT, "lzma, after it has seen") == [f"{table['lzma after the training text']:.2f}"]
+    assert row(FIRST, "**Rodimus+, 5.2M parameters**") == [f"**{table['rodimus_plus']:.2f}**"]
+    assert row(FIRST, "lzma, after it has seen") == [f"{table['lzma after the training text']:.2f}"]
     for name in ("lzma", "trigram, interpolated", "bigram", "unigram"):
-        assert row(TEXT, f"{name} |") == [f"{table[name.partition(',')[0]]:.2f}"]
+        assert row(FIRST, f"{name} |") == [f"{table[name.partition(',')[0]]:.2f}"]
 
 
 RATIOS = {
@@ -86,7 +88,7 @@ RATIOS = {
 
 @pytest.mark.parametrize("start", RATIOS)
 def test_ratios(start):
-    *_, shown = row(section("How fast, how small"), start)
+    *_, shown = row(KERNELS, start)
     ratio = next(line["ratio"] for line in recorded("benchmark_cpu.json")["rows"] if line["name"] == RATIOS[start])
     assert shown.removesuffix(" less") == (f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x")
 
@@ -108,7 +110,7 @@ def test_conversions():
         weights = max(files.values())
         (difference,) = cut["check"]["max_logit_difference"].values()
         above = peaks["conversion"] - peaks["imports"]
-        assert row(TEXT, cut["name"]) == [f"{weights / 1e6:.0f} MB", f"{difference:.1e}", f"{above / 1e6:.0f} MB"]
+        assert row(CONVERSION, cut["name"]) == [f"{weights / 1e6:.0f} MB", f"{difference:.1e}", f"{above / 1e6:.0f} MB"]
         assert difference < 1e-4
         assert above < 1.3 * weights
 
@@ -117,7 +119,7 @@ def test_qlora():
     record = recorded("qlora.json")
     for name, loss in record["loss"].items():
         if name != "merged into 4 bits":
-            assert row(TEXT, name) == [f"{loss:.3f}"]
-    assert f"adapter on 4 bits, {record['adapter']['bytes'] / 1e6:.2f} MB" in TEXT
+            assert row(EXAMPLES, name) == [f"{loss:.3f}"]
+    assert f"adapter on 4 bits, {record['adapter']['bytes'] / 1e6:.2f} MB" in EXAMPLES
     assert record["command"].startswith("python examples/qlora.py --minutes 5")
     assert record["loss"]["adapter on 4 bits"] < record["loss"]["base in 4 bits"]
