@@ -19,7 +19,7 @@ from scrubjay.configuration.configuration_taipan import TaipanConfig
 from scrubjay.modeling.caches.cache_adore import AdoreCache
 from scrubjay.modeling.caches.cache_recycled import RecycledCache
 from scrubjay.modeling.caches.cache_rodimus import RodimusCache
-from scrubjay.modeling.caches.cache_state import SSDCache
+from scrubjay.modeling.caches.cache_ssd import SSDCache
 from scrubjay.modeling.caches.cache_taipan import TaipanCache
 from scrubjay.modeling.exporting import DecodeStep, Prefill, export_decoding
 from scrubjay.modeling.modeling_adore import (

@@ -7,7 +7,8 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.kernels.dispatch import exported
-from scrubjay.modeling.caches.cache_state import SSDCache, StateCache, StateLayer
+from scrubjay.modeling.caches.cache_ssd import SSDCache
+from scrubjay.modeling.caches.cache_state import StateCache, StateLayer
 from scrubjay.modeling.caches.ring import last_steps, put_slots, take_slots
 
 

@@ -344,8 +344,8 @@ def test_heads_of_an_odd_size_turn_all_channels_that_pair(heads):
 def test_every_field_is_read(config_class):
     """In the configuration's own module or in the modeling files; those of another model do not count."""
     own = Path(inspect.getfile(config_class))
-    other = {SSDConfig: "modeling_rodimus.py", RodimusConfig: "modeling_ssd.py"}[config_class]
-    files = [own, *(file for file in (own.parents[1] / "modeling").glob("*.py") if file.name != other)]
+    other = {SSDConfig: "_rodimus", RodimusConfig: "_ssd"}[config_class]
+    files = [own, *(file for file in (own.parents[1] / "modeling").rglob("*.py") if not file.stem.endswith(other))]
     text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     fields = set(own_fields(config_class)) - READ_BY_TRANSFORMERS
     assert {name for name in fields if not re.search(rf"\b(config|self)\.{name}\b(?! = )", text)} == set()
