@@ -43,6 +43,26 @@ def run(command: list[str], timeout: float, **environment: str) -> str:
     return printed
 
 
+ABSENT = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from isolated import Absent
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def without_scrubjay(code: str, cwd: Path, *arguments: str) -> list[str]:
+    """The lines that `code` prints in a process of its own that cannot import scrubjay, with an empty cache of modules."""
+    where = str(HERE.parent / "examples" / "measuring")
+    child = subprocess.run(
+        [sys.executable, "-c", ABSENT + code, where, *arguments],
+        env={**os.environ, "HF_MODULES_CACHE": str(cwd / "modules"), "HF_HUB_OFFLINE": "1"},
+        cwd=cwd, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr[-3000:]
+    return child.stdout.splitlines()
+
+
 def torchrun(processes: int) -> list[str]:
     """The start of a command for so many processes of this machine, on a port that is free."""
     run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}"]

@@ -1,11 +1,7 @@
 """Classifiers in files and in other hands: loading, folders, adapters, 4 bits, Trainer, heads of other people's."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy
 import pytest
@@ -15,6 +11,7 @@ from conversion_cases import CASES as PUBLISHED
 from conversion_rodimus_cases import OFFICIAL, write
 from heads_cases import KINDS, each_token, same_weights, texts, with_head
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from processes import without_scrubjay
 from recycled_cases import decoder
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
@@ -174,10 +171,7 @@ def test_the_card_of_a_language_model_says_how_to_make_a_classifier(tmp_path):
 
 
 CHILD = """
-import json, sys, torch
-sys.path.insert(0, sys.argv[1])
-from isolated import Absent
-sys.meta_path.insert(0, Absent())
+import json, torch
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 from transformers.utils import logging
@@ -185,7 +179,7 @@ logging.disable_progress_bar()
 logging.set_verbosity_error()
 torch.set_num_threads(1)
 ids = torch.arange(12).view(2, 6)
-for folder in sys.argv[2:]:
+for folder in sys.argv[1:]:
     for auto, end in ((AutoModelForSequenceClassification, "texts"), (AutoModelForTokenClassification, "tokens")):
         model = auto.from_pretrained(f"{folder}/{end}", trust_remote_code=True).eval()
         with torch.no_grad():
@@ -266,17 +260,8 @@ def test_folders_load_without_the_library_and_carry_other_heads(tmp_path):
             wanted.append(f"transformers_modules {type(model).__name__} True")
         entry.build().save_pretrained(folder / "lm")
         (folder / "reward.py").write_text(REWARD)
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(Path(__file__).parents[2] / "examples" / "measuring")]
-        + [str(tmp_path / entry.name) for entry in ZOO],
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
-    assert child.stdout.splitlines() == wanted
+    printed = without_scrubjay(CHILD, tmp_path, *(str(tmp_path / entry.name) for entry in ZOO))
+    assert printed == wanted
     for entry in ZOO:
         lm = entry.build()
         here = reward_model(type(lm.model), tmp_path / entry.name / "lm")  # noqa: F821

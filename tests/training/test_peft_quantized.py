@@ -1,16 +1,12 @@
 """QLoRA: 4-bit bases (nf4, double quantization) under LoRA, on a CPU; and caches on a decoder that stays as it is."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft_cases import adapted, whole
+from processes import without_scrubjay
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -277,14 +273,11 @@ def test_bfloat16_computes_close_to_float32(entry, tmp_path):
 
 
 CHILD = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from isolated import Absent
-sys.meta_path.insert(0, Absent())
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 torch.set_num_threads(1)
-for folder in sys.argv[2:]:
+for folder in sys.argv[1:]:
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, quantization_config=settings)
     assert type(model).__module__.startswith("transformers_modules."), type(model)
@@ -307,17 +300,8 @@ def test_4_bits_and_an_adapter_without_the_library(tmp_path):
         model = build(entry, 64)
         model.save_pretrained(tmp_path / entry.name)
         wanted.append(f"{entry.model.__name__} {len(split(model)[0])} True")
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(Path(__file__).parents[2] / "examples" / "measuring")]
-        + [str(tmp_path / entry.name) for entry in ZOO],
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
-    assert [line for line in child.stdout.splitlines() if "ForCausalLM" in line] == wanted
+    printed = without_scrubjay(CHILD, tmp_path, *(str(tmp_path / entry.name) for entry in ZOO))
+    assert [line for line in printed if "ForCausalLM" in line] == wanted
 
 
 @pytest.fixture
