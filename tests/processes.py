@@ -52,7 +52,7 @@ sys.meta_path.insert(0, Absent())
 
 
 def without_scrubjay(code: str, cwd: Path, *arguments: str) -> list[str]:
-    """The lines that `code` prints in a process of its own that cannot import scrubjay, with an empty cache of modules."""
+    """The lines that `code` prints in a new process that cannot import scrubjay; its cache of modules is empty."""
     where = str(HERE.parent / "examples" / "measuring")
     child = subprocess.run(
         [sys.executable, "-c", ABSENT + code, where, *arguments],
