@@ -9,12 +9,22 @@ Writes into --output: the model with its tokenizer, demo.json (every number and 
 Needs no network. `python examples/demo.py` is the same command.
 """
 
+import subprocess
+import sys
+
+if __name__ == "__main__":  # up here: this process imports nothing more, and waits
+    with subprocess.Popen([sys.executable, "-m", "scrubjay_cli", "demo", *sys.argv[1:]]) as child:
+        while True:
+            try:
+                code = child.wait()
+                sys.exit(code if code >= 0 else 128 - code)
+            except KeyboardInterrupt:  # a terminal sends it to both; the command says so and ends
+                continue
+
 import importlib.util
 import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -238,9 +248,3 @@ def write(result: dict, output: Path) -> None:
     (output / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     figure(result, output / "demo.png")
     print(f"\n{summary(result)}\n\nIn {output}: the model, demo.json, demo.png. {result['seconds']:.0f} s in all.")
-
-
-if __name__ == "__main__":
-    from scrubjay.cli import main
-
-    sys.exit(main(["demo", *sys.argv[1:]]))

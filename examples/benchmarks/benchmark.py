@@ -93,7 +93,8 @@ def plot(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments; those of `scrubjay bench` are the same."""
     parser = argparse.ArgumentParser(
         prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,20 +104,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="measure only rows whose name contains this")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that everything runs")
     parser.add_argument("--out", type=Path, help="JSON to write, a PNG beside it (default: results/benchmark_cpu.json)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Measure, print, write; returns what is in the JSON."""
+    """Run what the arguments ask for; returns what is in the JSON."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
-    logging.disable_progress_bar()
+    args = make_parser().parse_args(argv)
     command = shlex.join(["python", "examples/benchmarks/benchmark.py", *argv])
-    shape, repetitions = (SMOKE, 2) if args.smoke else (Shape(), args.repetitions)
-    result = benchmark(shape, threads=args.threads, repetitions=repetitions, only=args.only, command=command)
+    asked = {"threads": args.threads, "repetitions": args.repetitions, "only": args.only, "smoke": args.smoke}
+    return run(**asked, out=args.out, command=command)
+
+
+def run(*, threads: int, repetitions: int, only: str, smoke: bool, out: Path | None, command: str) -> dict:
+    """Measure, print, write; returns what is in the JSON."""
+    logging.disable_progress_bar()
+    shape, repetitions = (SMOKE, 2) if smoke else (Shape(), repetitions)
+    result = benchmark(shape, threads=threads, repetitions=repetitions, only=only, command=command)
     print(f"\n{summary(result)}")
     # Part of the table must not replace all of it, nor tiny sizes the real ones.
-    out = args.out or (None if args.only or args.smoke else RESULTS)
+    out = out or (None if only or smoke else RESULTS)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Convert full-width, 2-layer cuts of published models with `scrubjay convert --check` and record what that took.
+"""Convert full-width, 2-layer cuts of published models as `scrubjay convert --check` does, and record what that took.
 
 Each cut is a folder of the published layout with random values: names, shapes, file format and configuration are those
 of the model, only the number of layers is not. The conversion runs in a process of its own, whose peak memory is read.
@@ -27,15 +27,15 @@ BOUND = 1e-4  # largest difference of logits, in float32
 # Peak memory of the imports, of a conversion, and of one with a check.
 CHILD = """
 import json, sys
-import scrubjay.conversion.convert
-from scrubjay.cli import main
+from transformers.utils import logging
+from scrubjay.conversion.convert import convert
 from scrubjay.examples.measuring.memory import high_water
+logging.disable_progress_bar()
+logging.set_verbosity_error()
 source, plain, checked = sys.argv[1:]
 peaks = [high_water(reset=True)]
-for arguments in ([plain], [checked, "--check"]):
-    code = main(["convert", source, *arguments])
-    if code:
-        raise SystemExit(code)
+for destination in (plain, checked):
+    convert(source, destination, check=destination == checked)
     peaks.append(high_water())
     high_water(reset=True)
 print(json.dumps(peaks))

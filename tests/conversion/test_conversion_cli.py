@@ -11,12 +11,13 @@ import threading
 
 import pytest
 import torch
+from command_helpers import ENVIRONMENT, error_of
 from conversion_cases import mamba_ssm, stored
 from recycled_cases import decoder
-from test_cli import error_of
 from transformers.utils import logging
 
-from scrubjay import SSDConfig, cli
+import scrubjay_cli
+from scrubjay import SSDConfig
 from scrubjay.conversion import parity
 from scrubjay.examples.benchmarks import conversion_check
 
@@ -32,7 +33,7 @@ def _as_before():
 
 def test_a_report_is_printed_and_nothing_else(tmp_path, capsys):
     tensors = mamba_ssm(tmp_path / "source")
-    assert cli.main(["convert", str(tmp_path / "source"), str(tmp_path / "new"), "--check"]) == 0
+    assert scrubjay_cli.main(["convert", str(tmp_path / "source"), str(tmp_path / "new"), "--check"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert out.startswith(f"{tmp_path / 'source'}: mamba_ssm -> scrubjay (ssd)\n")
@@ -47,12 +48,12 @@ def test_arguments_arrive(tmp_path):
     mamba_ssm(tmp_path / "source")
     argv = ["convert", str(tmp_path / "source"), str(tmp_path / "new"), "--max-shard-size", "20KB", "--quiet"]
     argv += ["--dtype", "bfloat16", "--set", "chunk_size=16", "--set", "hidden_act=swish"]
-    assert cli.main(argv) == 0
+    assert scrubjay_cli.main(argv) == 0
     config = SSDConfig.from_pretrained(tmp_path / "new")
     assert (config.chunk_size, config.hidden_act, config.dtype) == (16, "swish", torch.bfloat16)
     assert (tmp_path / "new" / "model.safetensors.index.json").is_file()
     back = ["convert", str(tmp_path / "new"), str(tmp_path / "back"), "--to", "mamba_ssm"]
-    assert cli.main(back) == 0
+    assert scrubjay_cli.main(back) == 0
     assert stored(tmp_path / "back")["lm_head.weight"].dtype == torch.bfloat16
 
 
@@ -87,7 +88,7 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
-from scrubjay import cli
+import scrubjay_cli
 from scrubjay.conversion.checkpoint import Checkpoint
 read, calls = Checkpoint.read, []
 def slow(self, name):
@@ -97,7 +98,7 @@ def slow(self, name):
         time.sleep(100)
     return read(self, name)
 Checkpoint.read = slow
-raise SystemExit(cli.main(sys.argv[1:]))
+raise SystemExit(scrubjay_cli.main(sys.argv[1:]))
 """
 
 
@@ -105,7 +106,8 @@ raise SystemExit(cli.main(sys.argv[1:]))
 def test_a_signal_that_ends_the_process_leaves_nothing(tmp_path, number):
     mamba_ssm(tmp_path / "source")
     command = [sys.executable, "-c", SLOW, "convert", tmp_path / "source", tmp_path / "deep" / "new", "--quiet"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=ENVIRONMENT, **pipes, text=True) as process:
         assert process.stdout.readline() == "writing\n"
         (written,) = (tmp_path / "deep").iterdir()
         assert (written / "model.safetensors").stat().st_size > 0
@@ -122,11 +124,11 @@ def test_signals_are_heard_once_and_only_where_nobody_else_hears_them():
     before = signal.getsignal(hung_up)
     signal.signal(hung_up, signal.SIG_IGN)
     try:
-        with cli.ended_cleanly():
+        with scrubjay_cli.ended_cleanly():
             assert signal.getsignal(hung_up) is signal.SIG_IGN
             hear = signal.getsignal(terminated)
             assert callable(hear)
-            with pytest.raises(cli.Ended):
+            with pytest.raises(scrubjay_cli.Ended):
                 hear(terminated, None)
             assert signal.getsignal(terminated) is signal.SIG_IGN
         assert signal.getsignal(terminated) is signal.SIG_DFL
@@ -136,7 +138,7 @@ def test_signals_are_heard_once_and_only_where_nobody_else_hears_them():
     found = []
 
     def elsewhere():
-        with cli.ended_cleanly():
+        with scrubjay_cli.ended_cleanly():
             found.append(signal.getsignal(terminated))
 
     thread = threading.Thread(target=elsewhere)
@@ -157,7 +159,7 @@ def test_an_export_that_is_ended_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(model), "save_pretrained", ended)
     with pytest.raises(SystemExit) as ending:
-        cli.main(["export", str(tmp_path / "source"), str(tmp_path / "deep" / "new")])
+        scrubjay_cli.main(["export", str(tmp_path / "source"), str(tmp_path / "deep" / "new")])
     assert ending.value.code == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -166,8 +168,8 @@ def test_the_bar_is_drawn_on_a_terminal(tmp_path):
     mamba_ssm(tmp_path / "source")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    command = [sys.executable, "-m", "scrubjay.cli", "convert", tmp_path / "source", tmp_path / "new"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    command = [sys.executable, "-m", "scrubjay_cli", "convert", tmp_path / "source", tmp_path / "new"]
+    done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=theirs, text=True)
     os.write(theirs, b"end")  # or else a command that draws nothing would be waited for
     drawn = os.read(ours, 10_000).decode()
     os.close(theirs)

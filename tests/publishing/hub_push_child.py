@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.utils import logging
 from zoo import VOCAB, ZOO, tokens
 
-from scrubjay import cli
+import scrubjay_cli
 from scrubjay.conversion.verify_hub import verify
 from scrubjay.modeling.hub import publishing
 
@@ -72,7 +72,7 @@ def error_of(call) -> str:
 def command(*argv: str) -> dict:
     """A command's exit code and output."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        code = cli.main(list(argv))
+        code = scrubjay_cli.main(list(argv))
     return {"code": code, "output": output.getvalue()}
 
 

@@ -10,12 +10,13 @@ import types
 import pytest
 import torch
 from added_adapters import needs_add_adapter
+from command_helpers import error_of
 from peft import LoraConfig
-from test_cli import error_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from zoo import ZOO
 
-from scrubjay import RodimusForCausalLM, SSDForCausalLM, cli
+import scrubjay_cli
+from scrubjay import RodimusForCausalLM, SSDForCausalLM
 from scrubjay.conversion import verify_hub
 from scrubjay.conversion.export_hub import export
 from scrubjay.conversion.verify_hub import verify
@@ -251,7 +252,7 @@ def test_verify_agrees_with_what_was_saved(entry, tmp_path, capsys):
     found = verify(str(tmp_path))
     assert found.agrees
     assert sorted(found.files) == sorted(code_files(entry.model))
-    assert cli.main(["verify", str(tmp_path)]) == 0
+    assert scrubjay_cli.main(["verify", str(tmp_path)]) == 0
     assert "code files are as the card pins them" in capsys.readouterr().out
 
 
@@ -264,7 +265,7 @@ def test_verify_lists_what_was_altered_is_missing_or_was_added(saved, capsys):
     found = verify(str(saved))
     assert (found.altered, found.missing, found.extra) == (["ssd.py"], ["base.py"], ["deep/extra.py"])
     assert found.foreign == ["ssd.py"]
-    assert cli.main(["verify", str(saved)]) == 1
+    assert scrubjay_cli.main(["verify", str(saved)]) == 1
     said = capsys.readouterr().out
     for line in ("ssd.py: not as the card pins it", "base.py: missing", "deep/extra.py: neither pinned by the card"):
         assert line in said
@@ -303,7 +304,7 @@ def test_verify_leaves_a_trainers_checkpoints_to_themselves(saved, capsys):
     (saved / "notes.json").write_text('{"of": "a log"}\n{"of": "lines"}\n')
     found = verify(str(saved))
     assert (found.agrees, found.apart) == (True, ["checkpoint-2"])
-    assert cli.main(["verify", str(saved)]) == 0
+    assert scrubjay_cli.main(["verify", str(saved)]) == 0
     assert "checkpoint-2: a model of its own, to be verified by itself" in capsys.readouterr().out
     assert verify(str(saved / "checkpoint-2")).agrees
     config = json.loads((saved / "config.json").read_text())

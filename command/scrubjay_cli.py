@@ -1,6 +1,8 @@
 """The command line: scrubjay demo | generate | convert | export | verify | eval | bench.
 
-Thin: each command parses its arguments and calls one function, and imports what it needs only then.
+A module outside of the package, since importing the package imports torch: help and errors of parsing need neither, and
+come at once. Thin: each command parses its arguments and calls one function, and imports what it needs only then. What
+the help says of names and defaults that are the package's own, the tests hold against it.
 """
 
 import argparse
@@ -14,9 +16,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from scrubjay.examples.learning.recipe import MODELS, Recipe
-
-DEFAULT = "rodimus_plus"
+# Of scrubjay.examples.learning.recipe, like the demo's --batch-size and --length below. The first is the default.
+MODELS = ("rodimus_plus", "rodimus", "ssd", "taipan", "llama")
+OVERHEAD = 1, 3  # minutes that a demo takes beside training, at least and at most: vocabulary, baselines, measurements
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments, rest = make_parser().parse_known_args(argv)
-    if rest and arguments.run is not bench:
+    if rest:
         fail(f"unknown arguments: {shlex.join(rest)}. See: scrubjay {arguments.command} --help")
-    arguments.rest, arguments.line = rest, shlex.join(["scrubjay", *argv])
+    arguments.line = shlex.join(["scrubjay", *argv])
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
@@ -94,17 +96,15 @@ def make_parser() -> Parser:
     add_export(commands)
     add_verify(commands)
     add_eval(commands)
-    text = "measure speed and memory; its arguments are those of examples/benchmarks/benchmark.py"
-    commands.add_parser("bench", help=text, add_help=False).set_defaults(run=bench)
+    add_bench(commands)
     return parser
 
 
 def add_demo(commands) -> None:
-    recipe = Recipe.of(DEFAULT)
     text = "train a small model on real text, load it where scrubjay is absent, hold it against baselines"
     parser = commands.add_parser("demo", help=text, description=f"{text.capitalize()}. Needs no network.")
     parser.set_defaults(run=demo)
-    parser.add_argument("--model", choices=list(MODELS), default=DEFAULT, help="what to train (default: %(default)s)")
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="what to train (default: %(default)s)")
     parser.add_argument(
         "--text", type=Path, metavar="PATH", help="file or folder of UTF-8 text (default: Python's standard library)"
     )
@@ -118,15 +118,23 @@ def add_demo(commands) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of weights, data order and sampling (default: %(default)s)"
     )
-    parser.add_argument(
-        "--batch-size", type=int, default=recipe.batch_size, help="windows a step (default: %(default)s)"
-    )
-    parser.add_argument("--length", type=int, default=recipe.length, help="tokens a window (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows a step (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=128, help="tokens a window (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and a few steps: seconds on a CPU")
 
 
 def demo(arguments: argparse.Namespace) -> None:
+    text = arguments.text or "the source of Python's standard library"
+    what, minutes = f"a 5M-parameter {arguments.model}", f"{arguments.minutes:g} minutes"
+    least, most = (arguments.minutes + more for more in OVERHEAD)
+    whole = f"{least:g} to {most:g} minutes in all on two idle cores"
+    if arguments.smoke:
+        what, minutes, whole = f"a tiny {arguments.model}", "a few steps", "under a minute in all"
+    print(f"Trains {what} on {text} for {minutes} and holds it against baselines: {whole}.")
+    print(f"Into {arguments.output}: the model, every number, a figure.", flush=True)  # the imports take seconds
+
     from scrubjay.examples.demo import demo as run
+    from scrubjay.examples.learning.recipe import Recipe
 
     recipe = Recipe.of(arguments.model, batch_size=arguments.batch_size, length=arguments.length)
     run(
@@ -303,10 +311,37 @@ def evaluate(arguments: argparse.Namespace) -> None:
     print(f"{bits / num_bytes([text]):.4f} bits per byte ({num_bytes([text]):,} bytes, {len(stream) - 1:,} tokens)")
 
 
-def bench(arguments: argparse.Namespace) -> int | None:
-    from scrubjay.examples.benchmarks.benchmark import main as run
+def add_bench(commands) -> None:
+    text = "speed and memory beside the peers, as ratios within one run"
+    about = f"{text.capitalize()}: about twenty minutes on two cores. Run it alone: on a busy machine it says little."
+    parser = commands.add_parser("bench", help=text, description=about)
+    parser.set_defaults(run=bench)
+    parser.add_argument("--cpu", action="store_true", required=True, help="the comparison on this machine's CPU")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
+    parser.add_argument(
+        "--repetitions", type=int, default=5, help="samples of each side and row (default: %(default)s)"
+    )
+    parser.add_argument("--only", default="", help="measure only rows whose name contains this")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that everything runs")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON to write, a PNG beside it (default: examples/results/benchmark_cpu.json; "
+        "none with --only or --smoke)",
+    )
 
-    return run(arguments.rest)
+
+def bench(arguments: argparse.Namespace) -> None:
+    from scrubjay.examples.benchmarks.benchmark import run
+
+    run(
+        threads=arguments.threads,
+        repetitions=arguments.repetitions,
+        only=arguments.only,
+        smoke=arguments.smoke,
+        out=arguments.out,
+        command=arguments.line,
+    )
 
 
 def _add_source(parser: argparse.ArgumentParser, name: str) -> None:
