@@ -20,7 +20,7 @@ define TRITON
 	.venv/bin/python examples/benchmarks/kernels_aot.py --check; }
 endef
 
-CONTRACT = $(wildcard tests/modeling/test_modeling.py tests/modeling/test_generate.py tests/publishing/test_hub*.py \
+CONTRACT = $(wildcard tests/modeling/test_modeling.py tests/modeling/test_generate.py tests/hub/test_hub*.py \
 	tests/caches/test_recycled_generate.py tests/caches/test_adore_cache.py)
 # What peft, accelerate and trl do; their releases are new as well.
 TRAINING = tests/training/test_peft.py tests/training/test_peft_training.py
@@ -48,12 +48,12 @@ test: .venv/.dev ## the whole test-suite, on CPU, offline
 # a folder that one version saved, under the other
 define ACROSS
 	@set -e; for way in ".venv-oldest .venv" ".venv .venv-oldest"; do set -- $$way; folder=$$(mktemp -d); \
-	OMP_NUM_THREADS=1 $$1/bin/python tests/publishing/across_versions.py save $$folder; \
-	OMP_NUM_THREADS=1 HF_MODULES_CACHE=$$folder $$2/bin/python tests/publishing/across_versions.py check $$folder; rm -rf $$folder; done
+	OMP_NUM_THREADS=1 $$1/bin/python tests/hub/across_versions.py save $$folder; \
+	OMP_NUM_THREADS=1 HF_MODULES_CACHE=$$folder $$2/bin/python tests/hub/across_versions.py check $$folder; rm -rf $$folder; done
 endef
 
 test-oldest: .venv-oldest/.test .venv/.dev ## the model contract on the oldest supported transformers, and its folders on the pinned one
-	$(if $(CONTRACT),,$(error no contract test found: tests/modeling/test_modeling.py, tests/modeling/test_generate.py, tests/publishing/test_hub*.py))
+	$(if $(CONTRACT),,$(error no contract test found: tests/modeling/test_modeling.py, tests/modeling/test_generate.py, tests/hub/test_hub*.py))
 	$(call PYTEST,.venv-oldest) -n $(WORKERS) $(CONTRACT)
 	$(ACROSS)
 

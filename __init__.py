@@ -21,7 +21,6 @@ from scrubjay.modeling.caches.cache_recycled import RecycledCache
 from scrubjay.modeling.caches.cache_rodimus import RodimusCache
 from scrubjay.modeling.caches.cache_ssd import SSDCache
 from scrubjay.modeling.caches.cache_taipan import TaipanCache
-from scrubjay.modeling.exporting import DecodeStep, Prefill, export_decoding
 from scrubjay.modeling.modeling_adore import (
     AdoreForCausalLM,
     AdoreForSequenceClassification,
@@ -52,6 +51,7 @@ from scrubjay.modeling.modeling_taipan import (
     TaipanForTokenClassification,
     TaipanModel,
 )
+from scrubjay.modeling.torch_export import DecodeStep, Prefill, export_decoding
 from scrubjay.modeling.training.adapter_report import adapter_report
 from scrubjay.modeling.training.context_parallel import average_gradients, shard_sequence
 from scrubjay.modeling.training.sharding import save_adapter, shard_model, whole_state

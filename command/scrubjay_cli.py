@@ -168,7 +168,7 @@ def generate(arguments: argparse.Namespace) -> None:
     model, tokenizer = _load(arguments)
     from transformers import set_seed
 
-    from scrubjay.examples.measuring.isolated import stream
+    from scrubjay.examples.isolated import stream
 
     set_seed(arguments.seed)
     sampling = {"do_sample": False}
@@ -273,7 +273,7 @@ def add_verify(commands) -> None:
 
 def verify(arguments: argparse.Namespace) -> int:
     check_source(arguments.source)
-    from scrubjay.conversion.verify_hub import verify as run
+    from scrubjay.modeling.hub.verify_hub import verify as run
 
     found = run(arguments.source, revision=arguments.revision)
     print("\n".join(found.lines()))

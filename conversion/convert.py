@@ -24,9 +24,9 @@ from scrubjay.conversion.parity import compare
 from scrubjay.conversion.report import Report
 from scrubjay.conversion.source import carried_files, local_path, tokenizer_config
 from scrubjay.conversion.weights import Entries, parse_size, raw, write_weights
-from scrubjay.modeling.hub.key_names import same
 from scrubjay.modeling.hub.model_card import CARD, Place, read_card, write_card
 from scrubjay.modeling.hub.remote_code import auto_map, write_code
+from scrubjay.modeling.key_names import same
 
 ZOO = "scrubjay"
 # What code does that meets a text for a number, the name of nothing, a size of 0, and the like

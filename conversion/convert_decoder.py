@@ -21,7 +21,7 @@ from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.formats import Format
 from scrubjay.conversion.keymap import Shapes, require
 from scrubjay.modeling.decoder.attached import decoder_of
-from scrubjay.modeling.hub.key_names import Copy, Ignore, New, Row, same
+from scrubjay.modeling.key_names import Copy, Ignore, New, Row, same
 from scrubjay.modeling.modeling_adore import AdoreForCausalLM, AdoreModel
 from scrubjay.modeling.modeling_recycled import RecycledForCausalLM
 

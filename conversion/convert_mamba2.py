@@ -12,7 +12,7 @@ from scrubjay.configuration.mamba2_configs import config_for, fields_from, layou
 from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.formats import Format
 from scrubjay.conversion.keymap import Shapes, our_shapes, require
-from scrubjay.modeling.hub.key_names import layer_of
+from scrubjay.modeling.key_names import layer_of
 from scrubjay.modeling.modeling_ssd import KEY_NAMES, SSDForCausalLM
 
 # By how the tensors are named: the configurations that may lie beside them.

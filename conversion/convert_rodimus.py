@@ -8,7 +8,7 @@ from scrubjay.configuration.rodimus_configs import config_for, eights, fields_fr
 from scrubjay.conversion.formats import Format
 from scrubjay.conversion.keymap import Shapes, our_shapes, require
 from scrubjay.conversion.reference_rodimus import codefuse_logits, fla_logits
-from scrubjay.modeling.hub.key_names import layer_of
+from scrubjay.modeling.key_names import layer_of
 from scrubjay.modeling.modeling_rodimus import KEY_NAMES, RodimusForCausalLM
 
 # Fields that no shape tells.

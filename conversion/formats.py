@@ -10,7 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.keymap import Shapes
-from scrubjay.modeling.hub.key_names import Row
+from scrubjay.modeling.key_names import Row
 
 
 @dataclass(frozen=True)

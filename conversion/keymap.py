@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from scrubjay.modeling.hub.key_names import Copy, Ignore, Merge, New, Rename, Row, layer_of
+from scrubjay.modeling.key_names import Copy, Ignore, Merge, New, Rename, Row, layer_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -11,7 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.formats import Format
 from scrubjay.conversion.keymap import theirs_of
-from scrubjay.modeling.hub.key_names import layer_of, same
+from scrubjay.modeling.key_names import layer_of, same
 
 TOKENS = 96  # crosses a chunk of every model
 # float32 against float32 of another implementation, and of logits of the scale of 10 and less. The worst of the models

@@ -41,7 +41,7 @@ from scrubjay.examples.learning.recipe import Recipe
 from scrubjay.examples.learning.training import Log, Windows, build_model, find_pace, plan_steps, save, train
 from scrubjay.examples.measuring.baselines import NGram, lzma_bits
 from scrubjay.examples.measuring.measure import cache_growth, decode_rate, full_cache_nbytes, stream_bits
-from scrubjay.examples.measuring.report import commit, figure, machine, section, summary, versions
+from scrubjay.examples.measuring.run_report import commit, figure, machine, section, summary, versions
 
 PROMPTS = ("def ", "import ", "class ")
 
@@ -197,7 +197,7 @@ def fit(name: str, data: Text, recipe: Recipe, minutes: float, output: Path, see
 
 def complete_in_isolation(folder: Path, new_tokens: int, seed: int) -> dict:
     """Run isolated.py on the saved folder from an empty working directory, offline; its text goes to our terminal."""
-    script = Path(__file__).resolve().parent / "measuring" / "isolated.py"
+    script = Path(__file__).resolve().parent / "isolated.py"
     with tempfile.TemporaryDirectory() as empty:
         result = Path(empty, "completions.json")
         child = subprocess.run(

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from scrubjay import RecycledCache, RecycledConfig, RecycledForCausalLM
 from scrubjay.examples.data.corpus import encode, load_corpus, train_tokenizer
-from scrubjay.examples.measuring.report import commit, machine, versions
+from scrubjay.examples.measuring.run_report import commit, machine, versions
 from scrubjay.modeling.inputs.cache_argument import named
 
 

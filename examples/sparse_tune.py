@@ -34,9 +34,9 @@ from transformers import (
 )
 
 from scrubjay import AdoreConfig
-from scrubjay.examples.data.adore_data import descend, smoke_model, streams, windows
+from scrubjay.examples.learning.adore_training import descend, smoke_model, streams, windows
 from scrubjay.examples.learning.attention_capture import PER_HEAD, Request, answering, attention_rows
-from scrubjay.kernels.importance import top, tuning_mask
+from scrubjay.examples.learning.importance import top, tuning_mask
 
 
 def can_quantise() -> bool:

@@ -20,13 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
 
 from scrubjay import AdoreConfig
-from scrubjay.examples.data.adore_data import descend, smoke_model, streams, windows
+from scrubjay.examples.learning.adore_training import descend, loss_of, smoke_model, streams, windows
 from scrubjay.examples.learning.attention_capture import attention_rows
-from scrubjay.kernels.importance import attended, later_share, top, within_horizon
+from scrubjay.examples.learning.importance import attended, top
 from scrubjay.modeling.decoder.controller import Controller
 
 SINKS = 4  # of the baseline with sinks
@@ -42,29 +41,6 @@ def load(args: argparse.Namespace) -> PreTrainedModel:
         return smoke_model().eval().requires_grad_(False)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", attn_implementation="sdpa")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
-
-
-def labels_of(model, ids, at, config) -> torch.Tensor:
-    """(B, Q, T) bool labels of the queries `at`, after `config`'s label_* fields."""
-    horizon, T = config.label_horizon, ids.shape[1]
-    rows = (at[:, None] + torch.arange(horizon, device=at.device)).clamp(max=T - 1).flatten()
-    a = attention_rows(model, ids, rows, config.label_k, (config.label_agg,), config.label_layers)
-    return within_horizon(top(a[config.label_agg], rows, config.label_k), at, horizon)
-
-
-def loss_of(controller, model, ids, at, config, pos_weight: float) -> torch.Tensor:
-    """Binary cross entropy of the scores of every token that a query sees."""
-    labels = labels_of(model, ids, at, config)
-    embeds = model.get_input_embeddings()(ids).detach()
-    weight = torch.tensor(pos_weight, device=ids.device)
-    if config.score_mode == "static":
-        share, count = later_share(labels, at)
-        scores = controller(embeds, at[:1])[:, 0]
-        known = (count > 0).expand_as(scores)
-        return binary_cross_entropy_with_logits(scores[known], share[known].to(scores), pos_weight=weight)
-    scores = controller(embeds, at)
-    known = (torch.arange(ids.shape[1], device=ids.device) <= at[:, None]).expand_as(scores)
-    return binary_cross_entropy_with_logits(scores[known], labels[known].to(scores), pos_weight=weight)
 
 
 def train(controller: Controller, model, stream, config, args) -> list[float]:

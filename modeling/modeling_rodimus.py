@@ -27,7 +27,7 @@ from scrubjay.kernels.window import window_attention, window_attention_step
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.caches.cache_rodimus import RodimusCache
 from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
-from scrubjay.modeling.hub.key_names import Copy, Ignore, Merge, Rename, as_mapping, ignored, same
+from scrubjay.modeling.key_names import Copy, Ignore, Merge, Rename, as_mapping, ignored, same
 from scrubjay.modeling.layers import (
     CausalConv,
     GatedMLP,

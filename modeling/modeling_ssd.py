@@ -22,7 +22,7 @@ from scrubjay.kernels.ssd import log_decay, ssd, ssd_change
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.caches.cache_ssd import SSDCache
 from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
-from scrubjay.modeling.hub.key_names import Copy, Rename, as_mapping
+from scrubjay.modeling.key_names import Copy, Rename, as_mapping
 from scrubjay.modeling.layers import CausalConv, GatedRMSNorm, RMSNorm, inverse_softplus, log_uniform, project
 from scrubjay.modeling.training.adapters import heads_of
 from scrubjay.modeling.training.sharding import spread

@@ -37,7 +37,7 @@ from scrubjay.modeling.inputs.cache_argument import ZooCausalLMOutput, ZooClassi
 from scrubjay.modeling.inputs.columns import read_columns, read_mask
 from scrubjay.modeling.layers import GatedMLP, RMSNorm, rotary_table
 from scrubjay.modeling.modeling_ssd import SSDBlock, SSDMixer, SSDPreTrainedModel
-from scrubjay.modeling.selective import Gate, SelectiveAttention
+from scrubjay.modeling.selective_layer import Gate, SelectiveAttention
 from scrubjay.modeling.training.sharding import spread
 
 

@@ -53,7 +53,7 @@ sys.meta_path.insert(0, Absent())
 
 def without_scrubjay(code: str, cwd: Path, *arguments: str) -> list[str]:
     """The lines that `code` prints in a new process that cannot import scrubjay; its cache of modules is empty."""
-    where = str(HERE.parent / "examples" / "measuring")
+    where = str(HERE.parent / "examples")
     child = subprocess.run(
         [sys.executable, "-c", ABSENT + code, where, *arguments],
         env={**os.environ, "HF_MODULES_CACHE": str(cwd / "modules"), "HF_HUB_OFFLINE": "1"},

@@ -40,9 +40,15 @@ def test_every_file_lives_in_a_room_of_the_table():
     tasks = ROOT / "examples" / "lm_eval_tasks"  # read by lm-eval, not imported
     assert {path for path in found if path.parent != tasks} == set(FILES) - {ROOT / "__init__.py"}
     assert not [path for path in found if path.name == "__init__.py"]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     packages = {"scrubjay" if room == "." else f"scrubjay.{room.replace('/', '.')}" for room in ROOMS}
-    assert set(project["tool"]["setuptools"]["packages"]) == packages
+    assert set(build["packages"]) == packages - {"scrubjay.command"}
+    assert build["py-modules"] == [path.stem for path, room in FILES.items() if room == "command"]
+
+
+def test_file_names_are_unique():
+    names = [path.name for path in [*FILES, *(ROOT / "tests").rglob("*.py")] if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
 
 
 def test_imports_go_up_the_table():

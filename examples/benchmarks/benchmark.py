@@ -20,7 +20,7 @@ import torch
 from transformers.utils import logging
 
 from scrubjay.examples.benchmarks.benchmark_cpu import SMOKE, Shape, measure
-from scrubjay.examples.measuring.report import GRAY, OURS, commit, machine, table, versions
+from scrubjay.examples.measuring.run_report import GRAY, OURS, commit, machine, table, versions
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmark_cpu.json"
 BUSY = 0.5  # load average above which a run says that it was not alone

@@ -23,7 +23,7 @@ import torch
 
 from scrubjay.examples.benchmarks.gpu_peers import PEERS
 from scrubjay.examples.benchmarks.gpu_work import LARGE, SMALL, Sizes, Work, works
-from scrubjay.examples.measuring.report import OURS, commit, machine, table, versions
+from scrubjay.examples.measuring.run_report import OURS, commit, machine, table, versions
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from scrubjay.examples.benchmarks.published_layouts import CODESTRAL, MAMBA2_2B7, write_codestral, write_mamba_ssm
 from scrubjay.examples.benchmarks.published_rodimus import PUBLISHED, write_rodimus
-from scrubjay.examples.measuring.report import machine, size, table, versions
+from scrubjay.examples.measuring.run_report import machine, size, table, versions
 
 RESULT = Path("examples/results/conversion.json")
 BOUND = 1e-4  # largest difference of logits, in float32

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from scrubjay.kernels.importance import BLOCK, agreed, merged, probabilities, top, tuning_mask
+from scrubjay.examples.learning.importance import BLOCK, agreed, merged, probabilities, top, tuning_mask
 
 CAPTURE, PER_HEAD = "adore_capture", "adore_per_head"
 

@@ -31,7 +31,7 @@ from scrubjay import (
     TaipanConfig,
     TaipanForCausalLM,
 )
-from scrubjay.examples.measuring.report import FULL, OURS, commit, machine, versions
+from scrubjay.examples.measuring.run_report import FULL, OURS, commit, machine, versions
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "mqar.json"
 MODELS = ("ssd", "rodimus", "rodimus_plus", "taipan", "mamba2")

@@ -27,9 +27,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_constant_schedule_with_warmup
 
 from scrubjay import AdoreCache, AdoreConfig, RecycledCache
-from scrubjay.examples.data.adore_data import descend
-from scrubjay.examples.measuring.report import FULL, GRAY, OURS, commit, machine, versions
-from scrubjay.examples.train_adore_controller import loss_of
+from scrubjay.examples.learning.adore_training import descend, loss_of
+from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS, commit, machine, versions
 from scrubjay.modeling.decoder.controller import Controller
 from scrubjay.modeling.inputs.cache_argument import named
 

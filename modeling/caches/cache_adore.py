@@ -23,9 +23,9 @@ from torch import nn
 
 from scrubjay.configuration.configuration_adore import AdoreSettings, warn_of_fixed_order
 from scrubjay.kernels.release import compacted, highest, ranking, release_step, visibility
+from scrubjay.modeling.caches.adore_history import TokenHistory
 from scrubjay.modeling.caches.adore_layer import AdoreLayer, Step, row_bytes
-from scrubjay.modeling.caches.cache_file import read_tensors, write_tensors
-from scrubjay.modeling.caches.history import TokenHistory
+from scrubjay.modeling.caches.saved_tensors import read_tensors, write_tensors
 from scrubjay.modeling.decoder.attached import AttachedCache, decoder_of
 from scrubjay.modeling.decoder.controller import Scorer, check_scorer, scorer_for
 from scrubjay.modeling.decoder.decoder_call import (

@@ -13,10 +13,10 @@ from torch import nn
 
 from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.configuration.configuration_wrapped import WrappedConfig
-from scrubjay.modeling.caches.cache_file import read_tensors, write_tensors
-from scrubjay.modeling.caches.evicting import EvictingLayer
+from scrubjay.modeling.caches.evicting_layer import EvictingLayer
 from scrubjay.modeling.caches.kept_keys import TAIL, Call, Kept, row_bytes
 from scrubjay.modeling.caches.recycled_layer import RecycledLayer
+from scrubjay.modeling.caches.saved_tensors import read_tensors, write_tensors
 from scrubjay.modeling.decoder.attached import AttachedCache, decoder_of
 from scrubjay.modeling.decoder.attention_recycled import NAMES, stand_back, stand_in
 from scrubjay.modeling.decoder.decoder_call import check_layers, check_rows, device_of, mesh_of, one_text

@@ -10,7 +10,7 @@ import os
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from scrubjay.modeling.caches.cache_file import read_tensors, write_tensors
+from scrubjay.modeling.caches.saved_tensors import read_tensors, write_tensors
 
 
 class StateLayer(CacheLayerMixin):

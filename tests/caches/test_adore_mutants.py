@@ -6,9 +6,9 @@ from adore_cases import EXACT, PIECES, decoder, drawn_scores, follows, gap_after
 
 from scrubjay.kernels import release
 from scrubjay.modeling.caches import cache_adore
+from scrubjay.modeling.caches.adore_history import TokenHistory
 from scrubjay.modeling.caches.adore_layer import AdoreLayer
 from scrubjay.modeling.caches.cache_adore import AdoreCache
-from scrubjay.modeling.caches.history import TokenHistory
 
 
 def rebuilt_at_the_current_position(original):

@@ -7,8 +7,9 @@ import torch
 from recycled_cases import Oracle, OutOfBoundError, assert_close, compare, decoder, drive, padded, tokens
 
 from scrubjay import RecycledCache, RecycledConfig
-from scrubjay.modeling.caches import evicting, kept_keys, recycled_layer
-from scrubjay.modeling.caches.evicting import EvictingLayer
+from scrubjay.modeling.caches import evicting_layer as evicting
+from scrubjay.modeling.caches import kept_keys, recycled_layer
+from scrubjay.modeling.caches.evicting_layer import EvictingLayer
 from scrubjay.modeling.caches.kept_keys import Call, KeepingLayer, Kept
 from scrubjay.modeling.caches.recycled_layer import TAIL, RecycledLayer
 from scrubjay.modeling.inputs.cache_argument import named

@@ -92,7 +92,7 @@ def test_one_process_is_told_once(first, tmp_path):
         save_unregistered(entry, tmp_path / "models" / entry.name)
     own = {
         "HF_HOME": str(tmp_path / "home"),
-        "PYTHONPATH": str(ROOT / "examples" / "measuring"),
+        "PYTHONPATH": str(ROOT / "examples"),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(HERE / "versions_child.py"), first, str(tmp_path / "models")]

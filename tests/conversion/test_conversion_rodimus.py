@@ -27,7 +27,7 @@ from scrubjay.conversion.convert_rodimus import RODIMUS
 from scrubjay.conversion.keymap import plan_in, plan_out
 from scrubjay.examples.benchmarks.published_layouts import values
 from scrubjay.examples.benchmarks.published_rodimus import PUBLISHED, official_shapes, repeat_head
-from scrubjay.modeling.hub.key_names import Merge
+from scrubjay.modeling.key_names import Merge
 
 BOUND = 1e-4  # float32 against float64, of logits up to 5; measured 8.7e-6 at most
 EXACT = 1e-12  # float64 against float64; measured 2.0e-14 at most

@@ -12,10 +12,11 @@ from scrubjay import AdoreCache, AdoreConfig
 from scrubjay.examples import sparse_tune, train_adore_controller
 from scrubjay.examples.benchmarks import benchmark_adore
 from scrubjay.examples.benchmarks.comparison import SIDES
-from scrubjay.examples.data.adore_data import smoke_model, windows
+from scrubjay.examples.learning import adore_training
+from scrubjay.examples.learning.adore_training import smoke_model, windows
 from scrubjay.examples.learning.attention_capture import PER_HEAD, Request, answering, attention_rows
+from scrubjay.examples.learning.importance import agreed, attended, later_share, top, tuning_mask, within_horizon
 from scrubjay.examples.measuring.measure import cache_nbytes
-from scrubjay.kernels.importance import agreed, attended, later_share, top, tuning_mask, within_horizon
 from scrubjay.modeling.decoder.controller import Controller
 
 
@@ -118,12 +119,12 @@ def test_static_controllers_learn_the_share_and_others_the_labels():
             base_config=model.config, cache_size=9, label_k=8, score_mode=mode, label_agg=agg, label_horizon=horizon,
             rebuild=0,
         )  # fmt: skip
-        labels = train_adore_controller.labels_of(model, ids, at, config)
+        labels = adore_training.labels_of(model, ids, at, config)
         assert labels.shape == (2, len(at), 40)
         counts = labels.sum(-1)
         assert (counts == 8).all() if horizon == 1 else ((counts >= 4).all() and (counts > 8).any())
         controller = Controller(48, 16, mode)
-        loss = train_adore_controller.loss_of(controller, model, ids, at, config, 1.0)
+        loss = adore_training.loss_of(controller, model, ids, at, config, 1.0)
         loss.backward()
         assert 0.5 < loss.item() < 1.0  # near ln 2: nothing is learned yet
         assert all(p.grad is not None for p in controller.parameters())
@@ -134,7 +135,7 @@ def test_static_controllers_learn_the_share_and_others_the_labels():
 def test_every_label_setting_changes_what_is_taught(change):
     model, ids, at = decoder(dtype=torch.float32), text(2, 40), torch.arange(8, 38, 3)
     one, other = (
-        train_adore_controller.labels_of(
+        adore_training.labels_of(
             model, ids, at, AdoreConfig(**dict(base_config=model.config, cache_size=9, label_k=8) | changes)
         )
         for changes in ({}, change)

@@ -45,7 +45,7 @@ def evaluated(tmp_path_factory):
         tokenizer.save_pretrained(folder / name)
     script, out = Path(__file__).with_name("lm_eval_child.py"), folder / "found"
     command = [sys.executable, script, TASKS, out, *(folder / name for name in models)]
-    paths = {"PYTHONPATH": str(ROOT / "examples" / "measuring"), "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+    paths = {"PYTHONPATH": str(ROOT / "examples"), "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {name: written(out / name) for name in models}

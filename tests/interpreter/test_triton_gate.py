@@ -18,7 +18,7 @@ from kernel_cases import BF16, F16, F32
 from taipan_cases import build, recorded, tokens
 
 from scrubjay.kernels import gate, gate_triton, triton_tools
-from scrubjay.modeling import selective
+from scrubjay.modeling import selective_layer as selective
 
 
 @pytest.mark.parametrize("D", [1, 3, 48, 2047, 2048])

@@ -11,10 +11,10 @@ from scrubjay import TaipanConfig
 from scrubjay.kernels import select_attention as kernel
 from scrubjay.kernels import select_attention_triton
 from scrubjay.kernels.select_attention import pack
-from scrubjay.modeling import selective
+from scrubjay.modeling import selective_layer as selective
 from scrubjay.modeling.caches.cache_taipan import RingLayer
 from scrubjay.modeling.layout import Layout
-from scrubjay.modeling.selective import SelectiveAttention
+from scrubjay.modeling.selective_layer import SelectiveAttention
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_scores_are_those_of_selected_tokens_and_their_windows(share, monkeypatc
 @pytest.mark.parametrize("name", ["defaults", "selected keys"])
 def test_compaction_projects_selected_rows_alone(name, monkeypatch):
     """In a prefill and in steps: queries and outputs of selected tokens, keys of those that write them."""
-    from scrubjay.modeling import selective
+    from scrubjay.modeling import selective_layer as selective
 
     model, ids = build(name), tokens(29, 2, 100)
     attn = next(module.attn for module in model.modules() if hasattr(module, "attn"))
@@ -190,7 +190,7 @@ def test_compaction_projects_selected_rows_alone(name, monkeypatch):
 
 
 def test_a_step_reads_the_rings_of_selected_rows_alone(monkeypatch):
-    from scrubjay.modeling import selective
+    from scrubjay.modeling import selective_layer as selective
 
     model, ids, read = build(), tokens(29, 6, 40), []
     original = selective.select_attention_step

@@ -6,7 +6,7 @@ import torch
 from parity_cases import shake, tokens
 
 from scrubjay import TaipanConfig, TaipanForCausalLM
-from scrubjay.modeling.selective import Gate
+from scrubjay.modeling.selective_layer import Gate
 
 SMALL = dict(
     hidden_size=24,

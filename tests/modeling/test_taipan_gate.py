@@ -19,7 +19,7 @@ from scrubjay.kernels.gate import (
     straight_through,
     threshold_for,
 )
-from scrubjay.modeling import selective
+from scrubjay.modeling import selective_layer as selective
 
 
 def operands(rows, d, hidden=0, dtype=torch.float32, seed=0):

@@ -6,7 +6,7 @@ from parity_cases import BOUND, error, tokens
 from taipan_cases import build
 from torch import nn
 
-from scrubjay.modeling import selective
+from scrubjay.modeling import selective_layer as selective
 
 NAMES = (
     "defaults",

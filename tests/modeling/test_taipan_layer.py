@@ -12,7 +12,7 @@ from zoo import ZOO, relative
 from zoo import tokens as zoo_tokens
 
 from scrubjay.kernels.gate import gumbel_difference, select
-from scrubjay.modeling import selective
+from scrubjay.modeling import selective_layer as selective
 from scrubjay.modeling.layout import Layout
 from scrubjay.modeling.modeling_taipan import SelectiveBlock
 

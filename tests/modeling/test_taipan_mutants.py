@@ -9,10 +9,10 @@ from recurrences_taipan import taipan_logits
 from taipan_cases import build
 
 from scrubjay import TaipanConfig
-from scrubjay.modeling import selective
+from scrubjay.modeling import selective_layer as selective
 from scrubjay.modeling.caches.cache_taipan import RingLayer
 from scrubjay.modeling.modeling_ssd import SSDMixer
-from scrubjay.modeling.selective import SelectiveAttention
+from scrubjay.modeling.selective_layer import SelectiveAttention
 
 LENGTH = 40
 NAMES = ("defaults", "selected keys")

@@ -6,7 +6,7 @@ from parity_cases import tokens
 from taipan_cases import build, gates, logit, of_layer, recorded
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from scrubjay.modeling.selective import Gate
+from scrubjay.modeling.selective_layer import Gate
 
 THREE = dict(attention_every=1, num_hidden_layers=6)
 BIASES = (-1.5, 0.0, 1.5)
@@ -135,7 +135,7 @@ def test_a_draw_without_noise_is_the_choice_without_chance(monkeypatch):
     want, _ = recorded(model, ids)
     model.config.eval_gate = "sample"
     assert not torch.equal(recorded(model, ids)[0], want)
-    monkeypatch.setattr("scrubjay.modeling.selective.gumbel_difference", torch.zeros_like)
+    monkeypatch.setattr("scrubjay.modeling.selective_layer.gumbel_difference", torch.zeros_like)
     assert torch.equal(recorded(model, ids)[0], want)
 
 

@@ -23,7 +23,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from zoo import ZOO, relative, tokens
 
 from scrubjay import average_gradients, shard_sequence
-from scrubjay.modeling import selective
+from scrubjay.modeling import selective_layer as selective
 from scrubjay.modeling.training import context_parallel
 from scrubjay.modeling.training.context_parallel import SequenceShard
 

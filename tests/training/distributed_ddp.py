@@ -20,7 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from zoo import ZOO
 
-from scrubjay.modeling import selective
+from scrubjay.modeling import selective_layer as selective
 
 
 def with_accelerate(entry, rank, processes, folder):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from zoo import VOCAB, tokens, trainable
 
-from scrubjay.modeling import selective
+from scrubjay.modeling import selective_layer as selective
 
 ROWS, LENGTH, STEPS, RATE = 4, 24, 3, 1e-3
 EVEN = VOCAB + 1  # a vocabulary that two devices can halve

@@ -9,7 +9,7 @@ from peft import LNTuningConfig, LoraConfig, PeftModel, PromptTuningConfig, get_
 from peft_cases import CASES, IDS, SELECTED, TAIPAN, UNTIED, adapted, merged, paths, whole
 from zoo import ZOO, relative, tokens
 
-from scrubjay.modeling import selective
+from scrubjay.modeling import selective_layer as selective
 
 pytestmark = [
     # said of every model whose head is adapted: its weights travel with the adapter

@@ -1,12 +1,15 @@
-"""What trainings of ADORE share: a decoder to smoke-test with, real text as streams of token ids, and the loop."""
+"""What trainings of ADORE share: a decoder to smoke-test with, real text as streams of ids, labels, loss, the loop."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from scrubjay.examples.data.corpus import encode, load_corpus, train_tokenizer
+from scrubjay.examples.learning.attention_capture import attention_rows
+from scrubjay.examples.learning.importance import later_share, top, within_horizon
 
 SMOKE_VOCABULARY = 512
 
@@ -41,6 +44,29 @@ def windows(stream: np.ndarray, length: int, count: int, rng: np.random.Generato
         raise ValueError(f"The text has {len(stream)} tokens, more than length = {length} are needed. Pass more text.")
     starts = rng.integers(len(stream) - length, size=count)
     return torch.from_numpy(np.stack([stream[a : a + length] for a in starts])).long().to(device)
+
+
+def labels_of(model, ids, at, config) -> torch.Tensor:
+    """(B, Q, T) bool labels of the queries `at`, after `config`'s label_* fields."""
+    horizon, T = config.label_horizon, ids.shape[1]
+    rows = (at[:, None] + torch.arange(horizon, device=at.device)).clamp(max=T - 1).flatten()
+    a = attention_rows(model, ids, rows, config.label_k, (config.label_agg,), config.label_layers)
+    return within_horizon(top(a[config.label_agg], rows, config.label_k), at, horizon)
+
+
+def loss_of(controller, model, ids, at, config, pos_weight: float) -> torch.Tensor:
+    """Binary cross entropy of the scores of every token that a query sees."""
+    labels = labels_of(model, ids, at, config)
+    embeds = model.get_input_embeddings()(ids).detach()
+    weight = torch.tensor(pos_weight, device=ids.device)
+    if config.score_mode == "static":
+        share, count = later_share(labels, at)
+        scores = controller(embeds, at[:1])[:, 0]
+        known = (count > 0).expand_as(scores)
+        return binary_cross_entropy_with_logits(scores[known], share[known].to(scores), pos_weight=weight)
+    scores = controller(embeds, at)
+    known = (torch.arange(ids.shape[1], device=ids.device) <= at[:, None]).expand_as(scores)
+    return binary_cross_entropy_with_logits(scores[known], labels[known].to(scores), pos_weight=weight)
 
 
 def descend(loss_of_step: Callable[[], float], optimizer, schedule, steps: int, clip: float) -> list[float]:

@@ -8,7 +8,7 @@ import pytest
 
 from scrubjay.examples.demo import demo
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 TASKS = ROOT / "examples" / "lm_eval_tasks"
 ROOMS = ("configuration", "kernels", "modeling", "conversion", "examples", "tests")
 PAGES = [*ROOT.glob("*.md"), *(page for room in ROOMS for page in (ROOT / room).rglob("README.md"))]

@@ -37,7 +37,7 @@ def story(tmp_path_factory):
 def _run(script, out, hub, *arguments, **variables):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     root = HERE.parents[1]
-    folders = (root / "examples" / "measuring", HERE.parent, root / "command")
+    folders = (root / "examples", HERE.parent, root / "command")
     paths = [*map(str, folders), kept.get("PYTHONPATH", "")]
     own = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(out / script), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / script), str(out), *arguments]

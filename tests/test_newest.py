@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 _spec = importlib.util.spec_from_file_location("newest", ROOT / ".ci" / "newest.py")
 newest = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(newest)

@@ -32,9 +32,9 @@ from zoo import ZOO, relative, tokens
 import scrubjay
 from scrubjay import adapter_report
 from scrubjay.conversion.export_hub import export
-from scrubjay.conversion.verify_hub import verify
 from scrubjay.examples.benchmarks.published_layouts import values
 from scrubjay.examples.benchmarks.published_rodimus import official_shapes
+from scrubjay.modeling.hub.verify_hub import verify
 
 AUTO = {KINDS[0]: AutoModelForSequenceClassification, KINDS[1]: AutoModelForTokenClassification}
 MADE = {KINDS[0]: texts, KINDS[1]: each_token}

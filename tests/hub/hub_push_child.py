@@ -23,8 +23,8 @@ from transformers.utils import logging
 from zoo import VOCAB, ZOO, tokens
 
 import scrubjay_cli
-from scrubjay.conversion.verify_hub import verify
 from scrubjay.modeling.hub import publishing
+from scrubjay.modeling.hub.verify_hub import verify
 
 OUT = Path(sys.argv[1])
 API = HfApi()

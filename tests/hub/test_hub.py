@@ -37,12 +37,6 @@ def test_no_text_looks_like_a_relative_import(entry):
             assert f"{found}.py" in files, (name, found)
 
 
-def test_file_names_are_unique_over_the_folders():
-    names = [path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-    assert sorted(names) == sorted(set(names))
-    assert not list((ROOT / "kernels").glob("__init__.py"))
-
-
 def test_own_imports_have_the_one_form_that_the_exporter_rewrites():
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):

@@ -1,7 +1,7 @@
 """A folder that one version of transformers saved, loaded under another, by its own code:
 
-    python tests/publishing/across_versions.py save FOLDER     every model of the zoo, and what it generates
-    python tests/publishing/across_versions.py check FOLDER    in another environment: the same tokens, without scrubjay
+    python tests/hub/across_versions.py save FOLDER     every model of the zoo, and what it generates
+    python tests/hub/across_versions.py check FOLDER    in another environment: the same tokens, without scrubjay
 
 `make test-oldest` does it with the oldest version and the pinned one, both ways.
 """
@@ -53,7 +53,7 @@ def save(folder: Path) -> None:
 
 def check(folder: Path) -> None:
     """Load each model where scrubjay is absent; with and without a cache it gives the tokens that were kept."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "measuring"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
     from isolated import Absent
 
     sys.meta_path.insert(0, Absent())

@@ -17,12 +17,11 @@ from zoo import ZOO
 
 import scrubjay_cli
 from scrubjay import RodimusForCausalLM, SSDForCausalLM
-from scrubjay.conversion import verify_hub
 from scrubjay.conversion.export_hub import export
-from scrubjay.conversion.verify_hub import verify
-from scrubjay.modeling.hub import publishing
+from scrubjay.modeling.hub import publishing, verify_hub
 from scrubjay.modeling.hub.model_card import BEGIN, END, pinned
 from scrubjay.modeling.hub.remote_code import code_files, digest, written_class
+from scrubjay.modeling.hub.verify_hub import verify
 
 SSD, RODIMUS = ZOO[0], ZOO[1]
 SHARD = "20KB"
