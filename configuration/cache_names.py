@@ -1,3 +1,3 @@
-"""What a call and its output name their cache: `cache` since transformers 5.24, `past_key_values` before."""
+"""The names of a cache, newest first. What is done about them is in modeling/inputs/cache_argument.py."""
 
 CACHE_NAMES = ("cache", "past_key_values")

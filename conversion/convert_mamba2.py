@@ -1,4 +1,7 @@
-"""Mamba-2 checkpoints of other libraries: the authors' (mamba_ssm), transformers', fla's and Mistral's."""
+"""Mamba-2 checkpoints of other libraries: the authors' (mamba_ssm), transformers', fla's and Mistral's.
+
+The tables of names are KEY_NAMES in modeling/modeling_ssd.py.
+"""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Rodimus and Rodimus+ checkpoints of other libraries: the authors' (codefuse) and fla's."""
+"""Rodimus and Rodimus+ checkpoints of other libraries: the authors' (codefuse) and fla's.
+
+The tables of names are KEY_NAMES in modeling/modeling_rodimus.py.
+"""
 
 from functools import partial
 from typing import Any

@@ -7,7 +7,8 @@ B batch, T time, H heads, G groups of heads that share q and k, N state (key) si
 q, k: (B, T, G, N)   v: (B, T, H, P)   a, g: (B, T, H) log-decay in nats, <= 0, and gain   state: (B, H, N, P) float32
 Head h reads group h // (H / G). Mamba-2's names: q = C, k = B, v = x, a = dt * A, g = dt.
 
-The chunked form, for a chunk that starts with state S and has inclusive sums c_i = a_1 + ... + a_i:
+The chunked form (the loop over chunks is `chunked` in recurrence.py), for a chunk that starts with state S and has
+inclusive sums c_i = a_1 + ... + a_i:
     y_i = sum_{j<=i} exp(c_i - c_j) g_j (q_i . k_j) v_j  +  exp(c_i) S^T q_i
     S'  = exp(c_Q) S  +  sum_j exp(c_Q - c_j) g_j k_j v_j^T
 Sums are taken in float64 and differences rounded once: with float32 sums the gradient of `a` lost two digits.

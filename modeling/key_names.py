@@ -1,4 +1,6 @@
-"""Names that tensors of a model have elsewhere, as rows that both `from_pretrained` and a converter read.
+"""Kinds of rows for tables of names that tensors have elsewhere, which both `from_pretrained` and a converter read.
+
+The tables, KEY_NAMES, stand in the modeling files.
 
 A name is written with `*` where a layer's number stands: "backbone.layers.*.norm.weight".
 """

@@ -1,4 +1,4 @@
-"""Blocks that two models share. B batch, T time, D hidden size."""
+"""Layers that models share: projections, norms, convolution, feed-forward, rotary. B batch, T time, D hidden size."""
 
 import math
 

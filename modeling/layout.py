@@ -1,5 +1,7 @@
 """Where the real tokens of a batch are: padding on any side, and documents packed into rows.
 
+What a call says of that is read in inputs/columns.py; kernels/recurrence.py cuts what it computes at `cu_seqlens`.
+
 Blocks see one of three arrangements and nothing else:
     plain    every column of every row is a token
     ragged   the real tokens of each row come first, `lengths` (B,) of them. Causal operations never look right, so

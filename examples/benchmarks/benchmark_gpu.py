@@ -1,6 +1,6 @@
 """Speed of the kernels and of whole models on one GPU, beside the peers that are installed there.
 
-    python examples/benchmarks/benchmark_gpu.py            writes results/gpu_<name>.json (every line) and .png
+    python examples/benchmarks/benchmark_gpu.py            writes examples/results/gpu_<name>.json (every line) and .png
     python examples/benchmarks/benchmark_gpu.py --only ssd the lines whose name contains a word; kept only with --out
     python examples/benchmarks/benchmark_gpu.py --smoke    tiny sizes on any machine, to check that everything runs
 

@@ -5,10 +5,11 @@ must have put all pairs into its state, so accuracy over (pairs, state_size) mea
 to it. Two layers of width 64 are trained from scratch on sequences that are never repeated, and tested on fresh ones.
 
     python examples/studies/mqar.py --model ssd     one run, printed; --out FILE keeps it
-    python examples/studies/mqar.py --sweep         the table in results/mqar.json and .png; continues if interrupted
+    python examples/studies/mqar.py --sweep         all of examples/results/mqar.json; continues if interrupted
     python examples/studies/mqar.py --smoke         the code path in seconds, learns nothing
 
 Own generator after the description in the paper; zeros between the queries are the setting of its figure 2.
+The same task in words, for any model with a tokenizer, is in examples/lm_eval_tasks.
 """
 
 import argparse

@@ -5,7 +5,7 @@ one output: the key is given, the value must follow. A small Llama learns it wit
 model answers with every cache at one budget of keys, an eighth of the list or less: which of them could still see the
 record?
 
-    python examples/studies/retrieval.py            train, compare, write results/retrieval.json and .png
+    python examples/studies/retrieval.py            train, compare, write examples/results/retrieval.json and .png
     python examples/studies/retrieval.py --smoke    the code path in seconds, learns nothing
 
 The answers before a token are given (teacher forcing), so that one miss does not spoil what follows it. A question and

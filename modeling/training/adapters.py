@@ -1,4 +1,7 @@
-"""What lets adapters (peft) and quantizers (bitsandbytes and others) take hold of a model of the zoo."""
+"""What lets adapters (peft) and quantizers (bitsandbytes and others) take hold of a model of the zoo.
+
+Fused projections ask `hooked` whether something acts on a layer (`project` in modeling/layers.py), and then call it.
+"""
 
 import torch
 from torch import nn
