@@ -4,8 +4,8 @@
         --only prefill    the rows whose name contains a word; kept only with --out
         --smoke           all of it at tiny sizes in seconds; the numbers mean nothing
 
-Prints one table and writes examples/results/benchmark_cpu.json (every sample) and .png. On a busy machine threads wait for
-each other, and the numbers say little: run it alone.
+Prints one table and writes examples/results/benchmark_cpu.json (every sample) and .png. On a busy machine threads wait
+for each other, and the numbers say little: run it alone.
 """
 
 import argparse
