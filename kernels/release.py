@@ -132,18 +132,3 @@ def compacted(pos: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     last = torch.iinfo(pos.dtype).max
     order = pos.masked_fill(~real, last).argsort(dim=1, stable=True).argsort(dim=1)
     return order.masked_fill(~real, 0)
-
-
-def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary encoding of x (B, H, K, P) by cos, sin (B, K, P), pairing channel i with i + P / 2."""
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    one, two = x.chunk(2, -1)
-    return x * cos + torch.cat([-two, one], -1) * sin
-
-
-def unturned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The inverse of `turned`, also where the table is scaled: divides by cos^2 + sin^2, taken in float32 or wider."""
-    wide = torch.promote_types(cos.dtype, torch.float32)
-    cos, sin = cos.to(wide), sin.to(wide)
-    norm = cos.square() + sin.square()
-    return turned(x, cos / norm, -sin / norm)

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from scrubjay.configuration.configuration_rodimus import RodimusConfig
 from scrubjay.kernels.ddts import ddts, ddts_change
 from scrubjay.kernels.rodimus_gates import rodimus_gates
+from scrubjay.kernels.rotary import rotary_table, rotate
 from scrubjay.kernels.window import window_attention, window_attention_step
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from scrubjay.modeling.caches.cache_rodimus import RodimusCache
@@ -37,8 +38,6 @@ from scrubjay.modeling.layers import (
     inverse_softplus,
     log_uniform,
     project,
-    rotary_table,
-    rotate,
 )
 from scrubjay.modeling.training.sharding import spread
 

@@ -30,12 +30,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_taipan import TaipanConfig
 from scrubjay.kernels.gate import logit, select, threshold_for
+from scrubjay.kernels.rotary import rotary_table
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel
 from scrubjay.modeling.caches.cache_taipan import TaipanCache
 from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
 from scrubjay.modeling.inputs.cache_argument import ZooCausalLMOutput, ZooClassifierOutput, ZooModelOutput
 from scrubjay.modeling.inputs.columns import read_columns, read_mask
-from scrubjay.modeling.layers import GatedMLP, RMSNorm, rotary_table
+from scrubjay.modeling.layers import GatedMLP, RMSNorm
 from scrubjay.modeling.modeling_ssd import SSDBlock, SSDMixer, SSDPreTrainedModel
 from scrubjay.modeling.selective_layer import Gate, SelectiveAttention
 from scrubjay.modeling.training.sharding import spread

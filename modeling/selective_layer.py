@@ -19,8 +19,9 @@ from scrubjay.kernels.gate import (
     select,
     straight_through,
 )
+from scrubjay.kernels.rotary import rotate
 from scrubjay.kernels.select_attention import pack, select_attention, select_attention_step, steps_by_mask
-from scrubjay.modeling.layers import RMSNorm, ends_branch, project, rotate
+from scrubjay.modeling.layers import RMSNorm, ends_branch, project
 from scrubjay.modeling.training.adapters import adapts, hooked, in_use
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from scrubjay.kernels.release import turned, unturned
+from scrubjay.kernels.rotary import turned, unturned
 from scrubjay.modeling.caches.buffers import appended, roomy, writable
 from scrubjay.modeling.decoder.decoder_call import attendable, sizes_of
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from scrubjay.kernels.recycle import attend_seen, decode, decode_with_scores, received, top
-from scrubjay.kernels.release import turned
+from scrubjay.kernels.rotary import turned
 from scrubjay.modeling.caches.buffers import appended, roomy, writable
 from scrubjay.modeling.caches.kept_keys import KeepingLayer, Kept, pick
 

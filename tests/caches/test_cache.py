@@ -73,7 +73,7 @@ def test_positions_near_a_million_rotate_as_those_near_zero():
     shift = 999_999  # a multiple of the window of 9: slots stay where they are
     keys = model.model.layers[0].attn
     far.layers[0].counts += shift
-    from scrubjay.modeling.layers import rotary_table, rotate
+    from scrubjay.kernels.rotary import rotary_table, rotate
 
     positions = torch.arange(21, 30)[None]
     slots = positions[0] % 9

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from scrubjay.kernels.release import compacted, highest, placement, ranking, survivors, turned, unturned, visibility
+from scrubjay.kernels.release import compacted, highest, placement, ranking, survivors, visibility
+from scrubjay.kernels.rotary import turned, unturned
 
 
 def drawn(rows=4, columns=23, seed=0):
