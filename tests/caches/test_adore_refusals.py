@@ -92,10 +92,19 @@ def test_bad_calls_are_named(model):
     run(model, ids, PIECES, cache)
     with pytest.raises(ValueError, match="holds 2 rows, the input has 1"):
         model(ids[:1, :1], **named(cache))
-    with pytest.raises(ValueError, match=r"attention_mask must have one of the shapes .* got \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"attention_mask must have shape .* got \(2, 5\)"):
         model(ids[:, :1], attention_mask=torch.ones(2, 5), **named(cache))
-    with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
-        model.model(**named(cache))
+    for given, said in (
+        ({}, "exactly one of input_ids"),
+        ({"input_ids": ids[:, :1], "inputs_embeds": model.model.embed_tokens(ids[:, :1])}, "exactly one of input_ids"),
+        ({"input_ids": ids[:, 0]}, r"input_ids must have shape \(batch, length\)"),
+        ({"input_ids": ids[:, :0]}, r"holds 38 columns, and this call brings none .*reset\(\)"),
+        ({"input_ids": ids[:, :1], "attention_mask": {"full_attention": None}}, "attention_mask must be .* got dict"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.model(**named(cache), **given)
+    with pytest.raises(IndexError):
+        model(ids[:, :1] + 1000, **named(cache))
     assert torch.isfinite(model(ids[:, :1], **named(cache)).logits).all(), "a refused call changes nothing"
 
 
