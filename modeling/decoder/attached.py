@@ -8,7 +8,6 @@ import copy
 import inspect
 import threading
 import weakref
-from collections import OrderedDict
 from contextlib import nullcontext
 from typing import Any
 
@@ -89,18 +88,17 @@ class Hooks:
         return hooks
 
     def off(self, decoder: nn.Module) -> None:
-        """Take them off."""
+        """Take them off, out of the very dictionaries that torch keeps them in.
+
+        No copies are put in their place, for handles of others' hooks know these alone and would take nothing off a
+        copy. So where others' hooks remain, and another thread's call fails at this very moment, torch, which walks
+        over them then, may report that they changed, with the call's own error as the context.
+        """
+        kinds = ("_forward_pre_hooks", "_forward_hooks")
         marks = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-        for kind in ("_forward_pre_hooks", "_forward_hooks"):
-            hooks = getattr(decoder, kind)
-            own = [number for number, hook in list(hooks.items()) if getattr(hook, "hooks", None) is self]
-            if len(own) == len(hooks):
-                # torch walks over them where another thread's call fails, and a dictionary that changes ends the walk
-                setattr(decoder, kind, OrderedDict())
-            else:  # others' handles know this very dictionary, and would take nothing off another
-                for number in own:
-                    del hooks[number]
-            for number in own:
+        for hooks in (getattr(decoder, kind) for kind in kinds):
+            for number in [number for number, hook in hooks.items() if getattr(hook, "hooks", None) is self]:
+                del hooks[number]
                 for mark in marks:
                     getattr(decoder, mark).pop(number, None)
 
@@ -132,7 +130,7 @@ class Hooks:
         return by_its_name(dict(zip(self.names, args, strict=False)) | kwargs if args else kwargs)
 
     @property
-    def stay(self) -> bool:
+    def stays(self) -> bool:
         """Whether a copy of the decoder needs them, which has no cache."""
         return any(isinstance(kind, type) for kind in self.living)
 
@@ -152,7 +150,7 @@ class Hook:
         return getattr(self.hooks, self.name)(*args)
 
     def __reduce__(self):
-        return (Hook, (self.hooks, self.name)) if self.hooks.stay else (getattr, (nullcontext(), "__exit__"))
+        return (Hook, (self.hooks, self.name)) if self.hooks.stays else (getattr, (nullcontext(), "__exit__"))
 
 
 class AttachedCache(Cache):

@@ -46,6 +46,21 @@ def test_a_call_that_failed_half_way_is_not_gone_on_from(model):
             model(ids, **named(undecided))
 
 
+def test_a_prompt_of_which_a_piece_was_read_is_not_gone_on_from(model):
+    cache, ids = made(model, prefill="chunked"), text(1, 18)
+    wrong = ids.clone()
+    wrong[0, -1] = 1000  # in the last piece
+    with pytest.raises(IndexError):
+        model(wrong, **named(cache))
+    with pytest.raises(ValueError, match="failed half way"):
+        model(ids, **named(cache))
+    cache.reset()
+    wrong[0, 0] = 1000
+    with pytest.raises(IndexError):
+        model(wrong, **named(cache))
+    assert torch.isfinite(model(ids, **named(cache)).logits).all()
+
+
 def test_assisted_decoding_and_crop_are_refused(model):
     cache = made(model)
     with pytest.raises(ValueError, match=r"[Aa]ssisted decoding"):
