@@ -19,6 +19,7 @@ CHOICES = {
     "label_agg": ("mean", "max_head", "vote"),
     "mask_scope": ("uniform", "per_head"),
 }
+LABELLED = 96  # a worked example's
 ROBUST = {"recent": 32, "sinks": 4}
 
 logger = logging.get_logger(__name__)
@@ -109,7 +110,7 @@ class AdoreConfig(WrappedConfig):
             of the distance in logarithmic buckets, "learned". With score_mode "static": absolute whenever "relative".
         controller_mlp_layers: linear layers from features to score.
         label_k: K, tokens of full attention that are labelled important; also of the mask under which the decoder is
-            tuned. 96: a worked example's.
+            tuned. None: 96, a worked example's, or `cache_size` where that is less.
         label_agg: how heads and layers agree on one ranking: "mean" of probabilities, "max_head", or "vote" (number of
             heads whose own top K holds the token).
         label_layers: indices of the layers that are asked; (): all.
@@ -163,7 +164,7 @@ class AdoreConfig(WrappedConfig):
     position_mode: str = AdoreSettings.position_mode
     prefill: str = AdoreSettings.prefill
     store: str = AdoreSettings.store
-    label_k: int = 96
+    label_k: int | None = None
     label_agg: str = "mean"
     label_layers: list | tuple = ()
     label_horizon: int = 1
@@ -186,16 +187,21 @@ class AdoreConfig(WrappedConfig):
         """Those of the cache."""
         return AdoreSettings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(AdoreSettings)})
 
+    @property
+    def num_labelled(self) -> int:
+        """K, `label_k` or what stands for it."""
+        return min(LABELLED, self.cache_size) if self.label_k is None else self.label_k
+
     def validate_architecture(self):
         """Refuse settings that mean nothing, naming the value and the rule."""
         self.settings  # noqa: B018 (checks its own values)
         check_choices({name: getattr(self, name) for name in CHOICES})
         for name in ("controller_hidden", "controller_mlp_layers", "label_k", "label_horizon"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
         if self.controller_hidden % 2:
             raise ValueError(f"controller_hidden must be even, for sines and cosines; got {self.controller_hidden}.")
-        if self.label_k > self.cache_size:
+        if self.num_labelled > self.cache_size:
             raise ValueError(
                 f"label_k must be at most cache_size = {self.cache_size}, or the cache cannot hold what it is taught "
                 f"to keep; got {self.label_k}."

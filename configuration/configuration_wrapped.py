@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -67,10 +68,17 @@ class WrappedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in transformers; the dictionary of a bare decoder becomes `base_config`."""
+        """As in transformers; the dictionary of a bare decoder becomes `base_config`.
+
+        Raises:
+            ValueError: a setting of a wrong type.
+        """
         if "base_config" not in config_dict and config_dict.get("model_type", cls.model_type) != cls.model_type:
             config_dict = {"base_config": config_dict, "dtype": config_dict.get("dtype")}
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:  # is no ValueError, which a caller expects
+            raise ValueError(str(error.__cause__ or error)) from error
 
     def to_dict(self):
         """As in transformers; the dtype stands in one place, and the sizes that others read in sight."""

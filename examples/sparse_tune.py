@@ -81,9 +81,9 @@ def mask_for(model, ids: torch.Tensor, config: AdoreConfig) -> torch.Tensor:
     """(B, T, T) bool that all heads and layers share: top K of full attention by the model as it is, self, newest."""
     at, was_training = torch.arange(ids.shape[1], device=ids.device), model.training
     model.eval()  # no dropout in what labels are made from
-    a = attention_rows(model, ids, at, config.label_k, (config.label_agg,), config.label_layers)[config.label_agg]
+    a = attention_rows(model, ids, at, config.num_labelled, (config.label_agg,), config.label_layers)[config.label_agg]
     model.train(was_training)
-    return tuning_mask(top(a, at, config.label_k), at, config.recent)
+    return tuning_mask(top(a, at, config.num_labelled), at, config.recent)
 
 
 def base_of(model) -> PreTrainedModel:
@@ -95,7 +95,7 @@ def scope(model, config: AdoreConfig):
     """In it, heads attend their own top K where config.mask_scope is "per_head"."""
     if config.mask_scope == "uniform":
         return nullcontext()
-    return answering(base_of(model), PER_HEAD, Request(None, config.label_k, recent=config.recent))
+    return answering(base_of(model), PER_HEAD, Request(None, config.num_labelled, recent=config.recent))
 
 
 def sparse_loss(model, ids: torch.Tensor, config: AdoreConfig) -> torch.Tensor:

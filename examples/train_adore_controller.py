@@ -52,7 +52,9 @@ def train(controller: Controller, model, stream, config, args) -> list[float]:
     def step() -> float:
         ids = windows(stream, args.length, args.batch_size, rng, model.device)
         # a query with no more than K tokens before it has all of them labelled and teaches nothing
-        at = rng.choice(np.arange(config.label_k, args.length), min(args.queries, args.length - config.label_k), False)
+        at = rng.choice(
+            np.arange(config.num_labelled, args.length), min(args.queries, args.length - config.num_labelled), False
+        )
         at = torch.from_numpy(np.sort(at)).to(model.device)
         loss = loss_of(controller, model, ids, at, config, args.pos_weight)
         loss.backward()
@@ -97,8 +99,8 @@ def report(controller, model, stream, config, args) -> dict[str, dict[str, float
     sums: dict[str, dict[str, float]] = {}
     for _ in range(args.eval_texts):
         ids = windows(stream, args.length, 1, rng, model.device)
-        a = attention_rows(model, ids, at, config.label_k)["mean"]
-        best = top(a, at, config.label_k)
+        a = attention_rows(model, ids, at, config.num_labelled)["mean"]
+        best = top(a, at, config.num_labelled)
         embeds = model.get_input_embeddings()(ids)
         for rule, seen in choices(controller, embeds, a, config).items():
             mass = (a * seen).sum(-1)[:, beyond].mean()
@@ -162,12 +164,13 @@ def main(argv: list[str] | None = None) -> dict:
         config.controller_pos,
         config.controller_mlp_layers,
         args.model or "",
-        config.label_k,
+        config.num_labelled,
     ).to(model.device)
     losses = train(controller, model, train_stream, config, args)
     found = report(controller.eval(), model, heldout_stream, config, args)
     print(
-        f"\nheld-out, {config.cache_size} cached and {config.rebuild} rebuilt tokens    mass   recall@{config.label_k}"
+        f"\nheld-out, {config.cache_size} cached and {config.rebuild} rebuilt tokens    mass   "
+        f"recall@{config.num_labelled}"
     )
     for rule, numbers in found.items():
         print(f"  {rule:20s} {numbers['mass']:38.3f} {numbers['recall']:8.3f}")

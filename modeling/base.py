@@ -218,9 +218,10 @@ class ZooModel(ZooPreTrainedModel):
         if cache is not None:
             if not isinstance(cache, self.cache_class):
                 name = self.cache_class.__name__
+                peft = f" {NO_PREFIX}" if type(cache).__module__.startswith("transformers.") else ""
                 raise ValueError(
-                    f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. Pass {name}(model), or none. "
-                    f"{NO_PREFIX}"
+                    f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. Pass {name}(model), or none."
+                    f"{peft}"
                 )
             self.check_places()
             cache.check(self.config, x.shape[0])

@@ -51,7 +51,7 @@ class AdoreModel(AdorePreTrainedModel, ZooWrapperModel):
             config.controller_pos,
             config.controller_mlp_layers,
             config.base_config.name_or_path,
-            config.label_k,
+            config.num_labelled,
         ).requires_grad_(False)
         self.post_init()
 

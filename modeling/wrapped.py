@@ -1,12 +1,13 @@
 """Models that carry a decoder of transformers together with a cache of the zoo. B batch, T time."""
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel
 from transformers.utils import can_return_tuple
 
 from scrubjay.modeling.base import ZooForCausalLM, ZooPreTrainedModel
-from scrubjay.modeling.decoder.attached import AttachedCache
-from scrubjay.modeling.decoder.decoder_call import as_attention_takes_it, keep_caches
+from scrubjay.modeling.decoder.attached import AttachedCache, refuse_prefixes
+from scrubjay.modeling.decoder.decoder_call import as_attention_takes_it, keep_caches, remembered
 from scrubjay.modeling.inputs.arguments import given, refuse_unknown
 from scrubjay.modeling.inputs.cache_argument import CACHE, ZooModelOutput, named, takes_cache
 from scrubjay.modeling.inputs.columns import read_columns
@@ -31,7 +32,10 @@ class ZooWrapperModel(ZooWrapperPreTrainedModel):
     """
 
     def __init__(self, config):
-        config.validate()  # from_pretrained changes fields after it has read them
+        try:
+            config.validate()  # from_pretrained changes fields after it has read them
+        except StrictDataclassError as error:  # is no ValueError, which a caller expects
+            raise ValueError(str(error.__cause__ or error)) from error
         _check_devices(config)
         super().__init__(config)
         decoder = AutoModel.from_config(config.base_config)
@@ -86,8 +90,8 @@ class ZooWrapperModel(ZooWrapperPreTrainedModel):
             position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as collators give them: positions that restart,
                 offsets (D + 1,) over the B * T columns, or document numbers (B, T), negative at padding. Rows of
                 documents may be padded. Positions are counted by the model itself.
-            cache: the zoo's for this model, or one of transformers'. `past_key_values` is the same, as before
-                transformers 5.24.
+            cache: the zoo's for this model, or one of transformers' (in generate() a `DynamicCache`).
+                `past_key_values` is the same, as before transformers 5.24.
 
         Raises:
             ValueError: inputs that do not fit each other or the cache, or that the model does not know; each says what
@@ -155,7 +159,8 @@ class ZooWrapperForCausalLM(ZooWrapperPreTrainedModel, ZooForCausalLM):
         return self.model.decoder
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Give generate() the model's own cache; `cache_implementation` may be "dynamic".
+        """Give generate() the model's own cache; `cache_implementation` may be "dynamic", and a cache that is given
+        the zoo's for this model or, for full attention, a `DynamicCache`.
 
         With prefix tuning it is transformers' own, as in training: keys of no token cannot be ranked among those that
         belong to one.
@@ -164,10 +169,17 @@ class ZooWrapperForCausalLM(ZooWrapperPreTrainedModel, ZooForCausalLM):
         if wanted not in (None, "dynamic", "dynamic_full"):
             raise ValueError(
                 f"{type(self).__name__} makes a cache of its own, which no {wanted!r} one can stand in for. Leave "
-                "cache_implementation out; for full attention, pass one of transformers' own."
+                "cache_implementation out; for full attention, pass DynamicCache(config=model.config)."
             )
-        given = model_kwargs.get(CACHE) is not None
-        if given or generation_config.use_cache is False or prefix_tuned(self):
+        cache = model_kwargs.get(CACHE)
+        if cache is not None:
+            refuse_prefixes(self)
+        if getattr(cache, "is_compileable", False):
+            raise ValueError(
+                f"{type(self).__name__} reads masks of tokens and padding, and generate() makes another for a "
+                f"{type(cache).__name__}. For full attention, pass DynamicCache(config=model.config)."
+            )
+        if cache is not None or generation_config.use_cache is False or prefix_tuned(self):
             return super(ZooForCausalLM, self)._prepare_cache_for_generation(
                 generation_config, model_kwargs, *args, **kwargs
             )
@@ -176,13 +188,9 @@ class ZooWrapperForCausalLM(ZooWrapperPreTrainedModel, ZooForCausalLM):
 
 def _whole_mask(cache, seen, shape, mask):
     """(B, seen + T), from a mask of the new columns and what the cache knows of those before; None: no padding."""
-    if not seen or not isinstance(cache, AttachedCache) or (mask is not None and mask.shape != shape):
+    if not seen or not isinstance(cache, AttachedCache):
         return mask
-    before = cache.real()
-    if before is None:
-        return mask if mask is None else torch.nn.functional.pad(mask, (seen, 0), value=1)
-    mask = before.new_ones(shape) if mask is None else mask.to(before.device)
-    return torch.cat([before, mask], 1)
+    return remembered(cache.real(), mask, shape, seen)
 
 
 def _documents(columns, decoder):

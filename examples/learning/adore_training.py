@@ -50,8 +50,8 @@ def labels_of(model, ids, at, config) -> torch.Tensor:
     """(B, Q, T) bool labels of the queries `at`, after `config`'s label_* fields."""
     horizon, T = config.label_horizon, ids.shape[1]
     rows = (at[:, None] + torch.arange(horizon, device=at.device)).clamp(max=T - 1).flatten()
-    a = attention_rows(model, ids, rows, config.label_k, (config.label_agg,), config.label_layers)
-    return within_horizon(top(a[config.label_agg], rows, config.label_k), at, horizon)
+    a = attention_rows(model, ids, rows, config.num_labelled, (config.label_agg,), config.label_layers)
+    return within_horizon(top(a[config.label_agg], rows, config.num_labelled), at, horizon)
 
 
 def loss_of(controller, model, ids, at, config, pos_weight: float) -> torch.Tensor:

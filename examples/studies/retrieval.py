@@ -201,7 +201,7 @@ def train_controller(model: PreTrainedModel, task: Task) -> Controller:
     config = AdoreConfig(base_config=model.config, **sizes)
     torch.manual_seed(task.seed)
     made = config.score_mode, config.controller_pos, config.controller_mlp_layers
-    controller = Controller(config.hidden_size, config.controller_hidden, *made, "", config.label_k)
+    controller = Controller(config.hidden_size, config.controller_hidden, *made, "", config.num_labelled)
     optimizer = torch.optim.AdamW(controller.parameters(), lr=2e-3)
     schedule = get_constant_schedule_with_warmup(optimizer, WARMUP)
     rng = np.random.default_rng([task.seed, 3])

@@ -102,18 +102,6 @@ class AdoreLayer(CacheLayerMixin):
         self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized, self.seen = False, 0
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes what row beam_idx[i] was."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, in that order."""
-        self.map(lambda x: x.index_select(0, indices.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times in place."""
-        self.map(lambda x: x.repeat_interleave(repeats, dim=0))
-
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: what was released to admit a token cannot be put back."""
         if tokens_to_remove != 0:

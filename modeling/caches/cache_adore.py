@@ -30,16 +30,17 @@ from scrubjay.modeling.decoder.attached import AttachedCache, decoder_of
 from scrubjay.modeling.decoder.controller import Scorer, check_scorer, scorer_for
 from scrubjay.modeling.decoder.decoder_call import (
     as_attention_takes_it,
-    check_decoder,
+    check_adore_decoder,
     check_layers,
     check_rows,
     check_sizes,
     cut,
     device_of,
     each,
-    given,
     joined,
     one_text,
+    shape_of,
+    tokens_of,
 )
 from scrubjay.modeling.training.adapters import in_use
 
@@ -52,7 +53,8 @@ class AdoreCache(AttachedCache):
     Pass it as `cache` (before transformers 5.24 as `past_key_values`) to the model's forward or generate(). It takes
     part in the calls of this very model that are given it, and in no other; `close()` it, use it with `with`, or drop
     it to end that. Positions are those of the real tokens of each row: it counts them by the attention_mask, whatever
-    position_ids say, but for packed documents, which are refused: a cache holds one text a row.
+    position_ids say, but for packed documents, which are refused: a cache holds one text a row. Padding is remembered:
+    a later mask, (B, T) or (B, seen + T), speaks of the new columns alone.
 
     Bytes: layers * B * H * (m + 1) * (P_keys + P_values) * itemsize of keys and values, whatever the number of tokens;
     and for each token, released or not, 4 (its id) + 4 + 1 + the features of its scorer (`controller_hidden` *
@@ -93,7 +95,7 @@ class AdoreCache(AttachedCache):
             settings = dataclasses.replace(settings, sinks=min(SINKS, settings.cache_size - settings.recent))
         decoder: Any = decoder_of(model)
         self._build(settings, scorer_for(controller, decoder), decoder.config.num_hidden_layers)
-        self.attach(decoder)
+        self.attach(model)
         if settings.rebuild and not self.scorer.moving:
             warn_of_fixed_order(type(self.scorer).__name__, settings.cache_size, settings.rebuild)
 
@@ -107,13 +109,13 @@ class AdoreCache(AttachedCache):
             ValueError: a model of other sizes, or another kind of controller.
         """
         decoder: Any = decoder_of(model)
-        check_decoder(decoder)
+        check_adore_decoder(decoder)
         if self.layers[0].is_initialized:
             check_sizes("This cache", [len(self.layers), *self.layers[0].keys.shape[1::2]], decoder)
         if isinstance(self.scorer, str):
             controller = controller or in_use(getattr(model, "controller", None))
             self.scorer = scorer_for(check_scorer("This cache", self.scorer, controller), decoder)
-        super().attach(decoder)
+        super().attach(model)
 
     def _build(self, settings, scorer, num_layers):
         super().__init__(layers=[AdoreLayer(settings.cache_size) for _ in range(num_layers)])
@@ -134,9 +136,11 @@ class AdoreCache(AttachedCache):
         """Put the rebuilt tokens before the new ones, with their positions and the mask of who sees whom."""
         if self._failed:
             raise ValueError("A call with this cache failed half way: its layers differ. reset() it or make a new one.")
-        check_decoder(decoder)
+        check_adore_decoder(decoder)
         check_layers(decoder, self)
-        self._check(kwargs)
+        batch, _ = shape_of(decoder, kwargs)
+        if self.history.rows:
+            check_rows(self, self.history.batch_size, batch)
         kwargs = one_text(kwargs, self, self.history.length)
         real = self._real(kwargs)
         pieces = None
@@ -147,9 +151,9 @@ class AdoreCache(AttachedCache):
                     "than it does alone. Give rows of one length, or use prefill='full'."
                 )
             pieces, kwargs = self._run_ahead(decoder, kwargs)
-            real = real[:, -given(kwargs).shape[1] :]
+            real = real[:, -tokens_of(kwargs).shape[1] :]
         kwargs = dict(kwargs)
-        self._failed = True  # until the call has ended well
+        self._failed = pieces is not None  # they are in
         # scores are those of the state's own dtype, wherever the text is read
         with torch.no_grad(), torch.autocast(real.device.type, enabled=False):
             self._append(decoder, kwargs, real)
@@ -174,27 +178,16 @@ class AdoreCache(AttachedCache):
         """As transformers calls it, within a call that `enter` has prepared."""
         return super().update(key_states, value_states, layer_idx, self._step)
 
-    def _check(self, kwargs):
-        """Refuse other rows than are held, and a mask of another shape."""
-        x, mask = given(kwargs), kwargs.get("attention_mask")
-        batch, new = x.shape[:2]
-        if self.history.rows:
-            check_rows(self, self.history.batch_size, batch)
-        allowed = ((batch, new), (batch, self.history.length + new))
-        if mask is not None and (not isinstance(mask, torch.Tensor) or tuple(mask.shape) not in allowed):
-            got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise ValueError(f"attention_mask must have one of the shapes {allowed}; got {got}.")
-
     def _real(self, kwargs):
         """Which of the new columns are tokens, (B, q) bool."""
-        x, mask = given(kwargs), kwargs.get("attention_mask")
+        x, mask = tokens_of(kwargs), kwargs.get("attention_mask")
         if mask is None:
             return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         return mask[:, -x.shape[1] :]
 
     def _run_ahead(self, decoder, kwargs):
         """Outputs of all pieces of a prompt but the last, and the arguments of the last."""
-        x, mask = given(kwargs), kwargs.get("attention_mask")
+        x, mask = tokens_of(kwargs), kwargs.get("attention_mask")
         name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
         new, size = x.shape[1], self.settings.cache_size
         pieces = []
@@ -207,6 +200,9 @@ class AdoreCache(AttachedCache):
             self._ahead = True
             try:
                 pieces.append(decoder(**piece))
+            except BaseException:
+                self._failed = self._failed or bool(pieces)
+                raise
             finally:
                 self._ahead = False
 
@@ -223,6 +219,7 @@ class AdoreCache(AttachedCache):
         columns = {"positions": positions.int(), "real": real, "features": features}
         if self.settings.rebuild:
             columns |= {"ids": kwargs["input_ids"].int()} if as_ids else {"embeds": embeds.detach()}
+        self._failed = True  # until the call has ended well
         history.append(columns, state)
         if self._table is None or len(self._table) < history.capacity:
             self._table = self.scorer.table(history.capacity, embeds)
@@ -230,7 +227,7 @@ class AdoreCache(AttachedCache):
     def _plan(self, decoder, kwargs):
         """Decide the call: set the step, the slots, positions and mask; returns the columns rebuilt, (B, r)."""
         settings, history = self.settings, self.history
-        new = given(kwargs).shape[1]
+        new = tokens_of(kwargs).shape[1]
         seen = history.length - new
         if self.slots is None:
             self.slots = history.counts.new_full((history.batch_size, settings.cache_size), -1)

@@ -7,7 +7,6 @@ import os
 from dataclasses import fields
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
@@ -19,7 +18,16 @@ from scrubjay.modeling.caches.recycled_layer import RecycledLayer
 from scrubjay.modeling.caches.saved_tensors import read_tensors, write_tensors
 from scrubjay.modeling.decoder.attached import AttachedCache, decoder_of
 from scrubjay.modeling.decoder.attention_recycled import NAMES, stand_back, stand_in
-from scrubjay.modeling.decoder.decoder_call import check_layers, check_rows, device_of, mesh_of, one_text
+from scrubjay.modeling.decoder.decoder_call import (
+    check_layers,
+    check_rows,
+    device_of,
+    mesh_of,
+    one_text,
+    remembered,
+    shape_of,
+    tokens_of,
+)
 
 SETTINGS = sorted({field.name for field in fields(RecycledConfig)} - {field.name for field in fields(WrappedConfig)})
 
@@ -36,7 +44,13 @@ class RecycledCache(AttachedCache):
         settings: fields of `RecycledConfig`.
 
     Steps that choose among the keys, or attend those chosen, have no gradient. A cache holds one text a row: a call of
-    packed documents is refused.
+    packed documents is refused. Padding is remembered: a mask may be (B, T), of the new columns, or (B, seen + T), of
+    which those before say nothing new; what was padding stays padding. Positions are the caller's (position_ids): where
+    they were those of tokens and in a later call count padding too, as those of generate() do when it is given no mask,
+    they are counted anew.
+
+    With attention "eager" and output_attentions, a layer that attends a few keys itself has None in the place of its
+    probabilities.
 
     Raises:
         ValueError: a model, or a setting, that it was not built for.
@@ -86,11 +100,12 @@ class RecycledCache(AttachedCache):
                 f"RecycledCache needs the attention implementation {' or '.join(map(repr, NAMES))}, which it can "
                 f"stand in for; the model has {stock!r}. Call model.set_attn_implementation('sdpa')."
             )
-        x = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        (batch, columns), seen = x.shape[:2], self.get_seq_length()
-        self._check(batch, seen, columns, kwargs.get("attention_mask"))
-        kwargs = one_text(kwargs, self, seen)
-        self.call.real = real = self._real(kwargs.get("attention_mask"), batch, seen, columns)
+        (batch, columns), seen = shape_of(decoder, kwargs), self.get_seq_length()
+        x = tokens_of(kwargs)
+        self._check(batch, seen)
+        kwargs = self._padded(one_text(kwargs, self, seen), seen)
+        self.call.real, self.call.answered = kwargs["attention_mask"], set()
+        real = self.call.real
         at = torch.arange(columns, device=x.device)
         self.call.source = None
         if real is not None and not bool(real[:, seen:].all()):
@@ -108,32 +123,52 @@ class RecycledCache(AttachedCache):
         return kwargs
 
     def leave(self, decoder, output):
-        """Let go of the decoder's parts."""
+        """Let go of the decoder's parts, and give the layers that attended by themselves a place in `attentions`."""
         self.call.table = self.call.mesh = None
+        layers, answered = range(len(self.layers)), self.call.answered
+        if output is None or not answered or decoder.config._attn_implementation != "eager":
+            return None
+        known = output[-1] if isinstance(output, tuple) else output.get("attentions")
+        if not isinstance(known, tuple) or len(known) != len(layers) - len(answered):
+            return None
+        known = iter(known)
+        attentions = tuple(None if i in answered else next(known) for i in layers)
+        if isinstance(output, tuple):
+            return (*output[:-1], attentions)
+        return type(output)(**dict(output) | {"attentions": attentions})
 
     def real(self):
         """(B, seen) bool, which columns given so far are tokens; None: all."""
         return None if self.call.real is None else self.call.real[:, : self.get_seq_length()]
 
-    def _check(self, batch, seen, columns, mask):
+    def _check(self, batch, seen):
         layer = self.layers[0]
         if any(other.seen != seen for other in self.layers):
             raise ValueError("An earlier call failed between two layers; call cache.reset() and start again.")
         if layer.is_initialized and seen:
             check_rows(self, len(next(iter(layer.tensors().values()))), batch)
-        if mask is not None and (mask.ndim != 2 or tuple(mask.shape) != (batch, seen + columns)):
-            raise ValueError(
-                f"attention_mask must have shape {(batch, seen + columns)}, 1 for tokens and 0 for padding, with the "
-                f"{seen} columns in the cache; got {tuple(mask.shape)}."
-            )
 
-    def _real(self, mask, batch, seen, columns):
-        """(B, n + T) bool, None without padding."""
-        if mask is not None:
-            return None if bool(mask.all()) else mask
-        if self.call.real is None or not seen:
+    def _padded(self, kwargs, seen):
+        """A call's arguments with the mask of all columns so far, (B, n + T) bool, None without padding."""
+        before = self.real() if seen else None
+        real = remembered(before, kwargs.get("attention_mask"), tokens_of(kwargs).shape[:2], seen)
+        if real is None or (before is None and bool(real.all())):
+            return kwargs | {"attention_mask": None}
+        positions = self._positions(kwargs.get("position_ids"), real, seen)
+        return kwargs | {"attention_mask": real, "position_ids": positions}
+
+    def _positions(self, positions, real, seen):
+        """(B, T) for columns that are tokens where `real` (B, n + T) is."""
+        if positions is None:  # a decoder counts columns
+            self.call.counted = False
             return None
-        return F.pad(self.call.real[:, :seen], (0, columns), value=True)  # new columns are tokens
+        counted = (real.long().cumsum(1) - 1).clamp(min=0)[:, seen:].to(positions.device)
+        same = bool(((positions == counted) | ~real[:, seen:].to(positions.device)).all())
+        columns = torch.arange(seen, real.shape[1], device=positions.device)
+        if self.call.counted and not same and bool((positions == columns).all()):
+            return counted
+        self.call.counted = same
+        return positions
 
     def _map(self, change):
         super()._map(change)
@@ -143,7 +178,7 @@ class RecycledCache(AttachedCache):
     def reset(self) -> None:
         """Forget every token; the settings stay."""
         super().reset()
-        self.call.real = None
+        self.call.real, self.call.counted = None, False
 
     @property
     def nbytes(self) -> int:
@@ -171,6 +206,7 @@ class RecycledCache(AttachedCache):
             "sizes": _sizes(self.settings.base_config),
             "counters": counters,
             "filled": filled,
+            "counted": self.call.counted,
         }
         write_tensors(path, tensors, type(self), about)
 
@@ -187,7 +223,7 @@ class RecycledCache(AttachedCache):
         if about["sizes"] != (sizes := _sizes(cache.settings.base_config)):
             cache.close()
             raise ValueError(f"{path} was written for {about['sizes']}; the model has {sizes}.")
-        cache.call.real = tensors.pop("real", None)
+        cache.call.real, cache.call.counted = tensors.pop("real", None), about.get("counted", False)
         for layer, counters, filled in zip(cache.layers, about["counters"], about["filled"], strict=True):
             layer.is_initialized = True
             layer.__dict__.update(counters)

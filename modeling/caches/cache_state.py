@@ -4,6 +4,7 @@ B batch. Every tensor has the batch first, so that beams reorder by one index_se
 that it has seen, so that padding on any side leaves no trace.
 """
 
+import copy
 import json
 import os
 
@@ -11,6 +12,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from scrubjay.modeling.caches.saved_tensors import read_tensors, write_tensors
+from scrubjay.modeling.decoder.forks import Detached
 
 
 class StateLayer(CacheLayerMixin):
@@ -152,6 +154,20 @@ class StateCache(Cache):
     def layout(config) -> dict:
         """{"num_layers": int, "shapes": {name: shape without the batch}} for a configuration."""
         raise ValueError("StateCache is a base class; use the cache of a model, for example SSDCache(model).")
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        """Refused: only attention calls it, of a model that this cache is not for."""
+        raise ValueError(
+            f"A {type(self).__name__} holds recurrent states, and this model's attention has keys and values to keep. "
+            "Pass the model's own cache, or DynamicCache(config=model.config)."
+        )
+
+    def __deepcopy__(self, memo):
+        """A fork, which has no gradient."""
+        new = memo[id(self)] = type(self).__new__(type(self))
+        with Detached():
+            new.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        return new
 
     @property
     def nbytes(self) -> int:

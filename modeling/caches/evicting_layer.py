@@ -16,7 +16,9 @@ from scrubjay.modeling.caches.kept_keys import KeepingLayer, Kept, pick
 class EvictingLayer(KeepingLayer):
     """The K keys of a policy that forgets all others: SnapKV, H2O, StreamingLLM. O(K) bytes.
 
-    A prompt is read with full attention, each further piece of several tokens with what is kept and itself.
+    A prompt is read with full attention, each further piece of several tokens with what is kept and itself. A row with
+    one token in such a piece keeps that rule, so it attends one key more than alone, where one token is a step and what
+    it replaces leaves first.
     mass: (B, G, capacity), attention that each kept key has received (H2O). Where positions count from the start of the
     cache, evicted: (B,) int64, tokens forgotten, and sink_keys: (B, G, sinks, P), keys of the sinks at their own
     positions. A window keeps its distances as it moves, so the sinks alone are turned, to follow it.

@@ -6,7 +6,7 @@ encoding, so the order of the slots means nothing.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,7 +27,8 @@ class Call:
     real: (B, n + T) bool, None without padding. source: (B, m) for the last m = min(T, 64) of its columns, which of the
     T is the last token up to there, -1: none; None if all T are. rotary: cos and sin (B or 1, m, P) at those. table:
     the decoder's own function from a tensor of the device and positions (B, T) to (cos, sin), during the call. mesh:
-    the devices that hold parts of the decoder's weights, during the call, None: one device.
+    the devices that hold parts of the decoder's weights, during the call, None: one device. answered: the layers that
+    have attended by themselves, in this call. counted: whether positions, given where there is padding, are of tokens.
     """
 
     real: torch.Tensor | None = None
@@ -35,6 +36,8 @@ class Call:
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     table: Callable | None = None
     mesh: DeviceMesh | None = None
+    answered: set[int] = field(default_factory=set)
+    counted: bool = False
 
     def __getstate__(self):
         return self.__dict__ | {"table": None, "mesh": None}
@@ -165,18 +168,6 @@ class KeepingLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget every token."""
         self.clear()
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes what row beam_idx[i] was."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, in that order."""
-        self.map(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times in place."""
-        self.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Take new keys and values (B, G, T, P); returns those that the attention function is to be given."""

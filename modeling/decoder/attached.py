@@ -8,6 +8,7 @@ import copy
 import inspect
 import threading
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from scrubjay.configuration.configuration_wrapped import BASES
+from scrubjay.modeling.decoder.forks import Detached
 from scrubjay.modeling.inputs.cache_argument import CACHE, by_its_name
+from scrubjay.modeling.training.adapters import prefix_tuned
 
 
 def decoder_of(model) -> nn.Module:
@@ -24,6 +27,7 @@ def decoder_of(model) -> nn.Module:
     Raises:
         ValueError: a model that these caches were not built for, with the reason.
     """
+    refuse_prefixes(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     kind = getattr(getattr(decoder, "config", None), "model_type", type(decoder).__name__)
     if kind not in BASES:
@@ -31,11 +35,29 @@ def decoder_of(model) -> nn.Module:
     types = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])
     window = getattr(decoder.config, "sliding_window", None)
     if types != {"full_attention"} or (window is not None and kind == "mistral"):
+        ways = [f"layer_types=['full_attention'] * {decoder.config.num_hidden_layers}"]
+        if types == {"full_attention"}:
+            ways.clear()
+        if kind == "mistral":
+            ways.append("sliding_window=None")
         raise ValueError(
             f"This cache chooses among all tokens, and this {kind} has layers that see a window only ({sorted(types)}, "
-            f"sliding_window {window}). Load it with sliding_window=None, or use transformers' own cache."
+            f"sliding_window {window}). Load it with {', '.join(ways)}, or use transformers' own cache."
         )
     return decoder
+
+
+def refuse_prefixes(model) -> None:
+    """Refuse a model to which peft gives keys from in front of the text: they are in a cache of peft's own.
+
+    Raises:
+        ValueError: what to do instead.
+    """
+    if prefix_tuned(model):
+        raise ValueError(
+            "Prefix tuning brings a cache of its own, transformers' DynamicCache with the keys that were trained, and "
+            "takes no other beside it. Call the model without this cache; or tune a prompt, or use LoRA."
+        )
 
 
 class Hooks:
@@ -52,7 +74,7 @@ class Hooks:
     @classmethod
     def of(cls, decoder: nn.Module) -> "Hooks | None":
         """Those that the decoder has."""
-        hooks = (getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values())
+        hooks = (getattr(hook, "hooks", None) for hook in decoder._forward_pre_hooks.values())
         return next((hook for hook in hooks if isinstance(hook, cls)), None)
 
     @classmethod
@@ -61,16 +83,21 @@ class Hooks:
         hooks = cls.of(decoder)
         if hooks is None:
             hooks = cls(decoder)
-            decoder.register_forward_pre_hook(hooks.before, with_kwargs=True)
-            decoder.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
+            decoder.register_forward_pre_hook(Hook(hooks, "before"), with_kwargs=True)
+            decoder.register_forward_hook(Hook(hooks, "after"), with_kwargs=True, always_call=True)
         return hooks
 
     def off(self, decoder: nn.Module) -> None:
-        """Take them off."""
+        """Take them off, out of the very dictionaries that torch keeps them in.
+
+        No copies are put in their place, for handles of others' hooks know these alone and would take nothing off a
+        copy. So where others' hooks remain, and another thread's call fails at this very moment, torch, which walks
+        over them then, may report that they changed, with the call's own error as the context.
+        """
         kinds = ("_forward_pre_hooks", "_forward_hooks")
         marks = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
         for hooks in (getattr(decoder, kind) for kind in kinds):
-            for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+            for number in [number for number, hook in hooks.items() if getattr(hook, "hooks", None) is self]:
                 del hooks[number]
                 for mark in marks:
                     getattr(decoder, mark).pop(number, None)
@@ -102,9 +129,28 @@ class Hooks:
         kwargs = kwargs or {}
         return by_its_name(dict(zip(self.names, args, strict=False)) | kwargs if args else kwargs)
 
+    @property
+    def stays(self) -> bool:
+        """Whether a copy of the decoder needs them, which has no cache."""
+        return any(isinstance(kind, type) for kind in self.living)
+
     def __getstate__(self):
         """A copy of a decoder has hooks, and no cache."""
         return self.__dict__ | {"living": {kind: kind for kind in self.living if isinstance(kind, type)}}
+
+
+class Hook:
+    """One of two, as torch is given it. A copy or a pickle of a decoder has in its place what does nothing and needs no
+    line of this library, unless a kind of cache stays with the decoder."""
+
+    def __init__(self, hooks: Hooks, name: str):
+        self.hooks, self.name = hooks, name
+
+    def __call__(self, *args):
+        return getattr(self.hooks, self.name)(*args)
+
+    def __reduce__(self):
+        return (Hook, (self.hooks, self.name)) if self.hooks.stays else (getattr, (nullcontext(), "__exit__"))
 
 
 class AttachedCache(Cache):
@@ -118,17 +164,18 @@ class AttachedCache(Cache):
     """
 
     _decoder: Any = None  # a weak reference
+    _model: Any = None  # another, to what the decoder was found in
     _detach: Any = None  # and what ends with the cache
     _on = False  # asked in every call, which torch.compile may trace: it cannot guard on what Python finalizes
     _caller: threading.Thread | None = None  # whose call is in progress
     _ahead = False  # whether it has made calls of its own meanwhile
-    _outside = ("_detach", "_decoder", "_on", "_caller", "_ahead")  # of no meaning to a copy
+    _outside = ("_detach", "_decoder", "_model", "_on", "_caller", "_ahead")  # of no meaning to a copy
 
     def attach(self, model: nn.Module) -> None:
         """Take part in the calls of `model` that are given this cache."""
         self.close()
         decoder, kind, token = decoder_of(model), type(self), object()
-        self._decoder = weakref.ref(decoder)
+        self._decoder, self._model = weakref.ref(decoder), weakref.ref(model)
         with _LOCK:
             hooks = kind._join(decoder, token)
         self._detach = weakref.finalize(self, _take_off, self._decoder, hooks, token)
@@ -167,8 +214,9 @@ class AttachedCache(Cache):
         """`enter`, if no other call is in progress.
 
         Raises:
-            ValueError: another thread's is.
+            ValueError: another thread's is; the call is one of peft's that brings keys of its own.
         """
+        refuse_prefixes(self._model())
         me = threading.current_thread()
         with _LOCK:
             caller = self._caller
@@ -268,13 +316,14 @@ class AttachedCache(Cache):
         return {name: value for name, value in self.__dict__.items() if name not in self._outside}
 
     def __deepcopy__(self, memo):
-        """A copy takes part in the same model's calls, so that a prompt's cache can be forked."""
+        """A copy takes part in the same model's calls, so that a prompt's cache can be forked. It has no gradient."""
         if self._decoder is not None and not self.attached:
             raise ValueError("A closed cache cannot be copied: its model is gone, or it was taken off it.")
         new = memo[id(self)] = type(self).__new__(type(self))
-        new.__dict__ |= copy.deepcopy(AttachedCache.__getstate__(self), memo)
+        with Detached():
+            new.__dict__ |= copy.deepcopy(AttachedCache.__getstate__(self), memo)
         if self._decoder is not None:
-            AttachedCache.attach(new, self._decoder())
+            AttachedCache.attach(new, self._model() or self._decoder())
         return new
 
 

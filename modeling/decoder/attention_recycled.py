@@ -5,6 +5,7 @@ unless the keys come from such a cache, whose layer then decides. So it may run 
 import sys
 import zlib
 from functools import partial
+from typing import cast
 
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -31,6 +32,7 @@ def recycled_attention(stock, module, query, key, value, attention_mask, *, scal
         function = ALL_ATTENTION_FUNCTIONS[stock]
     if (layer := getattr(key, "scrubjay_layer", None)) is not None:
         if (out := layer.attend(query, key, value, scaling)) is not None:
+            layer.call.answered.add(module.layer_idx)
             return out, None
         key, value = attendable(key, value, like=query)
     return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -49,7 +51,7 @@ class AttentionConfig:
     """
 
     def __init__(self, config):
-        self.config = config
+        self.__dict__["config"] = config
 
     @property
     def _attn_implementation(self):
@@ -61,13 +63,13 @@ class AttentionConfig:
             raise AttributeError(name)
         return getattr(self.config, name)
 
+    def __setattr__(self, name, value):
+        """What is written, the model's own configuration gets."""
+        setattr(self.config, name, value)
+
     def __reduce__(self):
-        """A copy of the model is without it."""
-        return _itself, (self.config,)
-
-
-def _itself(x):
-    return x
+        """A copy of the model is without it, and its pickle needs no line of this library."""
+        return cast, (None, self.config)  # gives what it is given
 
 
 def stand_in(decoder) -> None:

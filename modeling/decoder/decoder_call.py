@@ -5,7 +5,8 @@ B batch, T time, Q queries, K keys, H heads, D hidden size.
 
 import torch
 
-from scrubjay.modeling.inputs.columns import read_columns
+from scrubjay.modeling.inputs.arguments import given
+from scrubjay.modeling.inputs.columns import check_shapes, read_columns
 
 ATTENTION = ("sdpa", "eager")
 
@@ -53,8 +54,8 @@ def check_rows(cache, held, batch):
         )
 
 
-def check_decoder(decoder):
-    """Refuse what the cache cannot work with."""
+def check_adore_decoder(decoder):
+    """Refuse what an AdoreCache cannot work with."""
     chosen = decoder.config._attn_implementation
     if chosen not in ATTENTION:
         raise ValueError(
@@ -119,13 +120,19 @@ def attendable(keys, values, like):
     return keys.to(like.dtype), values.to(like.dtype)
 
 
-def given(kwargs):
-    """The tokens of a call, as ids or embeddings."""
+def tokens_of(kwargs):
+    """The tokens of a call that has some, as ids or embeddings."""
     x = kwargs.get("inputs_embeds")
-    x = kwargs.get("input_ids") if x is None else x
-    if x is None:
-        raise ValueError("The decoder needs input_ids or inputs_embeds; got neither.")
-    return x
+    return kwargs.get("input_ids") if x is None else x
+
+
+def shape_of(decoder, kwargs):
+    """(B, T) of a call.
+
+    Raises:
+        ValueError: no tokens, or ids and embeddings at once, or one of the wrong shape.
+    """
+    return given(kwargs.get("input_ids"), kwargs.get("inputs_embeds"), decoder.config.hidden_size).shape[:2]
 
 
 def one_text(kwargs, cache, seen):
@@ -134,12 +141,31 @@ def one_text(kwargs, cache, seen):
     Raises:
         ValueError: a row of several documents; arguments that do not fit.
     """
-    x, mask = given(kwargs), kwargs.get("attention_mask")
+    x, mask = tokens_of(kwargs), kwargs.get("attention_mask")
     marks = [kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "seq_idx", "cu_seq_lens_k")]
-    if x.shape[1] == 1 and marks[1:] == [None] * 3 and (mask is None or not mask.is_floating_point()):
-        return kwargs if mask is None else kwargs | {"attention_mask": mask != 0}  # a step waits for no value
+    if x.shape[1] == 1 and marks[1:] == [None] * 3:
+        check_shapes(tuple(x.shape[:2]), mask, *marks[:3], seen)
+        if mask is None or not mask.is_floating_point():
+            return kwargs if mask is None else kwargs | {"attention_mask": mask != 0}  # a step waits for no value
     columns = read_columns(x.shape[:2], x.device, mask, *marks, seen=seen, cache=cache)
     return kwargs if columns.mask is None else kwargs | {"attention_mask": columns.mask}
+
+
+def remembered(before, mask, shape, seen):
+    """(B, S + T) bool, which columns are tokens, of a cache of S that remembers `before`; None: all.
+
+    Each call says it of its own columns alone, once: what was padding stays padding, whatever later masks say.
+
+    Args:
+        before: (B, S) bool, None: all were. mask: (B, T) or (B, S + T) bool, None: all are. shape: (B, T).
+    """
+    new = None if mask is None else mask[:, -shape[1] :]
+    if before is None and new is None:
+        return None
+    like = new if before is None else before
+    before = like.new_ones(shape[0], seen) if before is None else before
+    new = like.new_ones(shape) if new is None else new.to(like.device)
+    return torch.cat([before, new], 1)
 
 
 def as_attention_takes_it(mask, decoder):

@@ -34,7 +34,8 @@ def pop_cache(kwargs: dict):
     given = [cache for cache in given if cache is not None]
     if len(given) > 1 and given[0] is not given[1]:
         raise ValueError(
-            f"One call was given two caches, by the names {' and '.join(CACHE_NAMES)}, which mean the same. Pass one."
+            f"One call was given two caches, by the names {' and '.join(CACHE_NAMES)}, which mean the same. Pass one. "
+            "Prefix tuning brings one of its own: with it, pass none."
         )
     return given[0] if given else None
 

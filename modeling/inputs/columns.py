@@ -81,7 +81,7 @@ def read_columns(
         ValueError: arguments that do not fit the call or each other; documents beside a cache.
     """
     shape, cu_seqlens = tuple(shape), _same(cu_seqlens, cu_seqlens_k)
-    _check_shapes(shape, mask, position_ids, cu_seqlens, seq_idx, seen)
+    check_shapes(shape, mask, position_ids, cu_seqlens, seq_idx, seen)
     # a compiled call that may be of packed documents has to look at values; to others those say nothing
     marked = cu_seqlens is not None or seq_idx is not None or (position_ids is not None and shape[1] > 1)
     look = not exported() and (marked or not traced())
@@ -280,8 +280,18 @@ def _cuts(shape, device, cu_seqlens):
     return torch.cat([offsets, rows]).unique() if shape[0] > 1 else offsets
 
 
-def _check_shapes(shape, mask, position_ids, cu_seqlens, seq_idx, seen):
+def check_shapes(shape, mask, position_ids, cu_seqlens, seq_idx, seen):
+    """Refuse arguments whose shapes do not fit a call of (B, T) to a cache of `seen` columns.
+
+    Raises:
+        ValueError: what came and what was needed.
+    """
     batch, length = shape
+    if length == 0 and seen:
+        raise ValueError(
+            f"The cache holds {seen} columns, and this call brings none beyond them: generate() takes what it is given "
+            "for the same text, continued. For another text call cache.reset() or pass a new cache."
+        )
     if length == 0 or batch == 0:
         raise ValueError(f"The input has shape {shape}; at least one row and one token are needed.")
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):

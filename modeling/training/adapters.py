@@ -89,7 +89,7 @@ NO_PREFIX = "A recurrent state cannot read keys from before the text (prefix tun
 
 def prefix_tuned(model) -> bool:
     """Whether peft generates with keys that were trained in front of the text: it then prepares the model's inputs."""
-    owner = getattr(model.prepare_inputs_for_generation, "__self__", None)
+    owner = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", None)
     return getattr(getattr(owner, "active_peft_config", None), "peft_type", None) in PREFIXES
 
 

@@ -46,6 +46,21 @@ def test_a_call_that_failed_half_way_is_not_gone_on_from(model):
             model(ids, **named(undecided))
 
 
+def test_a_prompt_of_which_a_piece_was_read_is_not_gone_on_from(model):
+    cache, ids = made(model, prefill="chunked"), text(1, 18)
+    wrong = ids.clone()
+    wrong[0, -1] = 1000  # in the last piece
+    with pytest.raises(IndexError):
+        model(wrong, **named(cache))
+    with pytest.raises(ValueError, match="failed half way"):
+        model(ids, **named(cache))
+    cache.reset()
+    wrong[0, 0] = 1000
+    with pytest.raises(IndexError):
+        model(wrong, **named(cache))
+    assert torch.isfinite(model(ids, **named(cache)).logits).all()
+
+
 def test_assisted_decoding_and_crop_are_refused(model):
     cache = made(model)
     with pytest.raises(ValueError, match=r"[Aa]ssisted decoding"):
@@ -92,10 +107,19 @@ def test_bad_calls_are_named(model):
     run(model, ids, PIECES, cache)
     with pytest.raises(ValueError, match="holds 2 rows, the input has 1"):
         model(ids[:1, :1], **named(cache))
-    with pytest.raises(ValueError, match=r"attention_mask must have one of the shapes .* got \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"attention_mask must have shape .* got \(2, 5\)"):
         model(ids[:, :1], attention_mask=torch.ones(2, 5), **named(cache))
-    with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
-        model.model(**named(cache))
+    for given, said in (
+        ({}, "exactly one of input_ids"),
+        ({"input_ids": ids[:, :1], "inputs_embeds": model.model.embed_tokens(ids[:, :1])}, "exactly one of input_ids"),
+        ({"input_ids": ids[:, 0]}, r"input_ids must have shape \(batch, length\)"),
+        ({"input_ids": ids[:, :0]}, r"holds 38 columns, and this call brings none .*reset\(\)"),
+        ({"input_ids": ids[:, :1], "attention_mask": {"full_attention": None}}, "attention_mask must be .* got dict"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.model(**named(cache), **given)
+    with pytest.raises(IndexError):
+        model(ids[:, :1] + 1000, **named(cache))
     assert torch.isfinite(model(ids[:, :1], **named(cache)).logits).all(), "a refused call changes nothing"
 
 

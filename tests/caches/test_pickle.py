@@ -138,3 +138,18 @@ def test_a_cache_is_pickled_by_another_thread_than_its_calls():
     thread.join()
     found[0].attach(model)
     assert torch.equal(steps(model, found[0], ids), steps(model, cache, ids))
+
+
+@pytest.mark.parametrize("which", [0, 6])
+def test_a_pickle_of_a_decoder_with_a_living_cache_needs_nothing_of_the_library(which):
+    model, ids = decoder(dtype=torch.float32), small(1, 12)
+    with list(caches(model))[which]() as cache, torch.no_grad():
+        model(ids, **named(cache))
+        held = pickle.dumps(model)
+        assert b"scrubjay" not in held
+        again = pickle.loads(held)
+        assert again.model.layers[0].self_attn.config is again.config
+        want = model(ids).logits
+        assert torch.equal(again(ids).logits, want)
+        with list(caches(again))[which]() as other, list(caches(model))[which]() as fresh:
+            assert torch.equal(steps(again, other, ids), steps(model, fresh, ids))

@@ -117,10 +117,19 @@ def test_recycled_cache_refuses_inputs_that_do_not_fit(llama):
         drive(llama, ids, [12], cache)
         with pytest.raises(ValueError, match=r"holds 2 rows, the input has 3.*batch_repeat_interleave"):
             llama(tokens(3, 1), **named(cache))
-        with pytest.raises(ValueError, match=r"shape \(2, 13\).*12 columns in the cache; got \(2, 1\)"):
-            llama(ids[:, :1], **named(cache), attention_mask=torch.ones(2, 1))
-        with pytest.raises(ValueError, match=r"attention_mask must have shape"):
+        with pytest.raises(ValueError, match=r"\(2, 1\) or \(2, 13\), with the 12 columns in the cache; got \(2, 2\)"):
+            llama(ids[:, :1], **named(cache), attention_mask=torch.ones(2, 2))
+        with pytest.raises(ValueError, match=r"attention_mask must be a .* got \(2, 1, 1, 13\)"):
             llama(ids[:, :1], **named(cache), attention_mask=torch.ones(2, 1, 1, 13))
+        for given, said in (
+            ({}, "exactly one of input_ids"),
+            ({"input_ids": ids, "inputs_embeds": llama.model.embed_tokens(ids)}, "exactly one of input_ids"),
+            ({"input_ids": ids[:, 0]}, r"input_ids must have shape \(batch, length\)"),
+            ({"input_ids": ids[:, :0]}, r"holds 12 columns, and this call brings none .*reset\(\)"),
+            ({"input_ids": ids[:, :1], "attention_mask": {"full_attention": None}}, "attention_mask must be .* dict"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                llama.model(**named(cache), **given)
         assert cache.get_seq_length() == 12
         assert llama.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="only until it is closed"):
@@ -182,6 +191,31 @@ def test_recycled_settings_that_mean_nothing_are_refused(llama, settings, messag
         RecycledCache(llama, **settings)
     assert "Strict" in type(caught.value).__name__ or type(caught.value) is ValueError
     assert not llama.model._forward_hooks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("style", ["none", "new", "whole", "forgotten"])
+@pytest.mark.parametrize("budget", [8, 64])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_recycled_padding_stays_padding_whatever_later_calls_say(policy, budget, style, implementation):
+    """Pieces, full steps, partial ones, and short ones where the budget holds all."""
+    dtype = torch.float32 if implementation == "eager" else torch.float64  # eager gives padding NaN in float64
+    llama = decoder(attn_implementation=implementation, dtype=dtype)
+    ids, real, pieces = tokens(2, 31), real_of(31), [12, 3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 1, 1, 1]
+    got, start = [], 0
+    with RecycledCache(llama, budget=budget, stride=3, policy=policy) as cache:
+        want = drive(llama, ids, pieces, cache, real)
+    with RecycledCache(llama, budget=budget, stride=3, policy=policy) as cache:
+        for piece in pieces:
+            stop = start + piece
+            seen = real[:, :stop].long()
+            masks = {"none": None, "new": seen[:, start:], "whole": seen, "forgotten": torch.ones_like(seen)}
+            mask = masks[style] if start else seen
+            positions = ((mask if style == "forgotten" else seen).cumsum(1) - 1).clamp(min=0)[:, start:]
+            got.append(llama(ids[:, start:stop], **named(cache), attention_mask=mask, position_ids=positions).logits)
+            start = stop
+    assert torch.equal(torch.cat(got, 1)[real], want[real])
 
 
 def test_recycled_cache_of_a_decoder_called_by_position(llama):
@@ -252,3 +286,36 @@ def test_recycled_attention_of_another_copy_of_the_code_is_another():
     spec.loader.exec_module(copied)
     assert ALL_ATTENTION_FUNCTIONS[name] is ours
     assert ALL_ATTENTION_FUNCTIONS[copied.NAMES["sdpa"]].func is copied.recycled_attention
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("full_layers", [(), (1,)])
+def test_recycled_attentions_have_a_place_for_each_layer(full_layers, return_dict):
+    """None where a layer attended a few keys by itself."""
+    model, ids = decoder(attn_implementation="eager"), tokens(1, 12)
+    with RecycledCache(model, budget=4, stride=100, full_layers=full_layers) as cache, torch.no_grad():
+        out = model.generate(
+            ids,
+            max_new_tokens=4,
+            eos_token_id=None,
+            output_attentions=True,
+            return_dict_in_generate=True,
+            **named(cache),
+        )
+        prompt, *steps = out.attentions
+        assert [x.shape for x in prompt] == [(1, 4, 12, 12)] * 2
+        assert len(steps) == 3
+        assert [[x is None for x in step] for step in steps] == [[True, True]] * 3
+        out = model.model(ids[:, :1], **named(cache), output_attentions=True, return_dict=return_dict)
+        assert (out.attentions if return_dict else out[-1]) == (None, None)
+
+
+def test_recycled_settings_of_attention_layers_are_the_models(llama):
+    """What is written to the configuration of a layer's attention reaches the model's, while a cache lives too."""
+    with RecycledCache(llama, budget=8):
+        seen, config = llama.model.layers[0].self_attn.config, llama.config
+        before = config.attention_dropout
+        seen.attention_dropout = 0.25
+        assert config.attention_dropout == 0.25
+        config.attention_dropout = before
+        assert seen.attention_dropout == before

@@ -197,6 +197,18 @@ def test_a_cache_of_a_thread_that_was_broken_off_can_be_reset():
         assert torch.equal(forward(model, given, ids), forward(model, kinds(model)["C"](), ids))
 
 
+@torch.no_grad()
+def test_handles_of_others_hooks_outlive_a_cache():
+    model, called = decoder(), []
+    with RecycledCache(model, **RECYCLED):
+        handle = model.model.register_forward_hook(lambda *_: called.append(1))
+    model(tokens(1, 5))
+    handle.remove()
+    model(tokens(1, 5))
+    assert called == [1]
+    assert not model.model._forward_hooks
+
+
 def test_the_configuration_is_never_touched(impatient):
     """Neither while a cache lives nor while its call runs; a copy of the model is a plain model."""
     model, found = decoder(dtype=torch.float32), []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from adore_cases import VOCAB, decoder, text
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from zoo import own_fields
 
 from scrubjay import AdoreCache, AdoreConfig, AdoreForCausalLM, AdoreModel
@@ -122,6 +122,29 @@ def test_values_of_a_wrong_type_are_refused_by_name(given):
     ((name, _),) = given.items()
     with pytest.raises(StrictDataclassFieldValidationError, match=name):
         AdoreConfig(**SIZES | given)
+
+
+def test_labels_fit_the_cache_where_nothing_is_said_of_them(tmp_path):
+    for size, labels in ((64, 64), (500, 96)):
+        assert AdoreConfig(**SIZES, cache_size=size).num_labelled == labels
+    stock, folder = LlamaForCausalLM(LlamaConfig(**SIZES)), tmp_path / "ours"
+    stock.save_pretrained(tmp_path / "stock")
+    model = AdoreForCausalLM.from_pretrained(tmp_path / "stock", cache_size=64)
+    assert model.controller.sizes["label_k"] == model.config.num_labelled == 64
+    model.save_pretrained(folder)
+    assert AdoreForCausalLM.from_pretrained(folder, cache_size=32).config.num_labelled == 32
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(saved | {"label_k": 24}))  # as an earlier version may have
+    assert AdoreForCausalLM.from_pretrained(folder).config.num_labelled == 24
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({"cache_size": 0}, "got 0, 0 and 1"), ({"rebuild": "8"}, "rebuild"), ({"label_k": 999}, "999")]
+)
+def test_settings_that_a_caller_of_from_pretrained_gets_wrong_are_a_value_error(given, said, tmp_path):
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        AdoreForCausalLM.from_pretrained(tmp_path, **given)
 
 
 def test_static_scores_with_rebuilding_are_warned_of(warned):

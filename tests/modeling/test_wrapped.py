@@ -5,6 +5,7 @@ What both wrappers do is tested here once; what each method computes, in the tes
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from recycled_cases import decoder
 from recycled_cases import tokens as small
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 from zoo import relative, tokens
 
 from scrubjay import (
@@ -22,6 +23,9 @@ from scrubjay import (
     RecycledCache,
     RecycledConfig,
     RecycledForCausalLM,
+    RodimusCache,
+    RodimusConfig,
+    RodimusForCausalLM,
     TaipanCache,
     TaipanConfig,
     TaipanForCausalLM,
@@ -154,6 +158,76 @@ def test_padding_is_remembered_when_the_next_call_does_not_repeat_it(kind, mask)
             got = model(ids[:, t : t + 1], attention_mask=masks[mask], **named(cache)).logits
             want = model(ids[:1, t : t + 1], **named(alone)).logits
             assert relative(got[:1], want) < EXACT
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["wrapped", "attached"])
+def test_a_mask_that_is_forgotten_in_a_later_turn_changes_nothing(kind, plain):
+    """generate() makes one of ones then, and positions of it: what was padding stays padding."""
+    model, ids = build(kind), tokens(2, 12) % 60 + 1
+    if plain:
+        model = decoder()
+    mask = torch.stack([torch.arange(12) >= n for n in (5, 0)]).long()
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+    def turns(second):
+        make = RecycledCache if kind[0] is RecycledConfig else AdoreCache
+        cache = make(model, **{"budget": 64} if make is RecycledCache else {"cache_size": 64})
+        first = model.generate(ids, attention_mask=mask, **named(cache), **options)
+        prompt = torch.cat([first, ids[:, :3]], 1)
+        whole = torch.cat([mask, mask.new_ones(2, prompt.shape[1] - 12)], 1)
+        given = {"attention_mask": whole} if second == "given" else {}
+        if second == "stock":
+            return model.generate(prompt, attention_mask=whole, **named(DynamicCache(config=model.config)), **options)
+        return model.generate(prompt, **given, **named(cache), **options)
+
+    assert torch.equal(turns("forgotten"), turns("given"))
+    assert torch.equal(turns("forgotten"), turns("stock"))
+
+
+def test_caches_that_are_not_for_the_model_are_named(kind):
+    model, ids = build(kind), tokens(1, 6)
+    other = RodimusForCausalLM(RodimusConfig(hidden_size=48, num_hidden_layers=2, vocab_size=97))
+    for decoding in (model, decoder()):
+        with pytest.raises(ValueError, match=r"A RodimusCache holds recurrent states.*Pass the model's own"):
+            decoding(ids % 60, **named(RodimusCache(other)))
+    with pytest.raises(ValueError, match=r"needs a RodimusCache; got \w+Cache. Pass RodimusCache\(model\), or none.$"):
+        other(ids, **named(model.cache_class(model)))
+
+
+def test_full_attention_is_a_dynamic_cache_and_others_are_refused_by_name(kind):
+    model, ids = build(kind), tokens(1, 6)
+    options = dict(max_new_tokens=3, do_sample=False)
+    with pytest.raises(ValueError, match=r"StaticCache. For full attention, pass DynamicCache\(config=model.config\)"):
+        model.generate(ids, **named(StaticCache(config=model.config, max_cache_len=32)), **options)
+    with pytest.raises(ValueError, match=r"no 'static' one.* pass DynamicCache\(config=model.config\)"):
+        model.generate(ids, cache_implementation="static", **options)
+    assert model.generate(ids, **named(DynamicCache(config=model.config)), **options).shape == (1, 9)
+
+
+WINDOWS = {
+    "mistral": dict(sliding_window=5),
+    "qwen2": dict(sliding_window=5, use_sliding_window=True, max_window_layers=1),
+    "qwen3": dict(sliding_window=5, use_sliding_window=True, max_window_layers=1),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_the_way_out_of_layers_with_a_window_works_as_it_is_written(kind, name, tmp_path):
+    stock = decoder(name, dtype=torch.float32, **WINDOWS[name])
+    stock.save_pretrained(tmp_path)
+    ids, make = small(1, 12), RecycledCache if kind[0] is RecycledConfig else AdoreCache
+    with pytest.raises(ValueError, match=r"Load it with .*, or use") as refused:
+        make(stock)
+    wrapped = kind[1].from_pretrained(tmp_path, **kind[2])
+    with pytest.raises(ValueError, match=r"Load it with .*, or use") as again:
+        wrapped.generate(ids, max_new_tokens=2)
+    assert str(again.value) == str(refused.value)
+    given = eval("dict(" + re.search(r"Load it with (.*), or use", str(refused.value))[1] + ")")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **given)
+    with make(loaded) as cache:
+        assert loaded.generate(ids, max_new_tokens=2, eos_token_id=None, **named(cache)).shape == (1, 14)
+    loaded = kind[1].from_pretrained(tmp_path, **kind[2], **given)
+    assert loaded.generate(ids, max_new_tokens=2, eos_token_id=None).shape == (1, 14)
 
 
 def test_attentions_are_returned(kind):

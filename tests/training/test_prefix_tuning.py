@@ -3,7 +3,11 @@
 import pytest
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from recycled_cases import decoder
 from zoo import ZOO, tokens
+
+from scrubjay import AdoreCache, RecycledCache
+from scrubjay.modeling.inputs.cache_argument import named
 
 DECODERS = [entry for entry in ZOO if not entry.recurrent]
 # peft turns a tensor that has a gradient into a number, and drops the positions that generate() makes
@@ -50,3 +54,28 @@ def test_prefixes_are_refused_by_a_recurrent_state_and_the_way_out_works(recurre
     model = tuned(recurrent.build(), PromptTuningConfig)
     assert generated(model, ids).shape == (2, 16)
     model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize("kind", DECODERS, ids=lambda entry: entry.name)
+def test_a_cache_beside_the_one_that_prefixes_bring_is_refused(kind):
+    model = kind.build()
+    peft, ids = tuned(model).eval(), tokens(2, 10)
+    with pytest.raises(ValueError, match=r"Prefix tuning brings a cache of its own"):
+        peft.generate(input_ids=ids, max_new_tokens=2, **named(model.cache_class(model)))
+    with pytest.raises(ValueError, match="Prefix tuning brings one of its own"):
+        peft(input_ids=ids, attention_mask=torch.ones_like(ids), cache=model.cache_class(model))
+
+
+# transformers', of two caches, of which peft brings one by the old name
+@pytest.mark.filterwarnings("ignore:Both `past_key_values` and `cache` are set:FutureWarning")
+@pytest.mark.parametrize("make", [lambda m: RecycledCache(m, budget=8), lambda m: AdoreCache(m, cache_size=8)])
+def test_a_cache_attached_to_a_decoder_refuses_prefixes(make):
+    model, ids = decoder(), tokens(2, 10) % 60
+    peft = tuned(model).double().eval()
+    with pytest.raises(ValueError, match=r"Prefix tuning brings a cache of its own"):
+        make(peft)
+    with make(model) as cache:
+        with pytest.raises(ValueError, match=r"Prefix tuning brings a cache of its own"):
+            peft.generate(input_ids=ids, max_new_tokens=2, **named(cache))
+        assert cache.get_seq_length() == 0
+        assert model.generate(ids, max_new_tokens=2, eos_token_id=None, **named(cache)).shape == (2, 12)
