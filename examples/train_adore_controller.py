@@ -128,10 +128,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, default in (
         ("controller-hidden", 128),
         ("controller-mlp-layers", 2),
-        ("label-k", 96),
         ("label-horizon", 1),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--label-k", type=int, help="default: AdoreConfig's")
     for name, default in (("lr", 1e-3), ("pos-weight", 1.0)):
         parser.add_argument(f"--{name}", type=float, default=default)
     args = parser.parse_args(argv)
@@ -142,10 +142,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         vars(args).update(smoke, model=None, controller_hidden=16)
     elif args.model is None:
         parser.error("--model is needed: a name or folder of a decoder. --smoke runs without one.")
-    if args.length <= max(args.cache_size + args.rebuild + 1, args.label_k):
+    if args.length <= args.cache_size + args.rebuild + 1:  # which is more than label-k
         parser.error(
-            f"--length must be more than cache-size + rebuild + 1 and than label-k, or all tokens are attended; got "
-            f"{args.length}, {args.cache_size}, {args.rebuild} and {args.label_k}."
+            f"--length must be more than cache-size + rebuild + 1, or all tokens are attended; got {args.length}, "
+            f"{args.cache_size} and {args.rebuild}."
         )
     return args
 
