@@ -1,6 +1,6 @@
 """The cache of Recycled Attention (RefreshKV, arXiv:2411.05787) and of the policies that it is compared with.
 
-It makes a layer for each of the decoder's, `recycled_layer.py` or `evicting_layer.py`, and takes part in the decoder's calls.
+It makes a layer for each of the decoder's (`recycled_layer.py` or `evicting_layer.py`) and takes part in its calls.
 
 B batch, H query heads, G key heads, P head size, T new columns, n columns held, K budget.
 """
