@@ -45,7 +45,10 @@ from scrubjay.modeling.training.sharding import spread
 class TaipanModelOutput(ZooModelOutput):
     """budget_loss: scalar, without its weight. selection: (selective layers, 3) shares of the real tokens, detached:
     selected in this call, mean of a, selected by argmax. sequence_selection: (rows or packed documents, selective
-    layers, 3), the same of each; zeros where one has no real token."""
+    layers, 3), the same of each; zeros where one has no real token.
+
+    Out of training, and of heads without labels, budget_loss and selection are attributes and no items: pipelines take
+    items apart row by row, and these have no rows."""
 
     budget_loss: torch.Tensor | None = None
     selection: torch.Tensor | None = None
@@ -68,6 +71,16 @@ class TaipanClassifierOutput(ZooClassifierOutput):
     budget_loss: torch.Tensor | None = None
     selection: torch.Tensor | None = None
     sequence_selection: torch.Tensor | None = None
+
+
+def _with_shares(make, fields, items, **whole):
+    """An output made of `fields`, that has what is said of the batch as a `whole`: `items`, or attributes alone."""
+    if items:
+        return make(**fields, **whole)
+    out = make(**fields)
+    for name, value in whole.items():
+        object.__setattr__(out, name, value)  # whereas that of outputs makes an item of every field
+    return out
 
 
 class SelectiveBlock(GradientCheckpointingLayer):
@@ -186,12 +199,9 @@ class TaipanModel(TaipanPreTrainedModel, ZooModel):
         else:
             budget = (capacity - selected.sum(1) / total).square().sum()
         found, real = sums.detach().split([3, 1], -1)
-        return TaipanModelOutput(
-            **fields,
-            budget_loss=budget,
-            selection=found.sum(1) / real.sum(1).clamp(min=1),
-            sequence_selection=(found / real.clamp(min=1)).transpose(0, 1),
-        )
+        fields["sequence_selection"] = (found / real.clamp(min=1)).transpose(0, 1)
+        whole = {"budget_loss": budget, "selection": found.sum(1) / real.sum(1).clamp(min=1)}
+        return _with_shares(TaipanModelOutput, fields, self.training, **whole)
 
 
 class WithBudget:
@@ -209,12 +219,9 @@ class WithBudget:
                 asked = (targets != -100).sum().to(loss.device)
                 share = (asked if shard is None else shard.sum(asked)) / num_items_in_batch
             loss = loss + self.config.budget_lambda * share * outputs.budget_loss
-        return self.output_class(
-            **{**out, "loss": loss},
-            budget_loss=outputs.budget_loss,
-            selection=outputs.selection,
-            sequence_selection=outputs.sequence_selection,
-        )
+        fields = {**out, "loss": loss, "sequence_selection": outputs.sequence_selection}
+        whole = {"budget_loss": outputs.budget_loss, "selection": outputs.selection}
+        return _with_shares(self.output_class, fields, self.training or loss is not None, **whole)
 
 
 class TaipanForCausalLM(TaipanPreTrainedModel, WithBudget, ZooForCausalLM, GenerationMixin):
