@@ -3,6 +3,7 @@
 B batch, T time, D hidden size, V vocabulary.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from scrubjay.modeling.inputs.cache_argument import (
     pop_cache,
     takes_cache,
 )
-from scrubjay.modeling.inputs.columns import one_text_a_row, read_columns
+from scrubjay.modeling.inputs.columns import Columns, Marks, one_text_a_row, read_columns
 from scrubjay.modeling.layers import RMSNorm, project
 from scrubjay.modeling.layout import arrange
 from scrubjay.modeling.losses import causal_lm_loss
@@ -90,6 +91,63 @@ class ZooPreTrainedModel(Published):
             )
         return checkpointing
 
+    def check_cache(self, cache) -> None:
+        """Refuse what is no cache of this model.
+
+        Raises:
+            ValueError: what came, and what is needed.
+        """
+        if cache is not None and not isinstance(cache, self.cache_class):
+            name = self.cache_class.__name__
+            raise ValueError(
+                f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. Pass {name}(model), or none. "
+                f"{NO_PREFIX}"
+            )
+
+    def read(self, shape, device, marks: Marks, cache) -> Columns:
+        """What the arguments of a call of `shape` (B, T) say of its columns.
+
+        Raises:
+            ValueError: a cache of another kind; see `read_columns`.
+        """
+        self.check_cache(cache)
+        seen = 0 if cache is None else cache.get_seq_length()
+        held = self.holds(cache, marks, shape[1]) if seen and shape[1] > 1 else None
+        return read_columns(shape, device, marks, seen=seen, cache=cache, held=held)
+
+    def holds(self, cache, marks: Marks, columns: int) -> torch.Tensor | None:
+        """(B,) bool, the rows of which a cache that is not empty holds tokens. None: all, or as the mask says."""
+        return None
+
+    def check_places(self) -> None:
+        """Refuse blocks of another number than the configuration has.
+
+        Raises:
+            ValueError: both numbers.
+        """
+        if len(self.layers) != self.config.num_hidden_layers:
+            raise ValueError(
+                f"The model has {len(self.layers)} blocks, and num_hidden_layers = {self.config.num_hidden_layers} in "
+                "its configuration, by which caches and checkpoints are made. Set config.num_hidden_layers to the "
+                "number of blocks. A block that stands twice must be a copy (copy.deepcopy)."
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As `Published.save_pretrained`.
+
+        Raises:
+            ValueError: blocks that a folder would not give back: of another number than the configuration's, or one
+                that stands twice.
+        """
+        base = self.base_model
+        base.check_places()
+        if len(set(map(id, base.layers))) != len(base.layers):
+            raise ValueError(
+                "A block stands twice in the model's layers, and of one block a folder has one: loading it would leave "
+                "the second place without weights. Put a copy there: copy.deepcopy(block)."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def weight_decay_groups(self, weight_decay: float) -> list[dict]:
         """Parameter groups for an optimizer: matrices decay; biases, norms, and gates' own parameters do not."""
         spared = self.no_weight_decay
@@ -149,8 +207,10 @@ class ZooModel(ZooPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
         shard: SequenceShard | None = None,
+        columns: Columns | None = None,
         **kwargs,
     ) -> ZooModelOutput:
         """(B, T) tokens to (B, T, D) hidden states.
@@ -161,9 +221,13 @@ class ZooModel(ZooPreTrainedModel):
             position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as collators give them: positions that restart,
                 offsets (D + 1,) over the B * T columns, or document numbers (B, T), negative at padding. Padding beside
                 documents comes back as zeros. Positions are counted by the model. torch.export: one document a row.
-            cache: the model's own, advanced in place. `past_key_values` is the same, as before transformers 5.24.
+            cu_seq_lens_k: the same as cu_seq_lens_q.
+            cache: the model's own, advanced in place: the text of each row goes on, and a document that starts with the
+                call is refused. Not so position_ids of 0 in a call of one column, which nobody looks at, so that a
+                decode step waits for no value. `past_key_values` is the same, as before transformers 5.24.
             inputs_embeds: (B, T, D) instead of input_ids.
             shard: the T columns are one rank's slice of longer rows, as `shard_sequence` says.
+            columns: what a head has read of these arguments already.
 
         Raises:
             ValueError: inputs that do not fit each other or the cache, or that the model does not know; each says what
@@ -174,8 +238,8 @@ class ZooModel(ZooPreTrainedModel):
         cache, use_cache = self._cache(held, use_cache, x)
         seen = 0 if cache is None else cache.get_seq_length()
         counts = cache.layers[0].counts.to(x.device) if seen else None
-        marks = (attention_mask, position_ids, cu_seq_lens_q, seq_idx, kwargs.get("cu_seq_lens_k"))
-        columns = read_columns(x.shape[:2], x.device, *marks, seen=seen, cache=held)
+        marks = Marks(attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx)
+        columns = self.read(x.shape[:2], x.device, marks, held) if columns is None else columns.to(x.device)
         cache = None if columns.packed else cache  # documents that end in a row have no state to hand on
         plan = arrange(columns, counts)
         layout = plan.layout if shard is None else _slice(plan.layout, shard, x.shape, seen, cache)
@@ -200,6 +264,9 @@ class ZooModel(ZooPreTrainedModel):
             notes, last_hidden_state=x, hidden_states=hidden_states, **named(cache if use_cache else None)
         )
 
+    def holds(self, cache, marks, columns):
+        return cache.layers[0].counts > 0
+
     def output(self, notes, **fields):
         """What forward returns. `notes`: what blocks gave beside their output, in order."""
         return ZooModelOutput(**fields)
@@ -215,32 +282,14 @@ class ZooModel(ZooPreTrainedModel):
         if use_cache is None:  # a training step has no use for one, and its states would hold the graph
             use_cache = self.config.use_cache and not self.training
         checkpointing = self.checkpoints(cache)
+        self.check_places()
         if cache is not None:
-            if not isinstance(cache, self.cache_class):
-                name = self.cache_class.__name__
-                raise ValueError(
-                    f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. Pass {name}(model), or none. "
-                    f"{NO_PREFIX}"
-                )
-            self.check_places()
+            self.check_cache(cache)
             cache.check(self.config, x.shape[0])
             return cache, use_cache
         if not use_cache or checkpointing:
             return None, False
-        self.check_places()
         return self.cache_class(self.config), True
-
-    def check_places(self) -> None:
-        """Refuse blocks for which a cache made by the configuration has no layer, or one too many.
-
-        Raises:
-            ValueError: both numbers.
-        """
-        if len(self.layers) != self.config.num_hidden_layers:
-            raise ValueError(
-                f"The model has {len(self.layers)} blocks, and num_hidden_layers = {self.config.num_hidden_layers} in "
-                "its configuration, by which caches and checkpoints are made. Set it to the number of blocks."
-            )
 
     def _run(self, block, place, x, layout, cache, notes):
         """One block over all columns, in segments where that saves memory.
@@ -360,8 +409,12 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         return out
 
     def generate(self, *args, **kwargs):
-        """As in transformers; the cache may be given by either name on every version, and a mask in any convention."""
-        return super().generate(*args, **by_its_name(one_text_a_row(kwargs)))
+        """As in transformers; the cache may be given by either name on every version, and a mask in any convention.
+
+        Raises:
+            ValueError: packed documents.
+        """
+        return super().generate(*args, **by_its_name(one_text_a_row(kwargs, *args[:1])))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give generate() the model's own cache; `cache_implementation` may be "dynamic" or "offloaded"."""

@@ -32,7 +32,7 @@ from scrubjay.configuration.configuration_taipan import TaipanConfig
 from scrubjay.kernels.gate import logit, select, threshold_for
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel
 from scrubjay.modeling.caches.cache_taipan import TaipanCache
-from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
+from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification, asked
 from scrubjay.modeling.inputs.cache_argument import ZooCausalLMOutput, ZooClassifierOutput, ZooModelOutput
 from scrubjay.modeling.inputs.columns import read_columns, read_mask
 from scrubjay.modeling.layers import GatedMLP, RMSNorm, rotary_table
@@ -215,13 +215,16 @@ class WithBudget:
         if loss is not None and self.training:
             share = 1.0
             if num_items_in_batch is not None:
-                targets = labels[..., 1:] if shift_labels is None else shift_labels
-                asked = (targets != -100).sum().to(loss.device)
-                share = (asked if shard is None else shard.sum(asked)) / num_items_in_batch
+                count = self.asked(labels[..., 1:] if shift_labels is None else shift_labels).to(loss.device)
+                share = (count if shard is None else shard.sum(count)) / num_items_in_batch
             loss = loss + self.config.budget_lambda * share * outputs.budget_loss
         fields = {**out, "loss": loss, "sequence_selection": outputs.sequence_selection}
         whole = {"budget_loss": outputs.budget_loss, "selection": outputs.selection}
         return _with_shares(self.output_class, fields, self.training or loss is not None, **whole)
+
+    def asked(self, targets):
+        """How many labels the loss has counted."""
+        return (targets != -100).sum()
 
 
 class TaipanForCausalLM(TaipanPreTrainedModel, WithBudget, ZooForCausalLM, GenerationMixin):
@@ -296,6 +299,9 @@ class TaipanForSequenceClassification(TaipanPreTrainedModel, WithBudget, ZooForS
     """Taipan with scores of a text."""
 
     output_class = TaipanClassifierOutput
+
+    def asked(self, targets):
+        return asked(targets, self.config)
 
 
 class TaipanForTokenClassification(TaipanPreTrainedModel, WithBudget, ZooForTokenClassification):

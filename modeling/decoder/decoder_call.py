@@ -5,7 +5,7 @@ B batch, T time, Q queries, K keys, H heads, D hidden size.
 
 import torch
 
-from scrubjay.modeling.inputs.columns import read_columns
+from scrubjay.modeling.inputs.columns import DOCUMENTS, Marks, read_columns
 
 ATTENTION = ("sdpa", "eager")
 
@@ -135,10 +135,11 @@ def one_text(kwargs, cache, seen):
         ValueError: a row of several documents; arguments that do not fit.
     """
     x, mask = given(kwargs), kwargs.get("attention_mask")
-    marks = [kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "seq_idx", "cu_seq_lens_k")]
-    if x.shape[1] == 1 and marks[1:] == [None] * 3 and (mask is None or not mask.is_floating_point()):
+    said = any(kwargs.get(name) is not None for name in DOCUMENTS)
+    if x.shape[1] == 1 and not said and (mask is None or not mask.is_floating_point()):
         return kwargs if mask is None else kwargs | {"attention_mask": mask != 0}  # a step waits for no value
-    columns = read_columns(x.shape[:2], x.device, mask, *marks, seen=seen, cache=cache)
+    held = cache.held(mask, x.shape[1])
+    columns = read_columns(x.shape[:2], x.device, Marks.of(kwargs), seen=seen, cache=cache, held=held)
     return kwargs if columns.mask is None else kwargs | {"attention_mask": columns.mask}
 
 
