@@ -6,7 +6,7 @@ HARMLESS = (
     "max_length_q",  # sizes for kernels that cannot read them off cu_seq_lens_q
     "max_length_k",
     "cache_position",  # of older versions of transformers: a cache counts its columns itself
-    "num_items_in_batch",  # Trainer's, which heads of the zoo read, and those of others hand on to the model without one
+    "num_items_in_batch",  # Trainer's: heads of the zoo read it, those of others hand it on to the model without one
 )
 # What may be asked of other models, and the answer that these give anyway.
 ANSWERS = {"output_attentions": False, "output_router_logits": False, "is_causal": True}

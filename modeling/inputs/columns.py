@@ -1,7 +1,8 @@
 """What the arguments of a call say of its columns: which are tokens, and where documents start.
 
-The one place that reads the arguments of `Marks`, whose conventions differ from one collator to the next. Padding is read first, and documents are judged among tokens alone: what stands in a padded column
-of position_ids or seq_idx starts nothing.
+The one place that reads the arguments of `Marks`, whose conventions differ from one collator to the next. Padding is
+read first, and documents are judged among tokens alone: what stands in a padded column of position_ids or seq_idx
+starts nothing.
 
 B batch, T columns of the call, S columns that a cache has seen, N tokens of the call, D documents.
 """

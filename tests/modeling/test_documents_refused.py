@@ -37,7 +37,10 @@ REFUSED = {
         dict(position_ids=torch.arange(24).expand(3, 2, -1)),
         r"position_ids must have shape \(2, 24\) or \(1, 24\); got \(3, 2, 24\)",
     ),
-    "numbers of other rows": (dict(seq_idx=torch.zeros(3, 24)), r"seq_idx must have shape \(2, 24\) or \(1, 24\)"),
+    "numbers of other rows": (
+        dict(seq_idx=torch.zeros(3, 24).long()),
+        r"seq_idx must have shape \(2, 24\) or \(1, 24\)",
+    ),
     "a mask of parts": (dict(attention_mask=real(AFTER) * 0.5), r"attention_mask must hold 1 for .*; got \[0.0, 0.5\]"),
     "a mask of small numbers": (dict(attention_mask=real(AFTER) - 1.0), r"attention_mask must hold .*; got \[-1.0"),
     "a mask of integers below 0": (dict(attention_mask=real(AFTER) - 1), r"attention_mask must hold .*; got \[-1, 0\]"),
@@ -46,7 +49,25 @@ REFUSED = {
         "attention_mask must hold",
     ),
     "a mask that is no number": (dict(attention_mask=torch.full((2, 24), torch.nan)), "attention_mask must hold"),
-    "floats of 0 alone": (dict(attention_mask=torch.zeros(2, 24)), "attention_mask is torch.float32 and 0 everywhere"),
+    "a mask of numbers that no document has": (dict(attention_mask=real(AFTER) * 1e30), "attention_mask must hold"),
+    "a mask that torch does not order": (
+        dict(attention_mask=torch.ones(2, 24).to(torch.complex64)),
+        "attention_mask must hold 1 for .*; got torch.complex64",
+    ),
+    "positions of parts": (dict(position_ids=positions(FULL) * 0.5), "position_ids must be a tensor of integers"),
+    "numbers of parts": (dict(seq_idx=numbers(FULL) / 2), "seq_idx must be a tensor of integers; got torch.float32"),
+    "truths in place of numbers": (
+        dict(seq_idx=numbers(FULL) > 1),
+        "seq_idx must be a tensor of integers; got torch.b",
+    ),
+    "offsets of parts": (
+        dict(cu_seq_lens_q=torch.tensor([0.0, 24.5, 48.0])),
+        "cu_seq_lens_q must be a tensor of integers; got torch.float32",
+    ),
+    "offsets of keys in a list": (
+        dict(cu_seq_lens_q=offsets(FULL), cu_seq_lens_k=[0, 24, 48]),
+        "cu_seq_lens_k must be a tensor of integers; got list",
+    ),
 }
 
 
