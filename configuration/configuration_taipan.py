@@ -1,7 +1,6 @@
 """Sizes of a Taipan language model."""
 
 import math
-from numbers import Real
 
 from huggingface_hub.dataclasses import strict
 
@@ -216,8 +215,8 @@ class TaipanConfig(SSDConfig):
                 the configuration was made.
         """
         given, layers = self.eval_threshold, len(self.selective_layers)
-        if isinstance(given, Real):
-            given = (float(given),) * layers
+        if isinstance(given, float):
+            given = (given,) * layers
         if wrong := [value for value in given if not 0 < value < 1]:
             raise ValueError(f"eval_threshold must lie between 0 and 1; got {wrong[0]}.")
         if len(given) != layers:

@@ -22,6 +22,7 @@ MASKS = (
     "added to scores: 0 for tokens (so floats that are 0 everywhere), -inf or the dtype's lowest number for padding"
 )
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that nothing but documents has a use for
+STEP = " This call is of one column a row: if generate() made it, leave that argument out of generate()."
 NUMBERS = 2**31  # of documents are below it: what is larger is none
 
 
@@ -373,6 +374,7 @@ def _cuts(shape, device, cu_seqlens):
         last = f", the last being {numbers[-1]}" if numbers else ""
         raise ValueError(
             f"cu_seq_lens_q must rise from 0 to batch * length = {total}, padding included; got {numbers[:8]}{last}."
+            + (STEP if shape[1] == 1 else "")
         )
     rows = torch.arange(0, total + 1, shape[1], device=device)
     return torch.cat([offsets, rows]).unique() if shape[0] > 1 else offsets
@@ -400,7 +402,10 @@ def _check_shapes(shape, marks, seen):
     for name in ("position_ids", "seq_idx"):
         value = getattr(marks, name)
         if value is not None and (value.ndim != 2 or value.shape[1] != length or value.shape[0] not in (1, batch)):
-            raise ValueError(f"{name} must have shape {(batch, length)} or {(1, length)}; got {tuple(value.shape)}.")
+            hint = STEP if length == 1 and name == "seq_idx" else ""
+            raise ValueError(
+                f"{name} must have shape {(batch, length)} or {(1, length)}; got {tuple(value.shape)}.{hint}"
+            )
 
 
 def _integers(x) -> bool:
