@@ -249,13 +249,7 @@ class ZooModel(ZooPreTrainedModel):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        states: list[torch.Tensor] = []
-        notes: list[torch.Tensor] = []
-        for place, block in enumerate(self.layers):
-            if output_hidden_states:  # what is returned is what goes on, so that gradients reach it
-                states.append(plan.leave(x))
-                x = plan.enter(states[-1])
-            x = self._run(block, place, x, layout, cache, notes)
+        x, states, notes = self._through(x, plan, layout, cache, output_hidden_states)
         if shard is not None:
             notes = [shard.sum(note) for note in notes]
         x = plan.leave(self.norm(x))
@@ -263,6 +257,17 @@ class ZooModel(ZooPreTrainedModel):
         return self.output(
             notes, last_hidden_state=x, hidden_states=hidden_states, **named(cache if use_cache else None)
         )
+
+    def _through(self, x, plan, layout, cache, keep):
+        """x after all blocks; if `keep`, the hidden states before each, as the caller's columns are; and the notes."""
+        states: list[torch.Tensor] = []
+        notes: list[torch.Tensor] = []
+        for place, block in enumerate(self.layers):
+            if keep:  # what is returned is what goes on, so that gradients reach it
+                states.append(plan.leave(x))
+                x = plan.enter(states[-1])
+            x = self._run(block, place, x, layout, cache, notes)
+        return x, states, notes
 
     def holds(self, cache, marks, columns):
         return cache.layers[0].counts > 0
