@@ -13,7 +13,7 @@ from transformers.utils import can_return_tuple
 from scrubjay.modeling.base import ZooPreTrainedModel
 from scrubjay.modeling.inputs.arguments import given
 from scrubjay.modeling.inputs.cache_argument import CACHE, ZooClassifierOutput, takes_cache
-from scrubjay.modeling.inputs.columns import Columns, Marks, check_rows_hold_tokens
+from scrubjay.modeling.inputs.columns import Columns, Marks, are_integers, check_rows_hold_tokens
 from scrubjay.modeling.losses import label_loss
 
 NUMBERS = "regression"  # transformers' names of what is asked of a text
@@ -155,7 +155,7 @@ class ZooForTokenClassification(ZooClassifier):
         return self.dropout(x)
 
     def loss(self, logits, labels, num_items_in_batch, shard):
-        _check(labels, [logits.shape[:2]], "integers, one for each token")
+        _check(labels, [logits.shape[:2]], "integers, one for each token", whole=True)
         compute = label_loss if shard is None else partial(shard.loss, label_loss)
         return compute(logits=logits, labels=None, shift_labels=labels, num_items_in_batch=num_items_in_batch)
 
@@ -175,7 +175,7 @@ def sequence_loss(logits, labels, config, num_items_in_batch=None):
     if problem not in PROBLEMS:
         raise ValueError(f"config.problem_type must be one of {PROBLEMS} or None; got {problem!r}.")
     if problem == ONE_LABEL:
-        _check(labels, [(rows,), (rows, 1)], "integers, one for each row or packed document", problem)
+        _check(labels, [(rows,), (rows, 1)], "integers, one for each row or packed document", problem, whole=True)
         config.problem_type = problem
         return label_loss(logits, shift_labels=labels.reshape(-1), num_items_in_batch=num_items_in_batch)
     shapes = [(rows, count)] + ([(rows,)] if count == 1 else [])
@@ -207,10 +207,13 @@ def _last_of_documents(x, columns, real):
     return columns.gather(x)[last]
 
 
-def _check(labels, shapes, what, problem=None):
+def _check(labels, shapes, what, problem=None, whole=False):
+    """Refuse labels of other shapes, and if they are to be `whole`, of other numbers than integers."""
+    fits = tuple(labels.shape) in [tuple(shape) for shape in shapes]
+    if fits and not (whole and not are_integers(labels)):
+        return
     needed = " or ".join(str(tuple(shape)) for shape in shapes)
-    got = f"got {tuple(labels.shape)}" + ("" if problem is None else f" of {labels.dtype} for {problem}")
-    hint = "" if problem is None else f" Another kind is named by config.problem_type = one of {PROBLEMS}."
-    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if tuple(labels.shape) not in [tuple(shape) for shape in shapes] or (what.startswith("integers") and not whole):
-        raise ValueError(f"labels must have shape {needed} ({what}); {got}.{hint}")
+    got = f"got {tuple(labels.shape)} of {labels.dtype}"
+    if problem is not None:
+        got += f", read as {problem}. Labels of another kind are named by config.problem_type, one of {PROBLEMS}"
+    raise ValueError(f"labels must have shape {needed} ({what}); {got}.")

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from scrubjay.kernels.loss import cross_entropy
+from scrubjay.modeling.inputs.columns import are_integers
 
 
 def causal_lm_loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs):
@@ -40,6 +41,6 @@ def whole_numbers(labels):
     Raises:
         ValueError: labels that are no integers.
     """
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if not are_integers(labels):
         raise ValueError(f"labels must be integers, the number of one label each; got {labels.dtype}.")
     return labels.long()

@@ -396,7 +396,7 @@ def _check_shapes(shape, marks, seen):
         )
     for name in ("position_ids", *DOCUMENTS):
         value = getattr(marks, name)
-        if value is not None and not _integers(value):
+        if value is not None and not are_integers(value):
             got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"{name} must be a tensor of integers; got {got}.")
     for name in ("position_ids", "seq_idx"):
@@ -408,7 +408,8 @@ def _check_shapes(shape, marks, seen):
             )
 
 
-def _integers(x) -> bool:
+def are_integers(x) -> bool:
+    """Whether x is a tensor of integers, which truths are not."""
     if not isinstance(x, torch.Tensor):
         return False
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)

@@ -204,7 +204,7 @@ def test_labels_that_do_not_fit_are_refused():
 def test_a_call_that_is_refused_does_not_say_what_later_labels_are(entry):
     model, ids = texts(entry), tokens(4, 12)
     for wrong in (torch.zeros(4), torch.zeros(4, 3, dtype=torch.int64)):
-        with pytest.raises(ValueError, match=r"labels must have shape .* Another kind is named by config.problem_type"):
+        with pytest.raises(ValueError, match=r"labels must have shape .* named by config.problem_type"):
             model(ids, labels=wrong)
         assert model.config.problem_type is None
     model(ids, labels=torch.tensor([0, 1, 2, 0]))
