@@ -15,7 +15,8 @@ from torch.export import Dim, ExportedProgram, export
 from scrubjay.kernels.dispatch import exported
 from scrubjay.modeling.base import ZooForCausalLM
 from scrubjay.modeling.caches.cache_state import StateCache
-from scrubjay.modeling.inputs.columns import check_rows_hold_tokens, read_mask
+from scrubjay.modeling.inputs.columns import check_rows_hold_tokens
+from scrubjay.modeling.inputs.masks import read_mask
 
 BEGUN = 1  # columns seen: of them a step asks only whether there were any. Positions are in the state
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import can_return_tuple
 
-from scrubjay.modeling.base import ZooPreTrainedModel
 from scrubjay.modeling.inputs.arguments import given
 from scrubjay.modeling.inputs.cache_argument import CACHE, ZooClassifierOutput, takes_cache
 from scrubjay.modeling.inputs.columns import Columns, Marks, are_integers, check_rows_hold_tokens
 from scrubjay.modeling.losses import label_loss
+from scrubjay.modeling.pretrained import ZooPreTrainedModel
 
 NUMBERS = "regression"  # transformers' names of what is asked of a text
 ONE_LABEL = "single_label_classification"

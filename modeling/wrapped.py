@@ -5,12 +5,13 @@ from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
-from scrubjay.modeling.base import ZooForCausalLM, ZooPreTrainedModel
+from scrubjay.modeling.base import ZooForCausalLM
 from scrubjay.modeling.decoder.attached import AttachedCache
 from scrubjay.modeling.decoder.decoder_call import as_attention_takes_it, keep_caches
 from scrubjay.modeling.inputs.arguments import given, refuse_unknown
 from scrubjay.modeling.inputs.cache_argument import CACHE, ZooModelOutput, named, takes_cache
 from scrubjay.modeling.inputs.columns import Columns, Marks
+from scrubjay.modeling.pretrained import ZooPreTrainedModel
 from scrubjay.modeling.training.adapters import prefix_tuned
 
 DECODERS_OWN = ("output_hidden_states", "output_attentions", "recycled_tail")  # what goes on to the decoder as it is
@@ -84,7 +85,7 @@ class ZooWrapperModel(ZooWrapperPreTrainedModel):
 
         Args:
             attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row. Also
-                the numbers of packed documents from 1 on, or what is added to scores; see `columns.MASKS`. The zoo's
+                the numbers of packed documents from 1 on, or what is added to scores; see `masks.MASKS`. The zoo's
                 caches remember the padding that they were given.
             position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as collators give them: positions that restart,
                 offsets (D + 1,) over the B * T columns, or document numbers (B, T), negative at padding. Rows of
