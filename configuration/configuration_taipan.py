@@ -214,9 +214,8 @@ class TaipanConfig(SSDConfig):
             ValueError: a list of another length, or a threshold that is not between 0 and 1: it may have been set since
                 the configuration was made.
         """
-        given, layers = self.eval_threshold, len(self.selective_layers)
-        if isinstance(given, float):
-            given = (given,) * layers
+        layers = len(self.selective_layers)
+        given = [self.eval_threshold] * layers if isinstance(self.eval_threshold, float) else self.eval_threshold
         if wrong := [value for value in given if not 0 < value < 1]:
             raise ValueError(f"eval_threshold must lie between 0 and 1; got {wrong[0]}.")
         if len(given) != layers:

@@ -25,7 +25,7 @@ STEP = " This call is of one column a row: if generate() made it, leave that arg
 class Marks:
     """The arguments of a call that speak of its columns, by the names that forward has for them. None: not given.
 
-    attention_mask: (B, T) or (B, S + T), in any of the conventions of `masks.MASKS`; its last T columns speak of this call.
+    attention_mask: (B, T) or (B, S + T), in any of the conventions of `masks.MASKS`; its last T are this call's.
     position_ids: (B, T) or (1, T); where they do not rise from one token to the next, a document starts.
     cu_seq_lens_q: (D + 1,) offsets over the B * T columns in order, padding included; cu_seq_lens_k: the same again, or
     alone. seq_idx: (B, T) or (1, T) document numbers, negative at padding.
