@@ -211,11 +211,13 @@ class TaipanConfig(SSDConfig):
         """`eval_threshold` of each selective layer.
 
         Raises:
-            ValueError: a list of another length.
+            ValueError: a list of another length, or a threshold that is not between 0 and 1: it may have been set since
+                the configuration was made.
         """
-        given, layers = self.eval_threshold, len(self.selective_layers)
-        if isinstance(given, float):
-            return (given,) * layers
+        layers = len(self.selective_layers)
+        given = [self.eval_threshold] * layers if isinstance(self.eval_threshold, float) else self.eval_threshold
+        if wrong := [value for value in given if not 0 < value < 1]:
+            raise ValueError(f"eval_threshold must lie between 0 and 1; got {wrong[0]}.")
         if len(given) != layers:
             raise ValueError(
                 f"eval_threshold must be one number, or a list of {layers}, one for each selective layer "
@@ -255,10 +257,9 @@ class TaipanConfig(SSDConfig):
         for name in ("kv_cap", "gate_hidden"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}.")
-        for name, values in (("capacity", (self.capacity,)), ("eval_threshold", self.thresholds)):
-            for value in values:
-                if not 0 < value < 1:
-                    raise ValueError(f"{name} must lie between 0 and 1; got {value}.")
+        if not 0 < self.capacity < 1:
+            raise ValueError(f"capacity must lie between 0 and 1; got {self.capacity}.")
+        _ = self.thresholds  # which refuses those that there cannot be
         for name in ("gumbel_tau", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}.")

@@ -34,7 +34,7 @@ from scrubjay.examples.learning.recipe import MODELS, Recipe
 from scrubjay.examples.learning.training import Windows, build_model, find_pace, plan_steps, save, train
 from scrubjay.examples.measuring.qlora_memory import load, measured_apart
 from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS, commit, machine, section, size, table, versions
-from scrubjay.modeling.base import ZooPreTrainedModel
+from scrubjay.modeling.pretrained import ZooPreTrainedModel
 
 MAMBA2_130M = {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50288}  # the published sizes
 

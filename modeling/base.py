@@ -13,9 +13,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.kernels.dispatch import exported
-from scrubjay.modeling.hub.publishing import Published
 from scrubjay.modeling.inputs.arguments import given, refuse_unknown
 from scrubjay.modeling.inputs.cache_argument import (
     CACHE,
@@ -26,83 +24,17 @@ from scrubjay.modeling.inputs.cache_argument import (
     pop_cache,
     takes_cache,
 )
-from scrubjay.modeling.inputs.columns import one_text_a_row, read_columns
+from scrubjay.modeling.inputs.columns import Columns, Marks, one_text_a_row
 from scrubjay.modeling.layers import RMSNorm, project
 from scrubjay.modeling.layout import arrange
 from scrubjay.modeling.losses import causal_lm_loss
-from scrubjay.modeling.training.adapters import (
-    NO_PREFIX,
-    adapts,
-    for_peft,
-    give_own_weight,
-    keep_unpacked,
-    make_replaceable,
-    refuse_prefix,
-)
+from scrubjay.modeling.pretrained import ZooPreTrainedModel
+from scrubjay.modeling.training.adapters import for_peft, refuse_prefix
 from scrubjay.modeling.training.context_parallel import SequenceShard
 
 # Columns that a block takes at a time on a CPU when no gradient is wanted, which bounds the memory of its temporaries.
 # Fewer read the weights more often: 2048 tokens took 7 % longer in four segments of 512 than in one.
 SEGMENT = 2048
-
-
-class ZooPreTrainedModel(Published):
-    """Saving with code, caches of the zoo, weight decay groups. Subclasses set `config_class`, `cache_class`."""
-
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = (*CACHE_NAMES, "state")
-    _supports_attention_backend = False
-    _is_stateful = True  # assisted decoding would have to take tokens back from a sum
-    cache_class: type
-    no_weight_decay: tuple[str, ...] = ()
-    no_weight_decay_on_embedding = False  # where it is not a language model's head as well
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers. A `quantization_config` is for every projection; embedding and head stay as they are."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        keep_unpacked(loaded[0] if isinstance(loaded, tuple) else loaded)  # a tuple: with output_loading_info
-        return loaded
-
-    def post_init(self):
-        """As in transformers, which has put the quantizer's settings into the configuration by now."""
-        if getattr(self.config, "quantization_config", None) is not None:
-            make_replaceable(self, self.config.quantization_config)
-        super().post_init()
-
-    def __setattr__(self, name, value):
-        """As in torch; an adapter on the embedding or the head gets a weight that the other one does not share."""
-        if name in ("embed_tokens", "lm_head") and adapts(value):
-            give_own_weight(self, value)
-        super().__setattr__(name, value)
-
-    def checkpoints(self, cache) -> bool:
-        """Whether the model's `layers` run under gradient checkpointing, which a cache that was given forbids.
-
-        Without gradients (generate() in train mode) nothing runs twice, and a cache advances as always.
-        """
-        asked = self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.layers)
-        checkpointing = asked and torch.is_grad_enabled()
-        if checkpointing and cache is not None:
-            raise ValueError(
-                "Gradient checkpointing runs blocks twice and cannot advance a cache: pass none, or call model.eval()."
-            )
-        return checkpointing
-
-    def weight_decay_groups(self, weight_decay: float) -> list[dict]:
-        """Parameter groups for an optimizer: matrices decay; biases, norms, and gates' own parameters do not."""
-        spared = self.no_weight_decay
-        tied = self.config.tie_word_embeddings and self.get_output_embeddings() is not None
-        if self.no_weight_decay_on_embedding and not tied:
-            spared += ("embed_tokens",)
-        decayed: list[nn.Parameter] = []
-        kept: list[nn.Parameter] = []
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                exempt = parameter.ndim < 2 or any(part in spared for part in name.split("."))
-                (kept if exempt else decayed).append(parameter)
-        return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
 class ZooModel(ZooPreTrainedModel):
@@ -149,21 +81,27 @@ class ZooModel(ZooPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
         shard: SequenceShard | None = None,
+        columns: Columns | None = None,
         **kwargs,
     ) -> ZooModelOutput:
         """(B, T) tokens to (B, T, D) hidden states.
 
         Args:
             attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row. Also
-                the numbers of packed documents from 1 on, or what is added to scores; see `columns.MASKS`.
+                the numbers of packed documents from 1 on, or what is added to scores; see `masks.MASKS`.
             position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as collators give them: positions that restart,
                 offsets (D + 1,) over the B * T columns, or document numbers (B, T), negative at padding. Padding beside
                 documents comes back as zeros. Positions are counted by the model. torch.export: one document a row.
-            cache: the model's own, advanced in place. `past_key_values` is the same, as before transformers 5.24.
+            cu_seq_lens_k: the same as cu_seq_lens_q.
+            cache: the model's own, advanced in place: the text of each row goes on, and a document that starts with the
+                call is refused. Not so position_ids of 0 in a call of one column, which nobody looks at, so that a
+                decode step waits for no value. `past_key_values` is the same, as before transformers 5.24.
             inputs_embeds: (B, T, D) instead of input_ids.
             shard: the T columns are one rank's slice of longer rows, as `shard_sequence` says.
+            columns: what a head has read of these arguments already.
 
         Raises:
             ValueError: inputs that do not fit each other or the cache, or that the model does not know; each says what
@@ -174,8 +112,8 @@ class ZooModel(ZooPreTrainedModel):
         cache, use_cache = self._cache(held, use_cache, x)
         seen = 0 if cache is None else cache.get_seq_length()
         counts = cache.layers[0].counts.to(x.device) if seen else None
-        marks = (attention_mask, position_ids, cu_seq_lens_q, seq_idx, kwargs.get("cu_seq_lens_k"))
-        columns = read_columns(x.shape[:2], x.device, *marks, seen=seen, cache=held)
+        marks = Marks(attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx)
+        columns = self.read(x.shape[:2], x.device, marks, held) if columns is None else columns.to(x.device)
         cache = None if columns.packed else cache  # documents that end in a row have no state to hand on
         plan = arrange(columns, counts)
         layout = plan.layout if shard is None else _slice(plan.layout, shard, x.shape, seen, cache)
@@ -185,13 +123,7 @@ class ZooModel(ZooPreTrainedModel):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        states: list[torch.Tensor] = []
-        notes: list[torch.Tensor] = []
-        for place, block in enumerate(self.layers):
-            if output_hidden_states:  # what is returned is what goes on, so that gradients reach it
-                states.append(plan.leave(x))
-                x = plan.enter(states[-1])
-            x = self._run(block, place, x, layout, cache, notes)
+        x, states, notes = self._through(x, plan, layout, cache, output_hidden_states)
         if shard is not None:
             notes = [shard.sum(note) for note in notes]
         x = plan.leave(self.norm(x))
@@ -199,6 +131,20 @@ class ZooModel(ZooPreTrainedModel):
         return self.output(
             notes, last_hidden_state=x, hidden_states=hidden_states, **named(cache if use_cache else None)
         )
+
+    def _through(self, x, plan, layout, cache, keep):
+        """x after all blocks; if `keep`, the hidden states before each, as the caller's columns are; and the notes."""
+        states: list[torch.Tensor] = []
+        notes: list[torch.Tensor] = []
+        for place, block in enumerate(self.layers):
+            if keep:  # what is returned is what goes on, so that gradients reach it
+                states.append(plan.leave(x))
+                x = plan.enter(states[-1])
+            x = self._run(block, place, x, layout, cache, notes)
+        return x, states, notes
+
+    def holds(self, cache, marks, columns):
+        return cache.layers[0].counts > 0
 
     def output(self, notes, **fields):
         """What forward returns. `notes`: what blocks gave beside their output, in order."""
@@ -215,33 +161,14 @@ class ZooModel(ZooPreTrainedModel):
         if use_cache is None:  # a training step has no use for one, and its states would hold the graph
             use_cache = self.config.use_cache and not self.training
         checkpointing = self.checkpoints(cache)
+        self.check_places()
         if cache is not None:
-            if not isinstance(cache, self.cache_class):
-                name = self.cache_class.__name__
-                peft = f" {NO_PREFIX}" if type(cache).__module__.startswith("transformers.") else ""
-                raise ValueError(
-                    f"{type(self).__name__} needs a {name}; got {type(cache).__name__}. Pass {name}(model), or none."
-                    f"{peft}"
-                )
-            self.check_places()
+            self.check_cache(cache)
             cache.check(self.config, x.shape[0])
             return cache, use_cache
         if not use_cache or checkpointing:
             return None, False
-        self.check_places()
         return self.cache_class(self.config), True
-
-    def check_places(self) -> None:
-        """Refuse blocks for which a cache made by the configuration has no layer, or one too many.
-
-        Raises:
-            ValueError: both numbers.
-        """
-        if len(self.layers) != self.config.num_hidden_layers:
-            raise ValueError(
-                f"The model has {len(self.layers)} blocks, and num_hidden_layers = {self.config.num_hidden_layers} in "
-                "its configuration, by which caches and checkpoints are made. Set it to the number of blocks."
-            )
 
     def _run(self, block, place, x, layout, cache, notes):
         """One block over all columns, in segments where that saves memory.
@@ -361,8 +288,12 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         return out
 
     def generate(self, *args, **kwargs):
-        """As in transformers; the cache may be given by either name on every version, and a mask in any convention."""
-        return super().generate(*args, **by_its_name(one_text_a_row(kwargs)))
+        """As in transformers; the cache may be given by either name on every version, and a mask in any convention.
+
+        Raises:
+            ValueError: packed documents.
+        """
+        return super().generate(*args, **by_its_name(one_text_a_row(kwargs, *args[:1])))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give generate() the model's own cache; `cache_implementation` may be "dynamic" or "offloaded"."""

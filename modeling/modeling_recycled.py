@@ -9,8 +9,9 @@ from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.modeling.caches.cache_recycled import RecycledCache
 from scrubjay.modeling.decoder.attention_recycled import stand_in
 from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
+from scrubjay.modeling.inputs.arguments import given
 from scrubjay.modeling.inputs.cache_argument import takes_cache
-from scrubjay.modeling.inputs.columns import read_columns
+from scrubjay.modeling.inputs.columns import Marks
 from scrubjay.modeling.wrapped import ZooWrapperForCausalLM, ZooWrapperModel, ZooWrapperPreTrainedModel
 
 
@@ -33,18 +34,21 @@ class RecycledModel(RecycledPreTrainedModel, ZooWrapperModel):
             ValueError: with `train_tail`, rows that are padded, packed or no longer than it.
         """
         if self.training and self.config.train_tail and (cache is None or torch.is_grad_enabled()):
-            kwargs["recycled_tail"] = self._tail(input_ids, attention_mask, position_ids, cache, kwargs)
+            said = {"attention_mask": attention_mask, "position_ids": position_ids} | kwargs
+            x = given(input_ids, kwargs.get("inputs_embeds"), self.config.hidden_size)
+            if kwargs.get("columns") is None:
+                kwargs["columns"] = self.read(x.shape[:2], x.device, Marks.of(said), cache)
+            kwargs["recycled_tail"] = self._tail(kwargs["columns"], cache)
         return super().forward(input_ids, attention_mask, position_ids, cache, **kwargs)
 
-    def _tail(self, input_ids, attention_mask, position_ids, cache, kwargs):
-        config, x = self.config, input_ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        marks = (position_ids, *(kwargs.get(name) for name in ("cu_seq_lens_q", "seq_idx", "cu_seq_lens_k")))
-        columns = read_columns(x.shape[:2], x.device, attention_mask, *marks)
+    def _tail(self, columns, cache):
+        config = self.config
         plain = columns.real is None and not columns.packed and cache is None
-        if not plain or x.shape[1] <= config.train_tail:
+        if not plain or columns.shape[1] <= config.train_tail:
             raise ValueError(
                 f"train_tail = {config.train_tail} needs rows of more tokens than that, without padding, packing or a "
-                f"cache; got {x.shape[1]} columns. Cut the text into rows of one length, or set config.train_tail = 0."
+                f"cache; got {columns.shape[1]} columns. Cut the text into rows of one length, or set "
+                "config.train_tail = 0."
             )
         stand_in(self.decoder)  # for good: a layer that is run again in the backward pass must find it, too
         settings = {"recent": config.keep_recent, "kernel": config.pool_kernel, "reduce": config.group_reduce}

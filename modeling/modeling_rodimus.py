@@ -25,7 +25,7 @@ from scrubjay.kernels.ddts import ddts, ddts_change
 from scrubjay.kernels.rodimus_gates import rodimus_gates
 from scrubjay.kernels.rotary import rotary_table, rotate
 from scrubjay.kernels.window import window_attention, window_attention_step
-from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
+from scrubjay.modeling.base import ZooForCausalLM, ZooModel
 from scrubjay.modeling.caches.cache_rodimus import RodimusCache
 from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
 from scrubjay.modeling.key_names import Copy, Ignore, Merge, Rename, as_mapping, ignored, same
@@ -39,6 +39,7 @@ from scrubjay.modeling.layers import (
     log_uniform,
     project,
 )
+from scrubjay.modeling.pretrained import ZooPreTrainedModel
 from scrubjay.modeling.training.sharding import spread
 
 BUFFERS = (

@@ -19,11 +19,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_ssd import SSDConfig
 from scrubjay.kernels.ssd import log_decay, ssd, ssd_change
-from scrubjay.modeling.base import ZooForCausalLM, ZooModel, ZooPreTrainedModel
+from scrubjay.modeling.base import ZooForCausalLM, ZooModel
 from scrubjay.modeling.caches.cache_ssd import SSDCache
 from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
 from scrubjay.modeling.key_names import Copy, Rename, as_mapping
 from scrubjay.modeling.layers import CausalConv, GatedRMSNorm, RMSNorm, inverse_softplus, log_uniform, project
+from scrubjay.modeling.pretrained import ZooPreTrainedModel
 from scrubjay.modeling.training.adapters import heads_of
 from scrubjay.modeling.training.sharding import spread
 

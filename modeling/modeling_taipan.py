@@ -33,9 +33,9 @@ from scrubjay.kernels.gate import logit, select, threshold_for
 from scrubjay.kernels.rotary import rotary_table
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel
 from scrubjay.modeling.caches.cache_taipan import TaipanCache
-from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
+from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification, asked
 from scrubjay.modeling.inputs.cache_argument import ZooCausalLMOutput, ZooClassifierOutput, ZooModelOutput
-from scrubjay.modeling.inputs.columns import read_columns, read_mask
+from scrubjay.modeling.inputs.columns import Marks
 from scrubjay.modeling.layers import GatedMLP, RMSNorm
 from scrubjay.modeling.modeling_ssd import SSDBlock, SSDMixer, SSDPreTrainedModel
 from scrubjay.modeling.selective_layer import Gate, SelectiveAttention
@@ -46,7 +46,10 @@ from scrubjay.modeling.training.sharding import spread
 class TaipanModelOutput(ZooModelOutput):
     """budget_loss: scalar, without its weight. selection: (selective layers, 3) shares of the real tokens, detached:
     selected in this call, mean of a, selected by argmax. sequence_selection: (rows or packed documents, selective
-    layers, 3), the same of each; zeros where one has no real token."""
+    layers, 3), the same of each; zeros where one has no real token.
+
+    Out of training, and of heads without labels, budget_loss and selection are attributes and no items: pipelines take
+    items apart row by row, and these have no rows."""
 
     budget_loss: torch.Tensor | None = None
     selection: torch.Tensor | None = None
@@ -69,6 +72,16 @@ class TaipanClassifierOutput(ZooClassifierOutput):
     budget_loss: torch.Tensor | None = None
     selection: torch.Tensor | None = None
     sequence_selection: torch.Tensor | None = None
+
+
+def _with_shares(make, fields, items, **whole):
+    """An output made of `fields`, that has what is said of the batch as a `whole`: `items`, or attributes alone."""
+    if items:
+        return make(**fields, **whole)
+    out = make(**fields)
+    for name, value in whole.items():
+        object.__setattr__(out, name, value)  # whereas that of outputs makes an item of every field
+    return out
 
 
 class SelectiveBlock(GradientCheckpointingLayer):
@@ -141,6 +154,68 @@ class TaipanPreTrainedModel(SSDPreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @torch.no_grad()
+    def calibrate(
+        self, input_ids: torch.Tensor, rate: float | None = None, attention_mask: torch.Tensor | None = None
+    ) -> list[float]:
+        """Set `config.eval_threshold` so that at inference a share `rate` of these tokens attends, in each layer.
+
+        Nothing else makes that share the capacity: training controls the mean of a, inference asks where a > 1/2. One
+        pass over the text for each selective layer, in order: what a layer selects changes what later ones see.
+
+        Args:
+            input_ids: (B, T) text like that to come; a few thousand tokens.
+            rate: None is `config.capacity`.
+            attention_mask: (B, T), as `forward` takes it; padding does not count. None: all are tokens.
+
+        Returns: the share of this text that each selective layer selects, in order; with eval_gate="sample" the
+            expected one.
+
+        Raises:
+            ValueError: a rate that is not between 0 and 1, a text of padding alone, or blocks that are not where the
+                configuration says. After this or any other error nothing is changed.
+        """
+        rate = self.config.capacity if rate is None else rate
+        if not 0 < rate < 1:
+            raise ValueError(f"rate must lie between 0 and 1; got {rate}.")
+        model, config, shares = self.base_model, self.config, []
+        columns = model.read(input_ids.shape, input_ids.device, Marks.of({"attention_mask": attention_mask}), None)
+        if columns.real is not None and not bool(columns.real.any()):
+            raise ValueError("calibrate needs at least one real token; attention_mask says that all is padding.")
+        model.check_places()
+        before, thresholds, sampled = config.eval_threshold, list(config.thresholds), config.eval_gate == "sample"
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            for place, layer in enumerate(config.selective_layers):
+                delta = _deltas(model, layer, input_ids, columns)
+                thresholds[place] = threshold_for(delta, rate, sampled)
+                config.eval_threshold = list(thresholds)
+                odds = torch.sigmoid(delta.double() - logit(thresholds[place]))
+                shares.append(float((odds if sampled else select(delta, thresholds[place]).double()).mean()))
+        except BaseException:
+            config.eval_threshold = before
+            raise
+        finally:
+            for module, training in modes:
+                module.training = training
+        return shares
+
+
+def _deltas(model, layer, input_ids, columns):
+    """(n,): what the gate of a layer says of the real tokens."""
+    found: list[torch.Tensor] = []
+    hook = model.layers[layer].attn.gate.register_forward_hook(lambda gate, args, delta: found.append(delta))
+    try:
+        model(input_ids=input_ids, columns=columns, use_cache=False)
+    finally:
+        hook.remove()
+    delta = torch.cat(found, 1)  # of the segments of a long text
+    if columns.real is None or columns.packed:  # blocks see the tokens alone
+        return delta.flatten()
+    lengths = columns.real.to(delta.device).sum(1, keepdim=True)
+    return delta[torch.arange(delta.shape[1], device=delta.device) < lengths]  # blocks see real tokens first
+
 
 class TaipanModel(TaipanPreTrainedModel, ZooModel):
     """Embedding, Mamba-2 and selective blocks, final norm."""
@@ -154,10 +229,7 @@ class TaipanModel(TaipanPreTrainedModel, ZooModel):
         """A selective block is told its threshold, which belongs to its place as well."""
         if not _is_selective(block):
             return super()._run(block, place, *args)
-        threshold = self.config.eval_threshold
-        if not isinstance(threshold, float):
-            self.check_places()
-            threshold = self.config.thresholds[self.config.selective_layers.index(place)]
+        threshold = self.config.thresholds[self.config.selective_layers.index(place)]
         return super()._run(partial(block, threshold=threshold), place, *args)
 
     def check_places(self):
@@ -187,12 +259,9 @@ class TaipanModel(TaipanPreTrainedModel, ZooModel):
         else:
             budget = (capacity - selected.sum(1) / total).square().sum()
         found, real = sums.detach().split([3, 1], -1)
-        return TaipanModelOutput(
-            **fields,
-            budget_loss=budget,
-            selection=found.sum(1) / real.sum(1).clamp(min=1),
-            sequence_selection=(found / real.clamp(min=1)).transpose(0, 1),
-        )
+        fields["sequence_selection"] = (found / real.clamp(min=1)).transpose(0, 1)
+        whole = {"budget_loss": budget, "selection": found.sum(1) / real.sum(1).clamp(min=1)}
+        return _with_shares(TaipanModelOutput, fields, self.training, **whole)
 
 
 class WithBudget:
@@ -206,16 +275,16 @@ class WithBudget:
         if loss is not None and self.training:
             share = 1.0
             if num_items_in_batch is not None:
-                targets = labels[..., 1:] if shift_labels is None else shift_labels
-                asked = (targets != -100).sum().to(loss.device)
-                share = (asked if shard is None else shard.sum(asked)) / num_items_in_batch
+                count = self.asked(labels[..., 1:] if shift_labels is None else shift_labels).to(loss.device)
+                share = (count if shard is None else shard.sum(count)) / num_items_in_batch
             loss = loss + self.config.budget_lambda * share * outputs.budget_loss
-        return self.output_class(
-            **{**out, "loss": loss},
-            budget_loss=outputs.budget_loss,
-            selection=outputs.selection,
-            sequence_selection=outputs.sequence_selection,
-        )
+        fields = {**out, "loss": loss, "sequence_selection": outputs.sequence_selection}
+        whole = {"budget_loss": outputs.budget_loss, "selection": outputs.selection}
+        return _with_shares(self.output_class, fields, self.training or loss is not None, **whole)
+
+    def asked(self, targets):
+        """How many labels the loss has counted."""
+        return (targets != -100).sum()
 
 
 class TaipanForCausalLM(TaipanPreTrainedModel, WithBudget, ZooForCausalLM, GenerationMixin):
@@ -223,73 +292,14 @@ class TaipanForCausalLM(TaipanPreTrainedModel, WithBudget, ZooForCausalLM, Gener
 
     output_class = TaipanCausalLMOutput
 
-    @torch.no_grad()
-    def calibrate(
-        self, input_ids: torch.Tensor, rate: float | None = None, attention_mask: torch.Tensor | None = None
-    ) -> list[float]:
-        """Set `config.eval_threshold` so that at inference a share `rate` of these tokens attends, in each layer.
-
-        Nothing else makes that share the capacity: training controls the mean of a, inference asks where a > 1/2. One
-        pass over the text for each selective layer, in order: what a layer selects changes what later ones see.
-
-        Args:
-            input_ids: (B, T) text like that to come; a few thousand tokens.
-            rate: None is `config.capacity`.
-            attention_mask: (B, T), as `forward` takes it; padding does not count. None: all are tokens.
-
-        Returns: the share of this text that each selective layer selects, in order; with eval_gate="sample" the
-            expected one.
-
-        Raises:
-            ValueError: a rate that is not between 0 and 1, a text of padding alone, blocks that are not where the
-                configuration says. As after any other error, nothing
-                is changed then.
-        """
-        rate = self.config.capacity if rate is None else rate
-        if not 0 < rate < 1:
-            raise ValueError(f"rate must lie between 0 and 1; got {rate}.")
-        if attention_mask is not None and not read_mask(attention_mask)[0].any():
-            raise ValueError("calibrate needs at least one real token; attention_mask is 0 everywhere.")
-        self.model.check_places()
-        config, sampled, shares = self.config, self.config.eval_gate == "sample", []
-        before, thresholds = config.eval_threshold, list(config.thresholds)
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            for place, layer in enumerate(config.selective_layers):
-                delta = self._deltas(layer, input_ids, attention_mask)
-                thresholds[place] = threshold_for(delta, rate, sampled)
-                config.eval_threshold = list(thresholds)
-                odds = torch.sigmoid(delta.double() - logit(thresholds[place]))
-                shares.append(float((odds if sampled else select(delta, thresholds[place]).double()).mean()))
-        except BaseException:
-            config.eval_threshold = before
-            raise
-        finally:
-            for module, training in modes:
-                module.training = training
-        return shares
-
-    def _deltas(self, layer, input_ids, attention_mask):
-        """(n,): what the gate of a layer says of the real tokens."""
-        found: list[torch.Tensor] = []
-        hook = self.model.layers[layer].attn.gate.register_forward_hook(lambda gate, args, delta: found.append(delta))
-        try:
-            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        finally:
-            hook.remove()
-        delta = torch.cat(found, 1)  # of the segments of a long text
-        columns = read_columns(input_ids.shape, delta.device, attention_mask)
-        if columns.real is None or columns.packed:  # blocks see the tokens alone
-            return delta.flatten()
-        lengths = columns.real.sum(1, keepdim=True)
-        return delta[torch.arange(delta.shape[1], device=delta.device) < lengths]  # blocks see real tokens first
-
 
 class TaipanForSequenceClassification(TaipanPreTrainedModel, WithBudget, ZooForSequenceClassification):
     """Taipan with scores of a text."""
 
     output_class = TaipanClassifierOutput
+
+    def asked(self, targets):
+        return asked(targets, self.config)
 
 
 class TaipanForTokenClassification(TaipanPreTrainedModel, WithBudget, ZooForTokenClassification):

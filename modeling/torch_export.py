@@ -15,7 +15,8 @@ from torch.export import Dim, ExportedProgram, export
 from scrubjay.kernels.dispatch import exported
 from scrubjay.modeling.base import ZooForCausalLM
 from scrubjay.modeling.caches.cache_state import StateCache
-from scrubjay.modeling.inputs.columns import read_mask
+from scrubjay.modeling.inputs.columns import check_rows_hold_tokens
+from scrubjay.modeling.inputs.masks import read_mask
 
 BEGUN = 1  # columns seen: of them a step asks only whether there were any. Positions are in the state
 
@@ -33,10 +34,13 @@ class Prefill(nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """attention_mask: (B, T), 1 for tokens, 0 for padding anywhere in a row, or what is added to scores."""
+        """attention_mask: (B, T), 1 for tokens, 0 for padding anywhere in a row, or what is added to scores. A row of
+        padding alone is refused; the exported program asserts that there is none."""
         x, state = _advance(self.model, self.model.cache_class(self.model.config), input_ids, attention_mask)
         columns = torch.arange(input_ids.shape[1], device=x.device)
-        last = (columns * read_mask(attention_mask, look=not exported())[0]).amax(1)[:, None, None]
+        real = read_mask(attention_mask, look=not exported())[0]
+        check_rows_hold_tokens(real)
+        last = (columns * real).amax(1)[:, None, None]
         return _given(self.model.head(x.gather(1, last.expand(-1, -1, x.shape[2]))[:, 0]), state)
 
 

@@ -3,14 +3,16 @@
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel
+from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
-from scrubjay.modeling.base import ZooForCausalLM, ZooPreTrainedModel
+from scrubjay.modeling.base import ZooForCausalLM
 from scrubjay.modeling.decoder.attached import AttachedCache, refuse_prefixes
 from scrubjay.modeling.decoder.decoder_call import as_attention_takes_it, keep_caches, remembered
 from scrubjay.modeling.inputs.arguments import given, refuse_unknown
 from scrubjay.modeling.inputs.cache_argument import CACHE, ZooModelOutput, named, takes_cache
-from scrubjay.modeling.inputs.columns import read_columns
+from scrubjay.modeling.inputs.columns import Columns, Marks
+from scrubjay.modeling.pretrained import ZooPreTrainedModel
 from scrubjay.modeling.training.adapters import prefix_tuned
 
 DECODERS_OWN = ("output_hidden_states", "output_attentions", "recycled_tail")  # what goes on to the decoder as it is
@@ -78,52 +80,49 @@ class ZooWrapperModel(ZooWrapperPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
+        columns: Columns | None = None,
         **kwargs,
     ) -> ZooModelOutput:
         """(B, T) tokens to (B, T, D) hidden states.
 
         Args:
             attention_mask: (B, T), or with a cache (B, seen + T): 1 for tokens, 0 for padding anywhere in a row. Also
-                the numbers of packed documents from 1 on, or what is added to scores; see `columns.MASKS`. The zoo's
+                the numbers of packed documents from 1 on, or what is added to scores; see `masks.MASKS`. The zoo's
                 caches remember the padding that they were given.
             position_ids, cu_seq_lens_q, seq_idx: mark packed documents, as collators give them: positions that restart,
                 offsets (D + 1,) over the B * T columns, or document numbers (B, T), negative at padding. Rows of
                 documents may be padded. Positions are counted by the model itself.
-            cache: the zoo's for this model, or one of transformers' (in generate() a `DynamicCache`).
-                `past_key_values` is the same, as before transformers 5.24.
+            cu_seq_lens_k: the same as cu_seq_lens_q.
+            cache: the zoo's for this model, or one of transformers' (in generate() a `DynamicCache`): the text of each
+                row goes on, and a document that starts with the call is refused. Not so position_ids of 0 in a call of
+                one column, which nobody looks at, so that a decode step waits for no value. `past_key_values` is the
+                same, as before transformers 5.24.
+            columns: what a head has read of these arguments already.
 
         Raises:
             ValueError: inputs that do not fit each other or the cache, or that the model does not know; each says what
                 came and what was needed.
         """
-        if kwargs.get("shard") is not None:
-            raise ValueError(
-                f"{type(self).__name__} attends to every token before its own and hands no state from rank to rank: it "
-                "cannot run on a slice of a sequence. Pass whole rows, without shard_sequence."
-            )
-        marks = (position_ids, cu_seq_lens_q, seq_idx, kwargs.get("cu_seq_lens_k"))
+        _refuse_shard(self, kwargs)
+        marks = Marks(attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx)
         asked = {name: kwargs.pop(name) for name in DECODERS_OWN if kwargs.get(name) is not None}
         refuse_unknown(self, kwargs)
+        self.check_places()
         flags = {name: getattr(self.config, name) for name in ("output_hidden_states", "output_attentions")}
         x = given(input_ids, inputs_embeds, self.config.hidden_size)
-        shape, device = x.shape[:2], x.device
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         use_cache = not self.checkpoints(cache) and use_cache
-        seen = 0 if cache is None else cache.get_seq_length()
-        columns = read_columns(shape, device, attention_mask, *marks, seen=seen, cache=cache)
-        if columns.packed:
-            use_cache = False  # documents that end in a row have nothing to hand on
-            attention_mask, positions = _documents(columns, self.decoder)
-        else:
-            attention_mask = _whole_mask(cache, seen, shape, columns.mask)
-            positions = _positions(shape, device, attention_mask, seen)
+        columns = self.read(x.shape[:2], x.device, marks, cache) if columns is None else columns.to(x.device)
+        use_cache = use_cache and not columns.packed  # documents that end in a row have nothing to hand on
+        mask, positions = _arranged(columns, cache, self.decoder)
         if use_cache and cache is None:
             cache = self.cache_class(self)
         out = self.decoder(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             position_ids=positions,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -132,6 +131,25 @@ class ZooWrapperModel(ZooWrapperPreTrainedModel):
             **flags | asked,
         )
         return ZooModelOutput(**out)
+
+    def check_cache(self, cache):
+        if cache is not None and not isinstance(cache, Cache):
+            name = self.cache_class.__name__
+            raise ValueError(
+                f"{type(self).__name__} needs a {name}, or a cache of transformers; got {type(cache).__name__}. Pass "
+                f"{name}(model), or none."
+            )
+
+    def holds(self, cache, marks, columns):
+        return cache.held(marks.attention_mask, columns) if isinstance(cache, AttachedCache) else None
+
+
+def _refuse_shard(model, kwargs):
+    if kwargs.get("shard") is not None:
+        raise ValueError(
+            f"{type(model).__name__} attends to every token before its own and hands no state from rank to rank: it "
+            "cannot run on a slice of a sequence. Pass whole rows, without shard_sequence."
+        )
 
 
 def _check_devices(config):
@@ -184,6 +202,15 @@ class ZooWrapperForCausalLM(ZooWrapperPreTrainedModel, ZooForCausalLM):
                 generation_config, model_kwargs, *args, **kwargs
             )
         model_kwargs[CACHE] = self.cache_class(self)
+
+
+def _arranged(columns, cache, decoder):
+    """The decoder's attention_mask and position_ids for a call."""
+    if columns.packed:
+        return _documents(columns, decoder)
+    seen = 0 if cache is None else cache.get_seq_length()
+    mask = _whole_mask(cache, seen, columns.shape, columns.mask)
+    return mask, _positions(columns.shape, columns.device, mask, seen)
 
 
 def _whole_mask(cache, seen, shape, mask):

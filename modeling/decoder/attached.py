@@ -266,6 +266,14 @@ class AttachedCache(Cache):
         """(B, seen) bool, which columns given so far are tokens; None: all."""
         return None
 
+    def held(self, mask: torch.Tensor | None, columns: int) -> torch.Tensor | None:
+        """(B,) bool, the rows of which there are tokens; None: all, or as the mask of a call of `columns` says, if it
+        speaks of what was seen as well."""
+        before = self.real() if self.get_seq_length() else None
+        if before is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] > columns):
+            return None
+        return before.any(1)
+
     def _map(self, change):
         """Apply a change of rows to all that is held."""
         for layer in self.layers:

@@ -6,7 +6,7 @@ B batch, T time, Q queries, K keys, H heads, D hidden size.
 import torch
 
 from scrubjay.modeling.inputs.arguments import given
-from scrubjay.modeling.inputs.columns import check_shapes, read_columns
+from scrubjay.modeling.inputs.columns import DOCUMENTS, Marks, check_shapes, read_columns
 
 ATTENTION = ("sdpa", "eager")
 
@@ -141,13 +141,14 @@ def one_text(kwargs, cache, seen):
     Raises:
         ValueError: a row of several documents; arguments that do not fit.
     """
-    x, mask = tokens_of(kwargs), kwargs.get("attention_mask")
-    marks = [kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "seq_idx", "cu_seq_lens_k")]
-    if x.shape[1] == 1 and marks[1:] == [None] * 3:
-        check_shapes(tuple(x.shape[:2]), mask, *marks[:3], seen)
+    x, marks = tokens_of(kwargs), Marks.of(kwargs)
+    mask = marks.attention_mask
+    if x.shape[1] == 1 and all(getattr(marks, name) is None for name in DOCUMENTS):
+        check_shapes(tuple(x.shape[:2]), marks, seen)
         if mask is None or not mask.is_floating_point():
             return kwargs if mask is None else kwargs | {"attention_mask": mask != 0}  # a step waits for no value
-    columns = read_columns(x.shape[:2], x.device, mask, *marks, seen=seen, cache=cache)
+    held = cache.held(mask, x.shape[1])
+    columns = read_columns(x.shape[:2], x.device, marks, seen=seen, cache=cache, held=held)
     return kwargs if columns.mask is None else kwargs | {"attention_mask": columns.mask}
 
 

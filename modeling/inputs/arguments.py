@@ -3,14 +3,13 @@
 # What tokenizers, collators, Trainer and generate() pass to any model, and what says nothing that a model here needs.
 HARMLESS = (
     "token_type_ids",  # a tokenizer's, for models that read pairs of texts
-    "cu_seq_lens_k",  # a collator's: for self-attention the same as cu_seq_lens_q
     "max_length_q",  # sizes for kernels that cannot read them off cu_seq_lens_q
     "max_length_k",
     "cache_position",  # of older versions of transformers: a cache counts its columns itself
-    "num_items_in_batch",  # Trainer's, for the loss, which a model without a head has not
+    "num_items_in_batch",  # Trainer's: heads of the zoo read it, those of others hand it on to the model without one
 )
-# What may be asked of other models: harmless as long as the answer is the one that these give anyway.
-ONLY = {"output_attentions": False, "output_router_logits": False, "is_causal": True}
+# What may be asked of other models, and the answer that these give anyway.
+ANSWERS = {"output_attentions": False, "output_router_logits": False, "is_causal": True}
 
 
 def given(input_ids, inputs_embeds, hidden_size):
@@ -39,11 +38,11 @@ def refuse_unknown(model, kwargs: dict) -> None:
         ValueError: their names.
     """
     for name, value in kwargs.items():
-        if value is None or name in HARMLESS or (name in ONLY and value is ONLY[name]):
+        if value is None or name in HARMLESS or (name in ANSWERS and value is ANSWERS[name]):
             continue
-        if name in ONLY:
+        if name in ANSWERS:
             raise ValueError(
-                f"{type(model).__name__} cannot be called with {name}={value!r}: it gives what {name}={ONLY[name]} "
+                f"{type(model).__name__} cannot be called with {name}={value!r}: it gives what {name}={ANSWERS[name]} "
                 "asks for. Leave it out, here and in the configuration."
             )
         raise ValueError(

@@ -1,25 +1,46 @@
 """What the arguments of a call say of its columns: which are tokens, and where documents start.
 
-The one place that reads attention_mask, position_ids, cu_seq_lens_q and seq_idx, whose conventions differ from one
-collator to the next. Padding is read first, and documents are judged among tokens alone: what stands in a padded column
-of position_ids or seq_idx starts nothing.
+The one place that reads the arguments of `Marks`, whose conventions differ from one collator to the next. Padding is
+read first, and documents are judged among tokens alone: what stands in a padded column of position_ids or seq_idx
+starts nothing.
 
 B batch, T columns of the call, S columns that a cache has seen, N tokens of the call, D documents.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
 from scrubjay.kernels.dispatch import exported, traced
+from scrubjay.modeling.inputs.masks import read_mask
 
-HIDDEN = -1e3  # an additive mask's value from here on hides a column: its exponential is 0 in every dtype
-MASKS = (
-    "1 for tokens and 0 for padding, True and False, the numbers of documents from 1 on and 0 for padding, or what is "
-    "added to scores: 0 for tokens, -inf or the dtype's lowest number for padding"
-)
+DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that nothing but documents has a use for
+STEP = " This call is of one column a row: if generate() made it, leave that argument out of generate()."
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The arguments of a call that speak of its columns, by the names that forward has for them. None: not given.
+
+    attention_mask: (B, T) or (B, S + T), in any of the conventions of `masks.MASKS`; its last T are this call's.
+    position_ids: (B, T) or (1, T); where they do not rise from one token to the next, a document starts.
+    cu_seq_lens_q: (D + 1,) offsets over the B * T columns in order, padding included; cu_seq_lens_k: the same again, or
+    alone. seq_idx: (B, T) or (1, T) document numbers, negative at padding.
+    """
+
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+    cu_seq_lens_q: torch.Tensor | None
+    cu_seq_lens_k: torch.Tensor | None
+    seq_idx: torch.Tensor | None
+
+    @classmethod
+    def of(cls, arguments: Mapping) -> "Marks":
+        """Those among a call's keyword arguments."""
+        return cls(**{field.name: arguments.get(field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,12 @@ class Columns:
         """Whether a row holds several documents."""
         return self.offsets is not None
 
+    def to(self, device, non_blocking: bool = False) -> "Columns":
+        """The same on another device, as accelerate asks of a module's arguments."""
+        moved = {name: getattr(self, name) for name in ("mask", "real", "offsets", "index")}
+        moved = {name: None if x is None else x.to(device) for name, x in moved.items()}
+        return replace(self, device=torch.device(device), **moved)
+
     def located(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(N,) number of each token's document, from 1, and (N,) its position there, from 0; of packed documents."""
         assert self.offsets is not None
@@ -65,23 +92,22 @@ class Columns:
         return x if self.index is None else x[self.index.to(x.device)]
 
 
-def read_columns(
-    shape, device, mask=None, position_ids=None, cu_seqlens=None, seq_idx=None, cu_seqlens_k=None, seen=0, cache=None
-) -> Columns:
+def read_columns(shape, device, marks: Marks, *, seen=0, cache=None, held=None) -> Columns:
     """Read what a call of shape (B, T) says of its columns.
 
     Args:
-        mask: (B, T) or (B, S + T), in any of the conventions of `MASKS`; its last T columns speak of this call.
-        position_ids: (B, T) or (1, T); where they do not rise from one token to the next, a document starts.
-        cu_seqlens: (D + 1,) offsets over the B * T columns in order, padding included; cu_seqlens_k: the same again.
-        seq_idx: (B, T) or (1, T) document numbers, negative at padding.
         seen: S. cache: the one that the call was given, or None.
+        held: (B,) bool, the rows of which the cache has tokens; None: as the mask says, or all if S > 0.
 
     Raises:
-        ValueError: arguments that do not fit the call or each other; documents beside a cache.
+        ValueError: arguments that do not fit the call or each other; beside a cache, documents, or one that starts
+            with the call where a row has tokens already. That a single new column starts one is not asked of
+            position_ids: a decode step waits for no value.
     """
-    shape, cu_seqlens = tuple(shape), _same(cu_seqlens, cu_seqlens_k)
-    check_shapes(shape, mask, position_ids, cu_seqlens, seq_idx, seen)
+    shape = tuple(shape)
+    check_shapes(shape, marks, seen)
+    mask, position_ids, seq_idx = marks.attention_mask, marks.position_ids, marks.seq_idx
+    cu_seqlens = _same(marks.cu_seq_lens_q, marks.cu_seq_lens_k)
     # a compiled call that may be of packed documents has to look at values; to others those say nothing
     marked = cu_seqlens is not None or seq_idx is not None or (position_ids is not None and shape[1] > 1)
     look = not exported() and (marked or not traced())
@@ -100,63 +126,66 @@ def read_columns(
         _refuse_documents(shape, real, position_ids, cu_seqlens, seq_idx)
     if not look:
         return Columns(shape, device, mask, real)
-    offsets, index, marks = _documents(shape, device, real, position_ids, cu_seqlens, seq_idx, segments)
+    offsets, index, found = _documents(shape, device, real, position_ids, cu_seqlens, seq_idx, segments)
     if offsets is not None and cache is not None:
-        _refuse_cache(marks, seen)
-    return Columns(shape, device, mask, real, offsets, index, marks)
+        _refuse_cache(found, seen)
+    if seen and marked:
+        if held is None and mask is not None and mask.shape[1] > shape[1]:
+            held = mask[:, : -shape[1]].any(1)
+        _refuse_start(shape, device, real, position_ids, cu_seqlens, seq_idx, held)
+    return Columns(shape, device, mask, real, offsets, index, found)
 
 
-def read_mask(mask: torch.Tensor, look: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(B, M) bool, which columns are tokens; and (B, M) int64 document numbers where the mask has them, or None.
-
-    `look`: whether values may be looked at, else they are asserted when the call runs.
-
-    Raises:
-        ValueError: a mask of no convention of `MASKS`, or of two.
-    """
-    if mask.dtype == torch.bool:
-        return mask, None
-    zero = mask == 0
-    ones, additive, unclear = (zero | (mask == 1)).all(), (zero | (mask <= HIDDEN)).all(), zero.all()
-    if not mask.is_floating_point():
-        additive, unclear = additive & False, unclear & False
-    if not look:
-        wanted = "attention_mask must be of 1 and 0, or of what is added to scores, when a program is traced."
-        torch._assert_async((ones | additive) & ~unclear, wanted)
-        return zero ^ ones, None
-    counted = ((mask >= 0) & mask.isfinite() & (mask == mask.round() if mask.is_floating_point() else True)).all()
-    ones, additive, unclear, counted = torch.stack([ones, additive, unclear, counted]).tolist()
-    if unclear:
-        raise ValueError(
-            f"attention_mask is {mask.dtype} and 0 everywhere: padding alone, or, as what is added to scores, tokens "
-            "alone. Pass a mask of bools or integers."
-        )
-    if ones:
-        return ~zero, None
-    if additive:
-        return zero, None
-    if counted:
-        return ~zero, mask.long()
-    values = mask.unique()
-    raise ValueError(f"attention_mask must hold {MASKS}; got {values[:4].tolist()}{' ...' if len(values) > 4 else ''}.")
-
-
-def one_text_a_row(kwargs: dict) -> dict:
-    """Keyword arguments of generate(), which counts positions by an attention_mask of 1 and 0, with one.
+def one_text_a_row(kwargs: dict, inputs=None) -> dict:
+    """Keyword arguments of generate(), which counts positions by an attention_mask of 1 and 0, with one; and without
+    cu_seq_lens_q and seq_idx, which would be of the prompt's columns at every step. inputs: given by position.
 
     Raises:
         ValueError: a row of several documents.
     """
     mask = kwargs.get("attention_mask")
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        tokens, segments = read_mask(mask)
+        if segments is not None and _several(tokens, segments):
+            _refuse_texts(("attention_mask",))
+        mask = tokens.long()
+        kwargs = kwargs | {"attention_mask": mask}
+    names = [name for name in DOCUMENTS if kwargs.get(name) is not None]
+    given = [inputs, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+    x = next((x for x in reversed(given) if isinstance(x, torch.Tensor)), None)
+    if not names or x is None:
         return kwargs
-    tokens, segments = read_mask(mask)
-    if segments is not None and _several(tokens, segments):
+    own = isinstance(mask, torch.Tensor) and mask.shape == x.shape[:2]
+    marks = Marks.of({name: kwargs[name] for name in names} | ({"attention_mask": mask} if own else {}))
+    columns = read_columns(x.shape[:2], x.device, marks)
+    if columns.packed:
+        _refuse_texts(columns.marks)
+    kwargs = {name: value for name, value in kwargs.items() if name not in names}
+    return kwargs | {"attention_mask": columns.mask.long()} if columns.mask is not None else kwargs
+
+
+def _refuse_texts(marks):
+    raise ValueError(
+        f"{', '.join(marks)} say that there are several documents in a row, and generate() continues one text a row. "
+        "Give each document a row, with an attention_mask of 1 for tokens and 0 for padding."
+    )
+
+
+def check_rows_hold_tokens(real: torch.Tensor) -> None:
+    """Refuse a row without a token: nothing can be said at its last one. real: (B, T) bool.
+
+    Raises:
+        ValueError: how many there are; where values are not known yet, an assertion when the call runs.
+    """
+    held = real.any(1)
+    if exported() or traced():
+        torch._assert_async(held.all(), "A row has no token in this call by its attention_mask, and so no score.")
+    elif not bool(held.all()):
+        rows = (~held).nonzero()[:, 0].tolist()
         raise ValueError(
-            "attention_mask numbers several documents in a row, and generate() continues one text a row. Give each "
-            "document a row, with 1 for tokens and 0 for padding."
+            f"Row {rows[0]} of {len(real)} has no token in this call by its attention_mask, and so no score (rows "
+            f"without: {len(rows)}). Leave such rows out."
         )
-    return kwargs | {"attention_mask": tokens.long()}
 
 
 def tokens_first(real: torch.Tensor) -> torch.Tensor:
@@ -192,6 +221,32 @@ def _refuse_cache(marks, seen):
         f"Packed documents ({', '.join(marks)}) cannot be combined with a cache{held}: a cache holds one text a row. "
         "Pass the documents without a cache, or one document a row."
     )
+
+
+def _refuse_start(shape, device, real, position_ids, cu_seqlens, seq_idx, held):
+    """Refuse a document that starts with a call, in a row whose cache holds tokens of another. held: None, all do."""
+    starts = {}
+    if position_ids is not None and shape[1] > 1:
+        first = 0 if real is None else real.int().argmax(1, keepdim=True)  # of a row without tokens any
+        at = position_ids.to(device).expand(shape)
+        starts["position_ids"] = (at[:, :1] if real is None else at.gather(1, first))[:, 0] == 0
+    for name, given in (("cu_seq_lens_q", cu_seqlens), ("seq_idx", seq_idx)):
+        if given is not None:
+            starts[name] = torch.ones(shape[0], dtype=torch.bool, device=device)
+    if not starts:
+        return
+    goes_on = torch.ones(shape[0], dtype=torch.bool, device=device) if held is None else held.to(device)
+    goes_on = goes_on if real is None else goes_on & real.any(1)
+    if len(goes_on) != shape[0]:  # a cache of other rows, which is refused as such
+        return
+    bad = torch.stack([(goes_on & found).any() for found in starts.values()]).tolist()
+    names = ", ".join(name for name, wrong in zip(starts, bad, strict=True) if wrong)
+    if names:
+        raise ValueError(
+            f"A document that starts with this call ({names}) would go on with the text that the cache holds of its "
+            "row. Give a new text a new cache; to continue the old one, leave them out, or count position_ids on from "
+            "the row's tokens."
+        )
 
 
 def _refuse_documents(shape, real, position_ids, cu_seqlens, seq_idx):
@@ -275,18 +330,19 @@ def _cuts(shape, device, cu_seqlens):
         last = f", the last being {numbers[-1]}" if numbers else ""
         raise ValueError(
             f"cu_seq_lens_q must rise from 0 to batch * length = {total}, padding included; got {numbers[:8]}{last}."
+            + (STEP if shape[1] == 1 else "")
         )
     rows = torch.arange(0, total + 1, shape[1], device=device)
     return torch.cat([offsets, rows]).unique() if shape[0] > 1 else offsets
 
 
-def check_shapes(shape, mask, position_ids, cu_seqlens, seq_idx, seen):
+def check_shapes(shape, marks: Marks, seen):
     """Refuse arguments whose shapes do not fit a call of (B, T) to a cache of `seen` columns.
 
     Raises:
         ValueError: what came and what was needed.
     """
-    batch, length = shape
+    (batch, length), mask = shape, marks.attention_mask
     if length == 0 and seen:
         raise ValueError(
             f"The cache holds {seen} columns, and this call brings none beyond them: generate() takes what it is given "
@@ -303,9 +359,21 @@ def check_shapes(shape, mask, position_ids, cu_seqlens, seq_idx, seen):
             + (f" or {(batch, seen + length)}, with the {seen} columns in the cache" if seen else "")
             + f"; got {tuple(mask.shape)}."
         )
-    for name, value in (("position_ids", position_ids), ("seq_idx", seq_idx), ("cu_seq_lens_q", cu_seqlens)):
-        if value is not None and not isinstance(value, torch.Tensor):
-            raise ValueError(f"{name} must be a tensor of integers; got {type(value).__name__}.")
-    for name, value in (("position_ids", position_ids), ("seq_idx", seq_idx)):
+    for name in ("position_ids", *DOCUMENTS):
+        value = getattr(marks, name)
+        if value is not None and not are_integers(value):
+            got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(f"{name} must be a tensor of integers; got {got}.")
+    for name in ("position_ids", "seq_idx"):
+        value = getattr(marks, name)
         if value is not None and (value.ndim != 2 or value.shape[1] != length or value.shape[0] not in (1, batch)):
-            raise ValueError(f"{name} must have shape {(batch, length)} or {(1, length)}; got {tuple(value.shape)}.")
+            hint = STEP if length == 1 and name == "seq_idx" else ""
+            shapes = " or ".join(str((rows, length)) for rows in sorted({1, batch}, reverse=True))
+            raise ValueError(f"{name} must have shape {shapes}; got {tuple(value.shape)}.{hint}")
+
+
+def are_integers(x) -> bool:
+    """Whether x is a tensor of integers, which truths are not."""
+    if not isinstance(x, torch.Tensor):
+        return False
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)

@@ -31,7 +31,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from scrubjay.modeling.inputs.cache_argument import pop_cache
-from scrubjay.modeling.inputs.columns import read_columns
+from scrubjay.modeling.inputs.columns import Marks, read_columns
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "max_length_q", "max_length_k")
 
@@ -233,7 +233,9 @@ def _check_plain(batch, x):
         got = tuple(positions.shape)
         raise ValueError(f"position_ids must have {length} columns as the input has; got shape {got}.")
     marks = [name for name in PACKED if batch.get(name) is not None]
-    columns = read_columns(x.shape[:2], x.device, mask, None if positions is None else positions.view(-1, length))
+    positions = None if positions is None else positions.view(-1, length)
+    said = Marks.of({"attention_mask": mask, "position_ids": positions})
+    columns = read_columns(x.shape[:2], x.device, said)
     if columns.real is not None:
         raise ValueError(
             "shard_sequence cannot split a padded batch. Pass rows that are full: cut them to one length, or put "

@@ -19,7 +19,7 @@ from document_cases import (
 )
 from zoo import VOCAB, ZOO, relative, tokens, trainable
 
-from scrubjay.modeling.inputs.columns import read_columns
+from scrubjay.modeling.inputs.columns import Marks, read_columns
 
 WAYS = {
     "positions beside a mask of ones": (FULL, lambda p: dict(position_ids=positions(p), attention_mask=real(p))),
@@ -209,7 +209,7 @@ class _Read(torch.nn.Module):
     """Reading alone, as torch.export wants it."""
 
     def forward(self, mask):
-        return read_columns((2, 12), mask.device, mask).real
+        return read_columns((2, 12), mask.device, Marks.of({"attention_mask": mask})).real
 
 
 class _Call(torch.nn.Module):

@@ -37,7 +37,10 @@ REFUSED = {
         dict(position_ids=torch.arange(24).expand(3, 2, -1)),
         r"position_ids must have shape \(2, 24\) or \(1, 24\); got \(3, 2, 24\)",
     ),
-    "numbers of other rows": (dict(seq_idx=torch.zeros(3, 24)), r"seq_idx must have shape \(2, 24\) or \(1, 24\)"),
+    "numbers of other rows": (
+        dict(seq_idx=torch.zeros(3, 24).long()),
+        r"seq_idx must have shape \(2, 24\) or \(1, 24\)",
+    ),
     "a mask of parts": (dict(attention_mask=real(AFTER) * 0.5), r"attention_mask must hold 1 for .*; got \[0.0, 0.5\]"),
     "a mask of small numbers": (dict(attention_mask=real(AFTER) - 1.0), r"attention_mask must hold .*; got \[-1.0"),
     "a mask of integers below 0": (dict(attention_mask=real(AFTER) - 1), r"attention_mask must hold .*; got \[-1, 0\]"),
@@ -46,7 +49,25 @@ REFUSED = {
         "attention_mask must hold",
     ),
     "a mask that is no number": (dict(attention_mask=torch.full((2, 24), torch.nan)), "attention_mask must hold"),
-    "floats of 0 alone": (dict(attention_mask=torch.zeros(2, 24)), "attention_mask is torch.float32 and 0 everywhere"),
+    "a mask of numbers that no document has": (dict(attention_mask=real(AFTER) * 1e30), "attention_mask must hold"),
+    "a mask that torch does not order": (
+        dict(attention_mask=torch.ones(2, 24).to(torch.complex64)),
+        "attention_mask must hold 1 for .*; got torch.complex64",
+    ),
+    "positions of parts": (dict(position_ids=positions(FULL) * 0.5), "position_ids must be a tensor of integers"),
+    "numbers of parts": (dict(seq_idx=numbers(FULL) / 2), "seq_idx must be a tensor of integers; got torch.float32"),
+    "truths in place of numbers": (
+        dict(seq_idx=numbers(FULL) > 1),
+        "seq_idx must be a tensor of integers; got torch.b",
+    ),
+    "offsets of parts": (
+        dict(cu_seq_lens_q=torch.tensor([0.0, 24.5, 48.0])),
+        "cu_seq_lens_q must be a tensor of integers; got torch.float32",
+    ),
+    "offsets of keys in a list": (
+        dict(cu_seq_lens_q=offsets(FULL), cu_seq_lens_k=[0, 24, 48]),
+        "cu_seq_lens_k must be a tensor of integers; got list",
+    ),
 }
 
 
@@ -90,6 +111,78 @@ def test_a_text_that_goes_on_under_another_number_is_refused(entry):
         cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).cache
     with pytest.raises(ValueError, match=r"Packed documents \(attention_mask\) cannot be combined with a cache"):
         model(ids[:, 4:], attention_mask=mask, cache=cache)
+
+
+STARTS = {
+    "position_ids": torch.arange(6)[None],
+    "cu_seq_lens_q": torch.tensor([0, 6, 12]),
+    "cu_seq_lens_k": torch.tensor([0, 6, 12]),
+    "seq_idx": torch.tensor([[1] * 6]),
+}
+
+
+@pytest.mark.parametrize("mark", STARTS)
+@torch.no_grad()
+def test_a_document_that_starts_with_a_call_does_not_go_on_with_the_text_of_the_cache(entry, mark):
+    model, ids = entry.build(), tokens(2, 12)
+    cache = model(ids[:, :6], use_cache=True).cache
+    name = "cu_seq_lens_q" if mark == "cu_seq_lens_k" else mark
+    with pytest.raises(ValueError, match=rf"starts with this call \({name}\).*a new cache.*count position_ids on"):
+        model(ids[:, 6:], cache=cache, **{mark: STARTS[mark]})
+    assert cache.get_seq_length() == 6
+    want = model(ids, use_cache=False).logits[:, 6:]
+    got = model(ids[:, 6:], cache=cache, position_ids=torch.arange(6, 12)[None]).logits
+    assert relative(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("mark", STARTS)
+@pytest.mark.parametrize("wide", [False, True], ids=["a mask of the call", "a mask of all"])
+@torch.no_grad()
+def test_a_text_starts_with_a_call_where_the_cache_holds_padding_alone(entry, mark, wide):
+    model, ids, mask = entry.build(), tokens(2, 12), torch.ones(2, 12).long()
+    mask[:, :6] = 0
+    mask[0, 6:8] = 0
+    cache = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).cache
+    starts = STARTS[mark]
+    if mark == "position_ids":
+        starts = (mask.cumsum(1) - 1).clamp(min=0)[:, 6:]
+    got = model(ids[:, 6:], attention_mask=mask if wide else mask[:, 6:], cache=cache, **{mark: starts}).logits
+    want = model(ids, attention_mask=mask, use_cache=False).logits[:, 6:]
+    assert relative(got[mask[:, 6:] > 0], want[mask[:, 6:] > 0]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_floats_of_0_alone_are_added_to_scores_and_hide_nothing(entry, dtype):
+    """As of a caller whose batch happens to have no padding, or who takes a single step."""
+    model, ids = entry.build(), tokens(2, 12)
+    want = model(ids, use_cache=False).logits
+    assert torch.equal(model(ids, attention_mask=torch.zeros(2, 12, dtype=dtype), use_cache=False).logits, want)
+    first = model(ids[:, :11], attention_mask=torch.zeros(2, 11, dtype=dtype), use_cache=True)
+    step = model(ids[:, 11:], attention_mask=torch.zeros(2, 12, dtype=dtype), cache=first.cache)
+    assert relative(step.logits, want[:, 11:]) < 1e-5
+    options = dict(max_new_tokens=4, do_sample=False)
+    got = model.generate(ids, attention_mask=torch.zeros(2, 12, dtype=dtype), **options)
+    assert torch.equal(got, model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.int16, torch.float8_e4m3fn])
+@torch.no_grad()
+def test_a_mask_of_a_dtype_that_torch_hardly_computes_with_is_read(entry, dtype):
+    model, ids, mask = entry.build(), tokens(2, 24), real(AFTER)
+    want = model(ids, attention_mask=mask).logits
+    assert torch.equal(model(ids, attention_mask=mask.to(dtype)).logits, want)
+
+
+@pytest.mark.parametrize("kind", [AdoreCache, RecycledCache])
+@pytest.mark.parametrize("mark", STARTS)
+def test_a_document_that_starts_with_a_call_is_refused_by_a_cache_of_an_unmodified_decoder(kind, mark):
+    model, cache = _llama(kind)
+    ids = tokens(2, 12)
+    model(ids[:, :6], **named(cache))
+    with pytest.raises(ValueError, match=r"starts with this call"):
+        model(ids[:, 6:], **named(cache), **{mark: STARTS[mark]})
+    assert cache.get_seq_length() == 6
 
 
 @pytest.mark.parametrize("kind", [AdoreCache, RecycledCache])

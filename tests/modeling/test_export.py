@@ -216,3 +216,15 @@ def test_export_decoding_says_what_it_cannot_export(entry):
         export_decoding(model.train())
     with pytest.raises(ValueError, match=r"The state of this model has .* tensors; got 2"):
         DecodeStep(model.eval())(tokens(1, 1), torch.zeros(1), torch.zeros(1))
+
+
+@torch.no_grad()
+def test_a_prompt_of_padding_alone_has_no_last_token(recurrent):
+    model, ids, mask = shallow(recurrent), tokens(2, 6), torch.ones(2, 6).long()
+    mask[1] = 0
+    with pytest.raises(ValueError, match="Row 1 of 2 has no token"):
+        Prefill(model)(ids, mask)
+    program = export(Prefill(model), (ids, torch.ones_like(mask))).module()
+    assert program(ids, torch.ones_like(mask))[0].shape == (2, model.config.vocab_size)
+    with pytest.raises(RuntimeError, match="no token in this call"):
+        program(ids, mask)

@@ -152,3 +152,37 @@ def test_tokens_outside_the_prompt_do_not_reach_it(model):
     other = torch.where(mask.bool(), ids, (ids + 1) % VOCAB)
     a, b = (greedy(model, x, attention_mask=mask)[:, 20:] for x in (ids, other))
     assert torch.equal(a, b)
+
+
+ONE_TEXT = {
+    "cu_seq_lens_q": torch.tensor([0, 9, 18]),
+    "cu_seq_lens_k": torch.tensor([0, 9, 18]),
+    "seq_idx": torch.tensor([[0] * 9, [1] * 9]),
+}
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("mark", ONE_TEXT)
+def test_marks_of_one_text_a_row_are_of_the_prompt_alone(entry, mark, use_cache):
+    model, ids = entry.build(), tokens(2, 9)
+    options = dict(max_new_tokens=4, do_sample=False, use_cache=use_cache)
+    want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(model.generate(ids, **{mark: ONE_TEXT[mark]}, **options), want)
+    assert torch.equal(model.generate(input_ids=ids, **{mark: ONE_TEXT[mark]}, **options), want)
+
+
+def test_padding_that_is_marked_by_numbers_of_documents_is_padding_in_generation(entry):
+    model, ids, mask = entry.build(), tokens(2, 9), torch.ones(2, 9).long()
+    mask[0, :4] = 0
+    options = dict(max_new_tokens=4, do_sample=False)
+    want = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(model.generate(ids, seq_idx=mask - 1, **options), want)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("mark", ONE_TEXT)
+def test_generation_refuses_several_documents_in_a_row_before_its_first_step(entry, mark, use_cache):
+    model, ids = entry.build(), tokens(1, 18)
+    marked = torch.tensor([[0] * 9 + [1] * 9]) if mark == "seq_idx" else ONE_TEXT[mark]
+    with pytest.raises(ValueError, match=r"several documents in a row, and generate.. continues one text a row"):
+        model.generate(ids, **{mark: marked}, max_new_tokens=1, use_cache=use_cache)

@@ -9,7 +9,7 @@ from heads_cases import KINDS, each_token, same_weights, texts, with_head
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from zoo import ZOO, relative, tokens, trainable
 
-from scrubjay.modeling.heads import sequence_loss
+from scrubjay.modeling.heads import ONE_LABEL, SEVERAL_LABELS, sequence_loss
 
 BOUND = 1e-13  # float64; 4e-15 was the worst of ten seeds over the zoo
 TAIPAN = next(entry for entry in ZOO if entry.name == "taipan")
@@ -86,6 +86,7 @@ def test_a_text_in_pieces_is_scored_at_the_end_of_the_last_one(entry):
 
 PACKING = {
     "cu_seq_lens_q": torch.tensor([0, 5, 6, 12]),
+    "cu_seq_lens_k": torch.tensor([0, 5, 6, 12]),
     "seq_idx": torch.tensor([[0] * 5 + [1] + [2] * 6]),
     "position_ids": torch.cat([torch.arange(n) for n in (5, 1, 6)])[None],
 }
@@ -101,6 +102,31 @@ def test_packed_documents_have_a_row_of_scores_each(entry, by):
     assert relative(out.loss, F.cross_entropy(want[[0, 2]], torch.tensor([2, 0]))) < BOUND
     with pytest.raises(ValueError, match=r"labels must have shape \(3,\) or \(3, 1\) .*packed document.*got \(1,\)"):
         model(ids, labels=torch.tensor([2]), **{by: PACKING[by]})
+
+
+@pytest.mark.parametrize("by", PACKING)
+@torch.no_grad()
+def test_without_a_mask_pad_tokens_at_the_end_of_a_document_are_padding(entry, by):
+    model, ids = texts(entry, pad_token_id=5), tokens(1, 12)
+    ids[0, [2, 4, 5, 10, 11]], ids[0, [3, 9]] = 5, 6  # the document in the middle is of pad tokens alone
+    want = [by_hand(model, ids[0, a:b]) for a, b in ((0, 4), (5, 6), (6, 10))]
+    assert relative(model(ids, **{by: PACKING[by]}).logits, torch.stack(want)) < BOUND
+    whole = [by_hand(model, ids[0, a:b]) for a, b in ((0, 5), (5, 6), (6, 12))]
+    got = model(ids, **{by: PACKING[by]}, attention_mask=torch.ones_like(ids)).logits
+    assert relative(got, torch.stack(whole)) < BOUND
+    split = ids.repeat(2, 1)
+    marked = {"position_ids": PACKING["position_ids"]}
+    assert relative(model(split, **marked).logits, torch.stack(want * 2)) < BOUND
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache", [(), [1], object()], ids=["empty", "list", "object"])
+def test_what_is_no_cache_is_refused_by_name(entry, kind, cache):
+    for model in (with_head(entry, kind).build(), entry.build(), entry.build().model):
+        with pytest.raises(
+            ValueError, match=rf"needs a {entry.model.cache_class.__name__}.*; got {type(cache).__name__}"
+        ):
+            model(tokens(2, 5), past_key_values=cache)
 
 
 def test_documents_without_a_token_are_refused(entry):
@@ -175,6 +201,49 @@ def test_labels_that_do_not_fit_are_refused():
             sequence_loss(logits, labels, config)
 
 
+def test_a_call_that_is_refused_does_not_say_what_later_labels_are(entry):
+    model, ids = texts(entry), tokens(4, 12)
+    for wrong in (torch.zeros(4), torch.zeros(4, 3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"labels must have shape .* named by config.problem_type"):
+            model(ids, labels=wrong)
+        assert model.config.problem_type is None
+    model(ids, labels=torch.tensor([0, 1, 2, 0]))
+    assert model.config.problem_type == ONE_LABEL
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint8, torch.float32, torch.int32, torch.int64])
+def test_labels_of_any_dtype_are_what_transformers_takes_them_for(dtype):
+    own, logits, labels = with_head(TAIPAN, KINDS[0]).config(num_labels=3), torch.randn(4, 3), torch.ones(4, 3)
+    if dtype in (torch.int32, torch.int64):
+        labels, theirs = torch.tensor([2, 0, 1, 1]), with_head(TAIPAN, KINDS[0]).config(num_labels=3)
+        ForSequenceClassificationLoss(labels.to(dtype).long(), logits, theirs)
+    else:
+        theirs = with_head(TAIPAN, KINDS[0]).config(num_labels=3)
+        ForSequenceClassificationLoss(labels, logits, theirs)
+    sequence_loss(logits, labels.to(dtype), own)
+    assert own.problem_type == theirs.problem_type == (ONE_LABEL if labels.ndim == 1 else SEVERAL_LABELS)
+
+
+@pytest.mark.parametrize("make", [texts, each_token])
+def test_numbers_of_labels_are_integers_of_any_size(entry, make):
+    model, ids = make(entry, problem_type=ONE_LABEL), tokens(2, 12)
+    labels = torch.tensor([2, 0]) if make is texts else torch.randint(0, 3, (2, 12))
+    want = model(ids, labels=labels).loss
+    for dtype in (torch.int8, torch.uint8, torch.int32):
+        assert torch.equal(model(ids, labels=labels.to(dtype)).loss, want)
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(ValueError, match=r"labels must have shape .*\(integers, one for each"):
+            model(ids, labels=labels.to(dtype))
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([1.0, 2.0, -100.0]), torch.tensor([[1.0], [-100.0], [-100.0]])])
+def test_taipans_budget_counts_the_numbers_that_its_regression_counts(labels):
+    model, ids = texts(TAIPAN, num_labels=1, train_gate="argmax", budget_lambda=50.0).train(), tokens(3, 12)
+    out = model(ids, labels=labels, num_items_in_batch=6)
+    want = F.mse_loss(out.logits, labels.reshape(3, 1).to(out.logits)) / 2 + 50 * out.budget_loss / 2
+    assert relative(out.loss, want) < BOUND
+
+
 @pytest.mark.parametrize("make", [texts, each_token])
 def test_taipans_budget_is_in_the_loss_of_training(make):
     model, ids = make(TAIPAN, budget_lambda=50.0, classifier_dropout=0.0), tokens(4, 12)
@@ -237,7 +306,7 @@ def test_a_classifier_is_called_as_every_model_is(entry, kind):
 def test_a_slice_of_a_sequence_has_no_score_of_the_text(recurrent):
     model = texts(recurrent)
     with pytest.raises(ValueError, match="lies in one rank's slice alone"):
-        model.scored(torch.zeros(1, 4, 48), None, {}, shard=object())
+        model.scored(torch.zeros(1, 4, 48), None, None, shard=object())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -78,6 +78,30 @@ def test_a_number_of_blocks_that_the_configuration_does_not_know_is_refused(recu
     check(model, ids)
 
 
+@pytest.mark.parametrize("change", ["a copy more", "one left out"])
+def test_a_number_of_blocks_that_no_folder_would_give_back_is_refused_before_anything_is_lost(entry, change, tmp_path):
+    model, ids = changed(entry, change, count=False), tokens(2, 14)
+    message = (
+        rf"has {len(model.model.layers)} blocks, and num_hidden_layers = {model.config.num_hidden_layers} .*deepcopy"
+    )
+    for call in (
+        lambda: model(ids, use_cache=False),
+        lambda: model.train()(ids, labels=ids),
+        lambda: model.save_pretrained(tmp_path),
+        lambda: model.model.save_pretrained(tmp_path),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_that_stands_twice_is_not_saved_once(entry, tmp_path):
+    model = changed(entry, "the same twice")
+    with pytest.raises(ValueError, match=r"stands twice .*copy\.deepcopy"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_selective_blocks_out_of_their_places_are_refused():
     (entry,) = (entry for entry in ZOO if entry.name == "taipan")
     model = entry.build(num_hidden_layers=4)

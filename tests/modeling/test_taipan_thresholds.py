@@ -6,6 +6,7 @@ from parity_cases import tokens
 from taipan_cases import build, gates, logit, of_layer, recorded
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+import scrubjay
 from scrubjay.modeling.selective_layer import Gate
 
 THREE = dict(attention_every=1, num_hidden_layers=6)
@@ -167,12 +168,32 @@ def test_a_threshold_belongs_to_the_place_at_which_a_block_stands(tmp_path):
 
 
 def test_blocks_that_are_not_where_thresholds_belong_are_refused_without_a_cache_too():
-    model, ids = uneven(eval_threshold=[0.3, 0.5, 0.7]), tokens(29, 2, 10)
-    del model.model.layers[0]
-    with pytest.raises(ValueError, match="has 5 blocks, and num_hidden_layers = 6"):
-        model(ids, use_cache=False)
-    model.config.eval_threshold = 0.5
-    assert model(ids, use_cache=False).selection.shape == (3, 3)
+    for threshold in ([0.3, 0.5, 0.7], 0.5):
+        model, ids = uneven(eval_threshold=threshold), tokens(29, 2, 10)
+        del model.model.layers[0]
+        with pytest.raises(ValueError, match="has 5 blocks, and num_hidden_layers = 6"):
+            model(ids, use_cache=False)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, [0.3, 0.5, 1.5]], ids=str)
+def test_a_threshold_that_is_none_is_refused_by_name_also_where_it_was_set_later(threshold):
+    model, ids = uneven(), tokens(29, 2, 10)
+    model.config.eval_threshold = threshold
+    with pytest.raises(ValueError, match="eval_threshold must lie between 0 and 1; got"):
+        model(ids)
+
+
+@pytest.mark.parametrize("head", ["", "ForSequenceClassification", "ForTokenClassification"])
+def test_calibration_needs_no_head_of_a_language_model(head):
+    model, ids = uneven(), tokens(29, 4, 300)
+    mask = torch.ones_like(ids)
+    mask[0, :100] = mask[1, 200:] = 0
+    other = getattr(scrubjay, "Taipan" + (head or "Model"))(model.config).eval()
+    other.base_model.load_state_dict(model.model.state_dict())
+    want = model.calibrate(ids, 0.2, mask)
+    model.config.eval_threshold = other.config.eval_threshold = 0.5
+    assert other.calibrate(ids, 0.2, mask) == want
+    assert other(ids, attention_mask=mask).selection[:, 0].tolist() == pytest.approx(want)
 
 
 def test_torchs_wrapper_for_checkpoints_leaves_a_block_its_threshold():
