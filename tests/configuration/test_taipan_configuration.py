@@ -155,7 +155,7 @@ def test_every_field_survives_a_file(tmp_path):
 def test_every_field_is_read():
     """In its own module, the model's or those of the Mamba-2 blocks."""
     root = Path(inspect.getfile(TaipanConfig)).parents[1]
-    names = ("selective", "modeling_taipan", "cache_taipan", "modeling_ssd", "cache_ssd", "base")
+    names = ("selective_layer", "modeling_taipan", "cache_taipan", "modeling_ssd", "cache_ssd", "base")
     own = [root / "configuration" / f"configuration_{name}.py" for name in ("taipan", "ssd")]
     text = "\n".join(
         p.read_text(encoding="utf-8") for p in (*own, *(next((root / "modeling").rglob(f"{n}.py")) for n in names))
