@@ -4,7 +4,9 @@
     python examples/long_context.py --smoke        # one process, a few seconds
 
 The text is Python's standard library, byte by byte: 256 tokens and no tokenizer. Memory of activations falls with the
-number of ranks; what ranks send each other does not grow with the length.
+number of ranks; what ranks send each other does not grow with the length. Prints the loss of each step, the peak
+memory of each rank, and what the model writes after the last sequence. One process on two cores takes about eight
+minutes (20 steps of 16384 bytes, 22 seconds each).
 """
 
 import argparse

@@ -9,7 +9,9 @@
 Text is the source of Python's standard library, or --text. --out gets the tokenizer, the configuration, checkpoints,
 and in the end `model`, a folder that `from_pretrained` loads anywhere. The same command goes on from the last
 checkpoint; where all steps are done, it evaluates and writes `model` again. How many devices there are, how they share
-the work and in which precision is the launcher's business: see examples/accelerate/.
+the work and in which precision is the launcher's business: see examples/accelerate/. Prints the loss on the way, and
+bits per byte of held-out text in the end. On two cores of a CPU the default, 1000 steps of Rodimus+ with 5M parameters,
+takes about twelve minutes.
 """
 
 import argparse

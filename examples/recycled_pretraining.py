@@ -4,8 +4,10 @@ A Llama is trained on text with full attention, then for a few more steps in two
 tokens of each row seeing only what the token before them would have kept (RefreshKV, "continued pre-training"). Both
 then predict the last S tokens of held-out rows, with each cache. Real text: the source of Python's standard library.
 
-    python examples/recycled_pretraining.py            a few minutes on two cores, printed; --out FILE keeps it
+    python examples/recycled_pretraining.py            five minutes on two cores; --out FILE keeps what is printed
     python examples/recycled_pretraining.py --smoke    the code path in seconds, learns nothing
+
+Prints losses, then the perplexity of the tail for each model and cache.
 
 L tokens before the tail, S tail, K budget.
 """

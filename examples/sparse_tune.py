@@ -12,6 +12,8 @@ elsewhere they keep their dtype, and the script says so. Settings that are not p
     python examples/sparse_tune.py --smoke          the code path in seconds, a random model, learns nothing
 
 A fair comparison tunes the same adapters with full attention (`--label-k` at least `--length`) on the same text.
+Prints the held-out loss with sparse and full attention, before and after. For the 5M-parameter model of `scrubjay demo
+--model llama`, about 15 minutes on two cores (62 steps of 14 seconds).
 """
 
 import argparse

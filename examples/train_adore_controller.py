@@ -8,7 +8,9 @@ that need no training: the newest, the newest and four sinks, and H2O (half the 
     python examples/train_adore_controller.py --model HuggingFaceTB/SmolLM2-135M --out controller
     python examples/train_adore_controller.py --smoke          the code path in seconds, a random model, learns nothing
 
-Text is the source of Python's standard library, or --text. `Controller.load(folder)` reads what is written.
+Text is the source of Python's standard library, or --text. `Controller.load(folder)` reads what is written. Prints the
+loss, then the share of attention and of the best tokens that each rule keeps. For the 5M-parameter model of `scrubjay
+demo --model llama`, about 20 minutes on two cores (1000 steps of 1.1 seconds).
 """
 
 import argparse
