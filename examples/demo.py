@@ -219,7 +219,8 @@ def weigh(network: PreTrainedModel, data: Text, recipe: Recipe) -> tuple[dict, d
     grown = cache_growth(network, data.train, recipe.contexts)
     decode = decode_rate(network, data.train, min(recipe.contexts), recipe.new_tokens)
     full = {tokens: full_cache_nbytes(network, tokens) for tokens in recipe.contexts}
-    return {"ours": grown["nbytes"], "full": full}, {"prefill": grown["prefill_tokens_per_second"], "decode": decode}
+    cache = {"dtype": str(network.dtype).removeprefix("torch."), "ours": grown["nbytes"], "full": full}
+    return cache, {"prefill": grown["prefill_tokens_per_second"], "decode": decode}
 
 
 def describe(data: Text) -> dict:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from scrubjay.examples.measuring.run_report import size
+
 ROOT = Path(__file__).parents[1]
 FIRST, EXAMPLES, KERNELS, CONVERSION = (
     (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in (".", "examples", "kernels", "conversion")
@@ -59,6 +61,13 @@ def test_bits_per_byte_of_the_long_demo():
     assert row(FIRST, "lzma, after it has seen") == [f"{table['lzma after the training text']:.2f}"]
     for name in ("lzma", "trigram, interpolated", "bigram", "unigram"):
         assert row(FIRST, f"{name} |") == [f"{table[name.partition(',')[0]]:.2f}"]
+
+
+def test_cache_of_the_long_demo():
+    cache = recorded("demo_30.json")["cache"]
+    for name, start in (("ours", "Rodimus+ |"), ("full", "full keys and values")):
+        assert row(FIRST, start) == [size(cache[name][tokens]) for tokens in ("1000", "100000")]
+    assert f"| cache after, in {cache['dtype']} |" in FIRST
 
 
 RATIOS = {

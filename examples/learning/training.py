@@ -196,6 +196,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     use_cache = model.config.use_cache
     trainer.train()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else autocast stays, in what is measured too
     model.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved so
     log.losses = torch.stack(trainer.losses).tolist()
     return log

@@ -362,8 +362,8 @@ def check_shapes(shape, marks: Marks, seen):
     for name in ("position_ids", *DOCUMENTS):
         value = getattr(marks, name)
         if value is not None and not are_integers(value):
-            got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ValueError(f"{name} must be a tensor of integers; got {got}.")
+            kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(f"{name} must be a tensor of integers; got {kind}.")
     for name in ("position_ids", "seq_idx"):
         value = getattr(marks, name)
         if value is not None and (value.ndim != 2 or value.shape[1] != length or value.shape[0] not in (1, batch)):

@@ -37,6 +37,7 @@ from scrubjay.examples.learning.training import (
 )
 from scrubjay.examples.measuring.baselines import EM_STEPS, TUNING_SHARE, NGram, gram_keys, lzma_bits
 from scrubjay.examples.measuring.measure import cache_growth, decode_rate, full_cache_nbytes, stream_bits, windows
+from scrubjay.modeling.inputs.cache_argument import CACHE
 
 VOCAB = 11
 
@@ -272,6 +273,14 @@ def test_a_run_over_its_limit_stops(tmp_path):
     recipe = Recipe.of("llama", batch_size=4, length=64)
     log = train(small_llama(), data, recipe, 20, bfloat16=False, output=tmp_path, show=False, limit=0.0)
     assert len(log.seconds) == len(log.losses) == 1
+
+
+def test_after_training_in_bfloat16_a_model_computes_in_its_own_dtype(tmp_path):
+    """accelerate leaves autocast in the forward: caches would be weighed in two bytes a number, full ones in four."""
+    model, data = small_llama(), Windows(random_stream(64 * 40) % 50, 64)
+    train(model, data, Recipe.of("llama", batch_size=4), 2, bfloat16=True, output=tmp_path, show=False)
+    cache = model.eval()(torch.arange(9)[None], use_cache=True)[CACHE]
+    assert cache.layers[0].keys.dtype == model.dtype == torch.float32
 
 
 def test_plan_obeys_the_tightest_limit():
