@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.conv_triton import causal_conv_triton, conv_fits
-from scrubjay.kernels.dispatch import choose, exported, without_autocast
+from scrubjay.kernels.dispatch import choose, compiled, exported, without_autocast
+from scrubjay.kernels.operators import Operator
 from scrubjay.kernels.recurrence import by_steps, chunks, documents, num_states, wants_gradient
 
 TILE = 2**17  # elements that the backward pass works on at a time on a CPU: they stay in cache
@@ -57,7 +58,10 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
     if choose(backend, "causal_conv", x, weight, fused=fused) == "triton":
         return causal_conv_triton(x, weight, bias, _given(x, weight, initial_state, cu_seqlens), cu_seqlens, lengths)
     state = _initial(x, weight, initial_state, cu_seqlens)
-    if x.shape[1] == 1 and cu_seqlens is None and lengths is None:
+    single = x.shape[1] == 1 and cu_seqlens is None and lengths is None
+    if compiled() and not single:
+        return _OPERATOR([x, weight, bias, state, cu_seqlens, lengths])
+    if single:
         y, state = causal_conv_step(x[:, 0], weight, bias, state)
         return y[:, None], state
     if cu_seqlens is not None:
@@ -67,6 +71,18 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
         return y, _end(state, x)
     ends = lengths[:, None] + torch.arange(state.shape[1], device=x.device)  # step t of x is step t + K - 1 there
     return y, torch.cat([state, x], 1).gather(1, ends[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _run(tensors, integers, floats):
+    *operands, lengths = tensors
+    return causal_conv(*operands, lengths=lengths, backend="torch")
+
+
+def _shapes(tensors, integers):
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (tensors[0], tensors[3])]
+
+
+_OPERATOR = Operator("causal_conv", _run, _shapes)
 
 
 def _convolved(weight, bias, *parts):

@@ -32,6 +32,7 @@ from scrubjay.kernels.recurrence import (
     reuse,
     wants_gradient,
 )
+from scrubjay.kernels.recurrence_operator import as_operator
 
 
 @without_autocast
@@ -106,6 +107,7 @@ def ddts_change(k, v, a):
     return total, OuterSum.apply(keys[:, :, None], v[:, :, None])[:, 0]
 
 
+@as_operator("ddts")
 class _Chunk:
     """One chunk of Q steps. Products over steps of the chunk run in v's dtype, what enters the state in float32."""
 

@@ -21,6 +21,12 @@ def exported() -> bool:
     return torch.compiler.is_exporting()
 
 
+def compiled() -> bool:
+    """Whether torch.compile reads this call. What it writes runs beside this library and may call operators of ours,
+    for which values and lengths are known when it runs."""
+    return traced() and not exported()
+
+
 def choose(backend: str | None, op: str, *tensors: torch.Tensor, fused: bool = False) -> str:
     """Name the path that `op` takes for these operands: "torch" or "triton".
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from scrubjay.kernels.dispatch import traced
 from scrubjay.kernels.recurrence import LOG2_E
 
 TILE = 2**18  # logits worked on at a time: they and what is computed from them stay in cache
@@ -22,7 +23,7 @@ def cross_entropy(logits, labels, ignore_index=-100):
     Raises:
         IndexError, RuntimeError: a label outside the vocabulary, from torch.
     """
-    if logits.device.type != "cpu":
+    if logits.device.type != "cpu" or traced():
         return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
     return _CrossEntropy.apply(logits, labels, ignore_index)
 

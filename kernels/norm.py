@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from scrubjay.kernels.dispatch import choose, exported, without_autocast
+from scrubjay.kernels.dispatch import choose, traced, without_autocast
 from scrubjay.kernels.norm_triton import gated_rms_norm_triton, norm_fits, rms_norm_triton
 from scrubjay.kernels.recurrence import wants_gradient
 
@@ -106,7 +106,7 @@ def gated_rms_norm(y, z, weight, eps, groups=1, x=None, skip=None, *, backend=No
     fused = norm_fits(groups, y, z, weight, x, skip)
     if choose(backend, "gated_rms_norm", y, z, fused=fused) == "triton":
         return gated_rms_norm_triton(y, z, weight, eps, groups, x, skip)
-    if exported():  # tiles are many where rows are many
+    if traced():  # tiles are many where rows are many, and a compiler fuses the formula
         return gated_rms_norm_reference(y, z, weight, eps, groups, x, skip)
     if wants_gradient(y, z, x, weight, skip):
         return _GatedRMSNorm.apply(y, z, x, weight, skip, eps, groups)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
-from scrubjay.kernels.dispatch import exported, without_autocast
+from scrubjay.kernels.dispatch import exported, traced, without_autocast
 
 LOG2_E = 1 / math.log(2)  # exp(x) = exp2(x LOG2_E)
 # From here down a log-decay forgets everything: its exp is 0 in that dtype. Whole numbers, which 16 bits hold too.
@@ -58,7 +58,8 @@ def _numbers(cu_seqlens: torch.Tensor) -> list[int]:
 
 def num_states(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> int:
     """Rows that an initial or final state has: one a batch row, or one a document."""
-    documents(cu_seqlens, batch, length)  # refuses offsets that name no documents
+    if exported() or not traced():  # the operators that torch.compile calls look at values
+        documents(cu_seqlens, batch, length)  # refuses offsets that name no documents
     return batch if cu_seqlens is None else cu_seqlens.numel() - 1
 
 
@@ -94,10 +95,10 @@ def decayed(state: torch.Tensor, factor: torch.Tensor, overwrite: bool) -> torch
 
 def locked(state: torch.Tensor | None) -> bool:
     """Whether a state's memory may not be written: autograd's leaf, made in inference mode and used outside, or the
-    input of an exported program."""
+    input of a program, of which a compiler does not see where it was made."""
     return (
         state is None
-        or exported()
+        or traced()
         or state.requires_grad
         or (state.is_inference() and not torch.is_inference_mode_enabled())
     )
@@ -149,6 +150,8 @@ def chunked(piece, size, state, cu_seqlens, q, k, v, a, *more):
     sequences = q, k, v, a.clamp(min=FORGETS[state.dtype]), *more
     if exported():
         return _at_once(piece, size, state, *sequences)
+    if traced():
+        return piece.operator([state, cu_seqlens, *sequences], [size])
     if wants_gradient(state, *sequences):
         return ChunkedRecurrence.apply(piece, size, state, cu_seqlens, *sequences)
     return _in_turn(piece, size, state, cu_seqlens, *sequences)

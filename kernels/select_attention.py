@@ -18,7 +18,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from scrubjay.kernels.dispatch import alike, choose, exported, without_autocast
+from scrubjay.kernels.dispatch import alike, choose, compiled, exported, traced, without_autocast
+from scrubjay.kernels.operators import Operator
 from scrubjay.kernels.recurrence import wants_gradient
 from scrubjay.kernels.select_attention_triton import (
     select_attention_fits,
@@ -33,13 +34,15 @@ Limit = tuple[torch.Tensor, int]
 class Packed:
     """Which of (B, T) columns are queries: tile after tile and in a tile row after row, or (not `tiled`) row after row.
 
-    index: (n,) int64, row * T + column of each query, columns of a row rising.
+    index: (n,) int64, row * T + column of each query, columns of a row rising. asked: (B, T) bool, where all columns are
+    queries, of which only some attend and the others find zeros; None: all do.
     """
 
     index: torch.Tensor
     shape: tuple[int, int]
     tile: int
     tiled: bool
+    asked: torch.Tensor | None = None
 
     @property
     def rows(self) -> torch.Tensor:
@@ -61,14 +64,15 @@ class Packed:
 
 def pack(mask: torch.Tensor, window: int, *, every: bool = False, tiled: bool | None = None) -> Packed:
     """Gather the columns of (B, T) bool `mask` for `select_attention`; `every`: all of them, whatever it says, as it is
-    always where the call is exported.
+    always where the call is exported. Where it is compiled all are queries too, for how many there are is no value.
 
     A tile covers as many columns as make one product worth its call and few enough that the keys read for it are not
     many more than a window: 64 to 256. `tiled` is the order; None takes the one that the mask's device is fastest with.
     """
     B, T = mask.shape
-    if exported():
-        return Packed(torch.arange(B * T, device=mask.device), (B, T), T, False)
+    if traced():
+        asked = None if every or exported() else mask
+        return Packed(torch.arange(B * T, device=mask.device), (B, T), T, False, asked)
     tile = min(max(64, min(256, window // 4)), T)
     if not (mask.device.type == "cpu" if tiled is None else tiled):
         index = torch.arange(B * T, device=mask.device) if every else mask.flatten().nonzero()[:, 0]
@@ -131,9 +135,9 @@ def select_attention_step(q, keys, values, seen, scale=None, rows=None, *, backe
 
 def steps_by_mask(keys) -> bool:
     """Whether a step over `keys` is faster for all rows, with a mask of those that attend, than for those alone: to
-    name them, a GPU has to be waited for. Not where a gradient may be wanted; always where the call is exported."""
+    name them, a GPU has to be waited for. Not where a gradient may be wanted; always where a program is written."""
     fused = _step_fits(keys, keys, keys) and not torch.is_grad_enabled()
-    return exported() or choose(None, "select_attention_step", keys, fused=fused) == "triton"
+    return traced() or choose(None, "select_attention_step", keys, fused=fused) == "triton"
 
 
 def _step_fits(q, keys, values):
@@ -167,6 +171,10 @@ def select_attention(
         ValueError: shapes that do not fit each other, a backend that cannot run.
     """
     _check(q, k, v, packed, before, window, limits, readable)
+    if compiled():
+        columns, reaches = zip(*limits, strict=True) if limits else ((), ())
+        tensors = [q, k, v, packed.asked, before, readable, *columns]
+        return _OPERATOR(tensors, [window, *reaches], [_scale(q, scale)])[0]
     path = choose(backend, "select_attention", q, k, v, fused=select_attention_fits(q, k, v, limits))
     if exported():
         (B, T), S = packed.shape, k.shape[1] - packed.shape[1]
@@ -182,6 +190,22 @@ def select_attention(
         o = _by_tiles(q[order], k, v, packed, before, window, limits, readable, _scale(q, scale))
         return torch.empty_like(o).index_copy(0, order, o)
     return _by_tiles(q, k, v, packed, before, window, limits, readable, _scale(q, scale))
+
+
+def _run(tensors, integers, floats):
+    """`select_attention` of the columns that attend, among all."""
+    (q, k, v, asked, before, readable, *columns), (window, *reaches) = tensors, integers
+    every = torch.ones_like(before, dtype=torch.bool) if asked is None else asked
+    packed, limits = pack(every, window), list(zip(columns, reaches, strict=True))
+    o = select_attention(q[packed.index], k, v, packed, before, window, limits, readable, scale=floats[0])
+    return [torch.zeros_like(q).index_copy(0, packed.index, o)]
+
+
+def _shapes(tensors, integers):
+    return [torch.empty_like(tensors[0], memory_format=torch.contiguous_format)]
+
+
+_OPERATOR = Operator("select_attention", _run, _shapes)
 
 
 def _by_tiles(q, k, v, packed, before, window, limits, readable, scale):

@@ -36,6 +36,7 @@ from scrubjay.kernels.recurrence import (
     reuse,
     wants_gradient,
 )
+from scrubjay.kernels.recurrence_operator import as_operator
 from scrubjay.kernels.ssd_triton import ssd_fits, ssd_step_triton, ssd_triton
 
 
@@ -157,6 +158,7 @@ class _LogDecay(torch.autograd.Function):
         return (da * rate * more).clamp(-top, top), dlog.flatten(0, -2).sum(0).to(rate.dtype)
 
 
+@as_operator("ssd")
 class _Chunk:
     """One chunk of Q steps. R = H / G heads share a group; states are grouped, (B, G, N, R * P), so that one product
     serves all heads of a group and q, k are never repeated. Products over steps of the chunk run in the inputs' dtype,

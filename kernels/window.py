@@ -10,7 +10,8 @@ head h mod V (tiled, not the grouped order of other models). SW-SKA has K = 1 an
 import torch
 import torch.nn.functional as F
 
-from scrubjay.kernels.dispatch import alike, choose, exported, without_autocast
+from scrubjay.kernels.dispatch import alike, choose, compiled, exported, without_autocast
+from scrubjay.kernels.operators import Operator
 from scrubjay.kernels.recurrence import documents, wants_gradient
 from scrubjay.kernels.window_triton import window_fits, window_step_triton, window_triton
 
@@ -74,15 +75,37 @@ def window_attention(q, k, v, window, past=None, cu_seqlens=None, *, scale=None,
     """
     _check(q, k, v, window, past, cu_seqlens)
     scale = _scale(q, scale)
-    pieces = documents(cu_seqlens, *q.shape[:2])
     fused = window_fits(q, k, v, *(past or ())[:2], scale=scale, dropout=dropout)
     if choose(backend, "window_attention", q, k, v, fused=fused) == "triton":
         return window_triton(q, k, v, window, past, cu_seqlens, scale)
+    if compiled():
+        seed = torch.randint(2**62, (), dtype=torch.int64) if dropout else None
+        return _OPERATOR([q, k, v, *(past or (None,) * 3), cu_seqlens, seed], [window], [scale, dropout])[0]
     if cu_seqlens is None:
         return _banded(q, k, v, window, past, scale, dropout)
-    cuts = [stop - start for _, start, stop in pieces]
+    cuts = [stop - start for _, start, stop in documents(cu_seqlens, *q.shape[:2])]
     packed = zip(*(x.split(cuts, 1) for x in (q, k, v)), strict=True)
     return torch.cat([_banded(*x, window, None, scale, dropout) for x in packed if x[0].shape[1]], 1)
+
+
+def _run(tensors, integers, floats):
+    """`window_attention`; the dropout of a forward and a backward pass is one seed's."""
+    q, k, v, *past, cu_seqlens, seed = tensors
+    past = None if past[0] is None else past
+    scale, dropout = floats
+    with torch.random.fork_rng([q.device] if q.device.type == "cuda" else [], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(int(seed))
+        options = {"scale": scale, "dropout": dropout, "backend": "torch"}
+        return [window_attention(q, k, v, integers[0], past, cu_seqlens, **options)]
+
+
+def _shapes(tensors, integers):
+    q, v = tensors[0], tensors[2]
+    return [q.new_empty(*q.shape[:3], v.shape[3])]
+
+
+_OPERATOR = Operator("window_attention", _run, _shapes)
 
 
 def _banded(q, k, v, window, past, scale, dropout):

@@ -13,7 +13,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from scrubjay.kernels.dispatch import exported
+from scrubjay.kernels.dispatch import traced
 from scrubjay.modeling.inputs.arguments import given, refuse_unknown
 from scrubjay.modeling.inputs.cache_argument import (
     CACHE,
@@ -176,7 +176,7 @@ class ZooModel(ZooPreTrainedModel):
         A block gives its output, or a pair: the output, and sums over tokens that are kept in `notes`.
         """
         T = x.shape[1]
-        whole = exported() or layout.cu_seqlens is not None or layout.shard is not None
+        whole = traced() or layout.cu_seqlens is not None or layout.shard is not None
         if whole or T <= SEGMENT or torch.is_grad_enabled() or x.device.type != "cpu":
             pieces = [(x, layout)]
         else:

@@ -7,7 +7,7 @@ row.
 import torch
 from torch import nn
 
-from scrubjay.kernels.dispatch import exported
+from scrubjay.kernels.dispatch import exported, traced
 from scrubjay.kernels.gate import (
     gate_logit,
     gumbel_difference,
@@ -81,13 +81,12 @@ class SelectiveAttention(nn.Module):
         if ring is not None:
             ring.prepare(x[:, :0])
         index, o = self.attend(x, a, m, layout, ring, dense)
+        strength = a * soft if self.training and config.st_surrogate == "p1" else a
         if index is None:
-            h = torch.where(m[..., None], mix(h, o.view_as(h), a, config.refine), h)
+            h = torch.where(m[..., None], mix(h, o.view_as(h), strength, config.refine), h)
         else:
-            flat, strength = h.flatten(0, 1), a.flatten()[index]
-            if self.training and config.st_surrogate == "p1":
-                strength = strength * soft.flatten()[index]
-            mixed = mix(flat[index], o, strength, config.refine)
+            flat = h.flatten(0, 1)
+            mixed = mix(flat[index], o, strength.flatten()[index], config.refine)
             if len(index) or torch.is_grad_enabled():
                 h = flat.index_copy(0, index, mixed).view_as(h)
         if self.training and config.st_surrogate == "chosen":
@@ -126,12 +125,13 @@ class SelectiveAttention(nn.Module):
             index, o = self._step(x, a, m, layout, ring)
         elif self.config.kv_scope == "all":
             index, o = self._among_all(x, a, m, layout, ring, dense)
-        elif dense or exported():
-            index, o = self._dense_among_selected(x, a, m, layout, ring)
+        elif dense or traced():
+            index, o = self._dense_among_selected(x, a, m, layout, ring, dense)
         else:
             index, o = self._among_selected(x, a, m, layout, ring)
         o = _of_rows(self.o_proj, o.flatten(1), layout, index, x.shape[-1])
-        index = None if exported() else index  # every column attended, where nobody reads which were selected
+        # every column was a query: only where a gradient is wanted of all need they be told apart
+        index = None if exported() or (traced() and not dense) else index
         return index, o if self.post_norm is None else self.post_norm(o)
 
     def _queries(self, x, a, layout, index):
@@ -199,8 +199,9 @@ class SelectiveAttention(nn.Module):
             ring.append(k, v, positions, lengths)
         return index, o
 
-    def _dense_among_selected(self, x, a, m, layout, ring):
-        """Training: what every token would find among the selected ones before it and itself. Columns are positions,
+    def _dense_among_selected(self, x, a, m, layout, ring, dense):
+        """Training: what every token would find among the selected ones before it and itself; of a program, what the
+        selected ones find there. Columns are positions,
         and where the window is one of ranks all of them are read."""
         config, T = self.config, x.shape[1]
         k, v = self._keys(x, layout)
@@ -221,7 +222,7 @@ class SelectiveAttention(nn.Module):
         reach = config.ring_size if config.window_axis == "rank" else config.kv_cap
         if reach:
             limits.append((ranks, reach))
-        packed = pack(m, window, every=True)
+        packed = pack(m, window, every=dense)
         q = self._queries(x, a, layout, packed.index)
         keys, values = _after(past, k, v)
         o = select_attention(q, keys, values, packed, before, window, limits, readable)
@@ -330,8 +331,8 @@ def _first_of_document(m, layout):
 def _sums(x, layout):
     """(B, T, 3) -> (rows or documents, 4): sums over real tokens, and how many those are."""
     if layout.cu_seqlens is not None:
-        sizes = layout.cu_seqlens.diff()
-        document = torch.repeat_interleave(torch.arange(len(sizes), device=x.device), sizes)
+        sizes, column = layout.cu_seqlens.diff(), torch.arange(x.shape[1], device=x.device)
+        document = torch.searchsorted(layout.cu_seqlens[1:].contiguous(), column, right=True)
         sums = x.new_zeros(len(sizes), x.shape[-1]).index_add(0, document, x[0])
         return torch.cat([sums, sizes[:, None].to(x.dtype)], 1)
     if layout.lengths is not None:

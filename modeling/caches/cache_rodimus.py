@@ -6,7 +6,7 @@ B batch, W ring size, K key heads, V value heads, P head size.
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from scrubjay.kernels.dispatch import exported
+from scrubjay.kernels.dispatch import traced
 from scrubjay.modeling.caches.cache_state import StateCache, StateLayer
 from scrubjay.modeling.caches.ring import last_steps, put_slots, take_slots
 
@@ -37,7 +37,7 @@ class WindowStateLayer(StateLayer):
         """The last S < W steps in order: (B, S, K, P), (B, S, V, P) and which are real, (B, S); None before any."""
         if self.seen == 0 or self.window == 1:
             return None
-        steps = self.window - 1 if exported() else min(self.window - 1, self.seen)
+        steps = self.window - 1 if traced() else min(self.window - 1, self.seen)
         at = self.counts[:, None] + torch.arange(-steps, 0, device=self.counts.device)
         slots = at % self.window
         return take_slots(self.keys, slots).transpose(1, 2), take_slots(self.values, slots).transpose(1, 2), at >= 0

@@ -6,7 +6,7 @@ B batch, W ring size, K key heads, P head size.
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from scrubjay.kernels.dispatch import exported
+from scrubjay.kernels.dispatch import traced
 from scrubjay.modeling.caches.cache_ssd import SSDCache
 from scrubjay.modeling.caches.cache_state import StateCache, StateLayer
 from scrubjay.modeling.caches.ring import last_steps, put_slots, take_slots
@@ -66,7 +66,7 @@ class RingLayer(StateLayer):
         """
         if self.seen == 0 or self.window == 1:
             return None
-        steps = self.window - 1 if exported() else min(self.window - 1, self.seen)
+        steps = self.window - 1 if traced() else min(self.window - 1, self.seen)
         at = self.writes[:, None] + torch.arange(-steps, 0, device=device)
         slots = at % self.window
         places = self.places.gather(1, slots) if self.selected else at

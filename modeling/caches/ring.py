@@ -5,7 +5,7 @@ B batch, W ring size, S slots of a row, K key heads, P head size.
 
 import torch
 
-from scrubjay.kernels.dispatch import exported
+from scrubjay.kernels.dispatch import exported, traced
 from scrubjay.modeling.caches.buffers import roomy, writable
 
 
@@ -31,11 +31,11 @@ def take_slots(ring: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 
 def put_slots(ring: torch.Tensor, slots: torch.Tensor, new: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """Write (B, K, S, P) to slots (B, S), distinct in a row. In place unless a gradient may need what was there, or it
-    is the input of an exported program."""
+    is the input of a program, of which a compiler does not see whether inference mode made it."""
     ring = roomy(ring, new)
     new = new.to(ring.dtype)
     if real is not None:
         new = torch.where(real[:, None, :, None], new, take_slots(ring, slots))
-    if torch.is_grad_enabled() or exported():
+    if torch.is_grad_enabled() or traced():
         return ring.scatter(2, _at(slots, ring), new)
     return writable(ring).scatter_(2, _at(slots, ring), new)
