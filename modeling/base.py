@@ -25,6 +25,7 @@ from scrubjay.modeling.inputs.cache_argument import (
     takes_cache,
 )
 from scrubjay.modeling.inputs.columns import Columns, Marks, one_text_a_row
+from scrubjay.modeling.inputs.positions import without_positions
 from scrubjay.modeling.layers import RMSNorm, project
 from scrubjay.modeling.layout import arrange
 from scrubjay.modeling.losses import causal_lm_loss
@@ -319,4 +320,5 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
                 "that covers the old ones too."
             )
         inputs = {"next_sequence_length": next_sequence_length, "inputs_embeds": inputs_embeds, **named(cache)}
-        return for_peft(self, super().prepare_inputs_for_generation(input_ids, **inputs, **kwargs), cache)
+        prepared = super().prepare_inputs_for_generation(input_ids, **inputs, **kwargs)
+        return for_peft(self, without_positions(prepared, 0 if cache is None else cache.get_seq_length()), cache)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from scrubjay.kernels.dispatch import compiled, exported, traced
 from scrubjay.modeling.inputs.masks import read_mask
+from scrubjay.modeling.inputs.offsets import asserted_offsets
 
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that nothing but documents has a use for
 STEP = " This call is of one column a row: if generate() made it, leave that argument out of generate()."
@@ -41,6 +42,11 @@ class Marks:
     def of(cls, arguments: Mapping) -> "Marks":
         """Those among a call's keyword arguments."""
         return cls(**{field.name: arguments.get(field.name) for field in fields(cls)})
+
+    def alone(self, shape, cache) -> bool:
+        """Whether cu_seq_lens_q says all there is to say: of one row, without padding or a cache."""
+        padded = self.attention_mask is not None or self.seq_idx is not None
+        return self.cu_seq_lens_q is not None and shape[0] == 1 and not padded and cache is None
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,11 @@ def read_columns(shape, device, marks: Marks, *, seen=0, cache=None, held=None) 
     """
     shape = tuple(shape)
     check_shapes(shape, marks, seen)
-    if compiled() and cache is None and shape[0] == 1 and marks.cu_seq_lens_q is not None:
-        if marks.attention_mask is None and marks.seq_idx is None:
-            return _offsets_of_one_row(shape, device, marks)
+    if compiled() and marks.alone(shape, cache):
+        cuts = marks.cu_seq_lens_q, shape[1], device, marks.cu_seq_lens_k, marks.position_ids
+        offsets = asserted_offsets(*cuts)
+        several = len(offsets) > 2
+        return Columns(shape, device, offsets=offsets, marks=("cu_seq_lens_q",)) if several else Columns(shape, device)
     mask, position_ids, seq_idx = marks.attention_mask, marks.position_ids, marks.seq_idx
     cu_seqlens = _same(marks.cu_seq_lens_q, marks.cu_seq_lens_k)
     # a compiled call that may be of packed documents has to look at values; to others those say nothing
@@ -304,25 +312,6 @@ def _documents(shape, device, real, position_ids, cu_seqlens, seq_idx, segments)
     starts = next(iter(found.values())).nonzero()[:, 0]
     marks = tuple(name for name, first in found.items() if bool((first & ~edges).any()))
     return F.pad(starts, (0, 1), value=len(rows)), index, marks
-
-
-def _offsets_of_one_row(shape, device, marks: Marks) -> Columns:
-    """One row's documents by their offsets, whose number is a shape: values, which a compiled call does not look at,
-    are asserted when it runs."""
-    offsets, positions = marks.cu_seq_lens_q.to(device, torch.int64).flatten(), marks.position_ids
-    fits = (offsets[0] == 0) & (offsets[-1] == shape[1]) & (offsets.diff() >= 0).all()
-    torch._assert_async(fits, f"cu_seq_lens_q must rise from 0 to batch * length.{STEP}")
-    if marks.cu_seq_lens_k is not None:
-        same = (offsets == marks.cu_seq_lens_k.to(device)).all()
-        torch._assert_async(same, "cu_seq_lens_q and cu_seq_lens_k disagree: pass the former, or both alike.")
-    if positions is not None:
-        document = torch.searchsorted(offsets, torch.arange(shape[1], device=device), right=True)
-        starts = positions.to(device)[0].diff() <= 0
-        wanted = "cu_seq_lens_q and position_ids disagree about where documents start. Pass one of them."
-        torch._assert_async((~starts | (document.diff() != 0)).all(), wanted)
-    if len(offsets) == 2:
-        return Columns(shape, device)
-    return Columns(shape, device, offsets=offsets, marks=("cu_seq_lens_q",))
 
 
 def _clashes(found):
