@@ -6,12 +6,15 @@ B batch, T time, C channels, K taps. x: (B, T, C)   weight: (C, K)   bias: (C,) 
 last K - 1 inputs (before the convolution), oldest first.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.conv_triton import causal_conv_triton, conv_fits
 from scrubjay.kernels.dispatch import choose, exported, without_autocast
+from scrubjay.kernels.linear import product_dtype
 from scrubjay.kernels.recurrence import by_steps, chunks, documents, num_states, wants_gradient
 
 TILE = 2**17  # elements that the backward pass works on at a time on a CPU: they stay in cache
@@ -53,7 +56,7 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
     _check(x, weight, bias)
     if lengths is not None and cu_seqlens is not None:
         raise ValueError("causal_conv takes lengths of rows or packed documents (cu_seqlens), not both.")
-    fused = conv_fits(x, weight, bias, initial_state)
+    fused = partial(conv_fits, x, weight, bias, initial_state)
     if choose(backend, "causal_conv", x, weight, fused=fused) == "triton":
         return causal_conv_triton(x, weight, bias, _given(x, weight, initial_state, cu_seqlens), cu_seqlens, lengths)
     state = _initial(x, weight, initial_state, cu_seqlens)
@@ -74,7 +77,12 @@ def _convolved(weight, bias, *parts):
     (B, T, C)."""
     if wants_gradient(weight, bias, *parts):
         return _Convolution.apply(weight, bias, *parts)
-    return F.silu(_convolve(torch.cat(parts, 1), weight, bias), inplace=True)
+    return _activated(weight, bias, *parts)
+
+
+def _activated(weight, bias, *parts):
+    window = torch.cat(parts, 1)
+    return F.silu(_convolve(window.to(product_dtype(window)), weight, bias), inplace=True).to(window.dtype)
 
 
 class _Convolution(torch.autograd.Function):
@@ -84,7 +92,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, *parts):
         ctx.save_for_backward(weight, bias, *parts)
-        return F.silu(_convolve(torch.cat(parts, 1), weight, bias), inplace=True)
+        return _activated(weight, bias, *parts)
 
     @staticmethod
     @once_differentiable

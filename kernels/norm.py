@@ -6,6 +6,8 @@
 C channels, in G equal groups. y, x, z: (..., C)   weight, skip: (C,). Computed in float32 (float64 for float64 inputs).
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -31,7 +33,10 @@ def rms_norm(x, weight, eps, *, backend=None):
     Raises:
         ValueError: a backend that cannot run.
     """
-    fused = (x.dtype != weight.dtype or backend == "triton") and norm_fits(1, x, weight)
+
+    def fused():
+        return (x.dtype != weight.dtype or backend == "triton") and norm_fits(1, x, weight)
+
     if choose(backend, "rms_norm", x, weight, fused=fused) == "triton":
         return rms_norm_triton(x, weight, eps)
     if x.device.type == "cpu":
@@ -103,7 +108,7 @@ def gated_rms_norm(y, z, weight, eps, groups=1, x=None, skip=None, *, backend=No
         )
     if (x is None) != (skip is None) or (x is not None and (x.shape != y.shape or skip.shape != weight.shape)):
         raise ValueError("gated_rms_norm needs x in y's shape together with skip in weight's shape, or neither.")
-    fused = norm_fits(groups, y, z, weight, x, skip)
+    fused = partial(norm_fits, groups, y, z, weight, x, skip)
     if choose(backend, "gated_rms_norm", y, z, fused=fused) == "triton":
         return gated_rms_norm_triton(y, z, weight, eps, groups, x, skip)
     if exported():  # tiles are many where rows are many
@@ -115,12 +120,19 @@ def gated_rms_norm(y, z, weight, eps, groups=1, x=None, skip=None, *, backend=No
 
 @without_autocast
 def _gated(y, z, x, weight, skip, eps, groups):
+    if y.numel() <= TILE:
+        return _gated_tile(y, z, x, weight, skip, eps, groups).to(y.dtype)
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
     y, z, x, flat = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (y, z, x, out))
     for rows in _tiles(flat):
-        u = _skipped(y, x, skip, rows).mul_(F.silu(z[rows].to(_wide(y))))
-        torch.mul(u.mul_(_scale(u, eps, groups)), weight, out=flat[rows])
+        tile = (None if t is None else t[rows] for t in (y, z, x))
+        _gated_tile(*tile, weight, skip, eps, groups, out=flat[rows])
     return out
+
+
+def _gated_tile(y, z, x, weight, skip, eps, groups, out=None):
+    u = _skipped(y, x, skip).mul_(F.silu(z.to(_wide(y))))
+    return torch.mul(u.mul_(_scale(u, eps, groups)), weight, out=out)
 
 
 class _GatedRMSNorm(torch.autograd.Function):
@@ -142,7 +154,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         dy, dz, dx = (None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y, z, x))
         dweight, dskip = torch.zeros_like(weight, dtype=wide), torch.zeros_like(weight, dtype=wide)
         for rows in _tiles(y):
-            gate, s = z[rows].to(wide), _skipped(y, x, skip, rows)
+            gate, s = z[rows].to(wide), _skipped(y[rows], None if x is None else x[rows], skip)
             silu = F.silu(gate)
             u = s * silu
             scale = _scale(u, ctx.eps, ctx.groups)
@@ -172,12 +184,12 @@ def _tiles(rows):
     return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
-def _skipped(y, x, skip, rows):
-    """y + skip * x for some rows, in a fresh float32 tensor."""
+def _skipped(y, x, skip):
+    """y + skip * x in a fresh float32 tensor."""
     wide = _wide(y)
     if x is None:
-        return y[rows].to(wide, copy=True)
-    return torch.addcmul(y[rows].to(wide), x[rows].to(wide), skip.to(wide))
+        return y.to(wide, copy=True)
+    return torch.addcmul(y.to(wide), x.to(wide), skip.to(wide))
 
 
 def _scale(u, eps, groups=1):
