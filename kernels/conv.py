@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.conv_triton import causal_conv_triton, conv_fits
-from scrubjay.kernels.dispatch import choose, exported, without_autocast
+from scrubjay.kernels.dispatch import choose, exported, one_token, without_autocast
 from scrubjay.kernels.linear import product_dtype
 from scrubjay.kernels.recurrence import by_steps, chunks, documents, num_states, wants_gradient
 
@@ -54,6 +54,9 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
         ValueError: shapes that do not fit each other, a sequence of length 0, a backend that cannot run.
     """
     _check(x, weight, bias)
+    simple = backend is None and cu_seqlens is None and lengths is None and initial_state is not None
+    if simple and one_token(x) and x.dtype == initial_state.dtype == weight.dtype:
+        return _one_token(x, weight, bias, initial_state)
     if lengths is not None and cu_seqlens is not None:
         raise ValueError("causal_conv takes lengths of rows or packed documents (cu_seqlens), not both.")
     fused = partial(conv_fits, x, weight, bias, initial_state)
@@ -70,6 +73,13 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
         return y, _end(state, x)
     ends = lengths[:, None] + torch.arange(state.shape[1], device=x.device)  # step t of x is step t + K - 1 there
     return y, torch.cat([state, x], 1).gather(1, ends[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _one_token(x, weight, bias, state):
+    """`causal_conv_step` of x (B, 1, C)."""
+    window = torch.cat([state, x], 1)
+    y = (window * weight.T).sum(1, keepdim=True)
+    return F.silu(y if bias is None else y.add_(bias), inplace=True), window[:, 1:]
 
 
 def _convolved(weight, bias, *parts):

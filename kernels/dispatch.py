@@ -60,6 +60,13 @@ def choose(backend: str | None, op: str, *tensors: torch.Tensor, fused: bool | C
     return "triton" if wanted and (traced() or works()) else "torch"
 
 
+def one_token(x: torch.Tensor) -> bool:
+    """Whether `x` (B, 1, ...) is one token of each row, on a CPU and without a gradient: there every call of PyTorch
+    costs as much as its arithmetic, so kernels take the fewest."""
+    alone = x.shape[1] == 1 and not torch.is_grad_enabled() and x.device.type == "cpu"
+    return alone and not traced() and not torch.is_autocast_enabled("cpu")
+
+
 def without_autocast(function):
     """Run `function`, which gives each product its own dtype, with autocast off: it would lower the state's products.
 

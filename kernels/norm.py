@@ -19,6 +19,7 @@ from scrubjay.kernels.recurrence import wants_gradient
 # Elements of one tile of rows on a CPU: a tile and what is computed from it stay in one core's second-level cache, so
 # that a chain of elementwise operations reads memory once. 2^16 to 2^18 measured alike, a single tile 2x slower.
 TILE = 2**17
+WIDE = (torch.float32, torch.float64)  # computed in as they are
 
 
 def rms_norm(x, weight, eps, *, backend=None):
@@ -49,9 +50,11 @@ def rms_norm(x, weight, eps, *, backend=None):
 
 def _normed(x, weight, eps):
     """The norm and rsqrt(mean(x^2) + eps) of each row, (..., 1)."""
-    x = x.to(torch.promote_types(_wide(x), weight.dtype))
+    if x.dtype != weight.dtype or x.dtype not in WIDE:
+        x = x.to(torch.promote_types(_wide(x), weight.dtype))
     scale = _scale(x, eps)
-    return (x * scale).mul_(weight).to(weight.dtype), scale
+    normed = (x * scale).mul_(weight)
+    return normed if normed.dtype == weight.dtype else normed.to(weight.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -131,7 +134,7 @@ def _gated(y, z, x, weight, skip, eps, groups):
 
 
 def _gated_tile(y, z, x, weight, skip, eps, groups, out=None):
-    u = _skipped(y, x, skip).mul_(F.silu(z.to(_wide(y))))
+    u = _skipped(y, x, skip).mul_(F.silu(z if z.dtype == y.dtype in WIDE else z.to(_wide(y))))
     return torch.mul(u.mul_(_scale(u, eps, groups)), weight, out=out)
 
 
@@ -186,6 +189,8 @@ def _tiles(rows):
 
 def _skipped(y, x, skip):
     """y + skip * x in a fresh float32 tensor."""
+    if x is not None and y.dtype == x.dtype == skip.dtype in WIDE:
+        return torch.addcmul(y, x, skip)
     wide = _wide(y)
     if x is None:
         return y.to(wide, copy=True)
@@ -194,7 +199,9 @@ def _skipped(y, x, skip):
 
 def _scale(u, eps, groups=1):
     """rsqrt(mean(u^2) + eps) of each group, (..., C) or, where one number serves the row, (..., 1)."""
-    grouped = u if groups == 1 else u.unflatten(-1, (groups, -1))
+    if groups == 1:
+        return torch.linalg.vector_norm(u, dim=-1, keepdim=True).square_().div_(u.shape[-1]).add_(eps).rsqrt_()
+    grouped = u.unflatten(-1, (groups, -1))
     size = grouped.shape[-1]
-    scale = torch.linalg.vector_norm(grouped, dim=-1, keepdim=groups == 1).square_().div_(size).add_(eps).rsqrt_()
-    return scale if groups == 1 else scale.repeat_interleave(size, -1)
+    scale = torch.linalg.vector_norm(grouped, dim=-1).square_().div_(size).add_(eps).rsqrt_()
+    return scale.repeat_interleave(size, -1)

@@ -60,13 +60,17 @@ def _numbers(cu_seqlens: torch.Tensor) -> list[int]:
 
 def num_states(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> int:
     """Rows that an initial or final state has: one a batch row, or one a document."""
+    if cu_seqlens is None:
+        return batch
     documents(cu_seqlens, batch, length)  # refuses offsets that name no documents
-    return batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    return cu_seqlens.numel() - 1
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether a backward pass may come: a single step then takes the chunked form too, whose backward is exact."""
-    return not exported() and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if not torch.is_grad_enabled() or exported():
+        return False
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -259,12 +263,13 @@ class ChunkedRecurrence(torch.autograd.Function):
     """y and the final state of a linear recurrence, one block of chunks after the other.
 
     `piece(memory, q, k, v, ...)`, sequences (R, Q, ...), solves R chunks at a time as products; R = C B, chunks outside.
-    `added(out)` is what each adds to the state before it, of which it leaves `kept()`, a factor; `outputs(s, out)` are its
-    y, shaped as v, from the states (R, ...) before each; `returned(dy, out)` is what its outputs add to the gradient of the
-    state before it; `gradients(dy, s, ds)` are those of the sequences, from the states before and the gradients of the
-    states after each. `total()` is log2 of what a chunk leaves, (R, decays) in float64; `summed(weights, states)` sums
-    states (B, C, ...) with weights (B, decays, C, C). What goes from chunk to chunk is a short loop. The working set is
-    one block; the backward pass recomputes it, so that nothing of size T x Q is kept. `memory` is a dict for `reuse`.
+    `added(out)` is what each adds to the state before it, of which it leaves `kept()`, a factor. `outputs(s, out)` are
+    its y, shaped as v, from the states (R, ...) before each. `returned(dy, out)` is what its outputs add to the
+    gradient of the state before it. `gradients(dy, s, ds)` are those of the sequences, from the states before and the
+    gradients of the states after each. `total()` is log2 of what a chunk leaves, (R, decays) in float64;
+    `summed(weights, states)` sums states (B, C, ...) with weights (B, decays, C, C). What goes from chunk to chunk is a
+    short loop. The working set is one block; the backward pass recomputes it, so that nothing of size T x Q is kept.
+    `memory` is a dict for `reuse`.
     """
 
     @staticmethod

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch.autograd.function import once_differentiable
 
-from scrubjay.kernels.dispatch import choose, without_autocast
+from scrubjay.kernels.dispatch import choose, one_token, without_autocast
 from scrubjay.kernels.linear import matmul, product_dtype
 from scrubjay.kernels.recurrence import (
     LOG2_E,
@@ -83,6 +83,9 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
     """
     sequences = q, k, v, a, g
     _check(*sequences, chunk)
+    if backend is None and q.shape[2] == 1 and cu_seqlens is None and one_token(q):
+        state = _initial(q, v, initial_state, None)
+        return _one_token(*sequences, state, overwrite and initial_state is not None)
     fused = choose(backend, "ssd", *sequences, fused=partial(ssd_fits, *sequences)) == "triton"
     single = q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(*sequences, initial_state)
     if fused and initial_state is not None:
@@ -100,6 +103,14 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
     state = _grouped(_initial(q, v, initial_state, cu_seqlens), q.shape[2])
     y, state = chunked(_Chunk, chunk, state, cu_seqlens, *sequences)
     return y, _per_head(state, v.shape[3])
+
+
+def _one_token(q, k, v, a, g, state, overwrite):
+    """`ssd_step` of sequences (B, 1, ...) with one group: heads are a batch over which q and k are broadcast."""
+    wide = state.dtype
+    state = decayed(state, a.to(wide).exp().mT[..., None], overwrite)
+    state.addcmul_(k.to(wide).mT, (v.to(wide) * g.to(wide)[..., None]).transpose(1, 2))
+    return torch.matmul(q.to(wide), state).transpose(1, 2).to(v.dtype), state
 
 
 def ssd_change_reference(k, v, a, g):
