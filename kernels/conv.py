@@ -6,12 +6,15 @@ B batch, T time, C channels, K taps. x: (B, T, C)   weight: (C, K)   bias: (C,) 
 last K - 1 inputs (before the convolution), oldest first.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.conv_triton import causal_conv_triton, conv_fits
-from scrubjay.kernels.dispatch import choose, compiled, exported, without_autocast
+from scrubjay.kernels.dispatch import choose, compiled, exported, one_token, without_autocast
+from scrubjay.kernels.linear import product_dtype
 from scrubjay.kernels.operators import Operator
 from scrubjay.kernels.recurrence import by_steps, chunks, documents, num_states, wants_gradient
 
@@ -52,9 +55,12 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
         ValueError: shapes that do not fit each other, a sequence of length 0, a backend that cannot run.
     """
     _check(x, weight, bias)
+    simple = backend is None and cu_seqlens is None and lengths is None and initial_state is not None
+    if simple and one_token(x) and x.dtype == initial_state.dtype == weight.dtype:
+        return _one_token(x, weight, bias, initial_state)
     if lengths is not None and cu_seqlens is not None:
         raise ValueError("causal_conv takes lengths of rows or packed documents (cu_seqlens), not both.")
-    fused = conv_fits(x, weight, bias, initial_state)
+    fused = partial(conv_fits, x, weight, bias, initial_state)
     if choose(backend, "causal_conv", x, weight, fused=fused) == "triton":
         return causal_conv_triton(x, weight, bias, _given(x, weight, initial_state, cu_seqlens), cu_seqlens, lengths)
     state = _initial(x, weight, initial_state, cu_seqlens)
@@ -71,6 +77,13 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
         return y, _end(state, x)
     ends = lengths[:, None] + torch.arange(state.shape[1], device=x.device)  # step t of x is step t + K - 1 there
     return y, torch.cat([state, x], 1).gather(1, ends[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _one_token(x, weight, bias, state):
+    """`causal_conv_step` of x (B, 1, C)."""
+    window = torch.cat([state, x], 1)
+    y = (window * weight.T).sum(1, keepdim=True)
+    return F.silu(y if bias is None else y.add_(bias), inplace=True), window[:, 1:]
 
 
 def _run(tensors, integers, floats):
@@ -90,7 +103,12 @@ def _convolved(weight, bias, *parts):
     (B, T, C)."""
     if wants_gradient(weight, bias, *parts):
         return _Convolution.apply(weight, bias, *parts)
-    return F.silu(_convolve(torch.cat(parts, 1), weight, bias), inplace=True)
+    return _activated(weight, bias, *parts)
+
+
+def _activated(weight, bias, *parts):
+    window = torch.cat(parts, 1)
+    return F.silu(_convolve(window.to(product_dtype(window)), weight, bias), inplace=True).to(window.dtype)
 
 
 class _Convolution(torch.autograd.Function):
@@ -100,7 +118,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, *parts):
         ctx.save_for_backward(weight, bias, *parts)
-        return F.silu(_convolve(torch.cat(parts, 1), weight, bias), inplace=True)
+        return _activated(weight, bias, *parts)
 
     @staticmethod
     @once_differentiable

@@ -15,16 +15,20 @@ are taken first, (Q, Q, N) numbers a chunk, which is why chunks are short. Sums 
 rounded once. In its gradient every a_t gathers only the pairs (i >= t > j) that it decays: nothing large cancels.
 """
 
+from functools import partial
+
 import torch
 
 from scrubjay.kernels.ddts_triton import ddts_fits, ddts_step_triton, ddts_triton
 from scrubjay.kernels.dispatch import choose, without_autocast
+from scrubjay.kernels.linear import matmul, product_dtype
 from scrubjay.kernels.recurrence import (
     LOG2_E,
     OuterSum,
     by_steps,
     chunked,
     crossing,
+    decay,
     decay_to_end,
     decayed,
     initial_or_zeros,
@@ -73,7 +77,7 @@ def ddts(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=16, overwrite
         ValueError: shapes that do not fit each other, a sequence of length 0, a backend that cannot run.
     """
     _check(q, k, v, a, chunk)
-    fused = choose(backend, "ddts", q, k, v, a, fused=ddts_fits(q, k, v, a)) == "triton"
+    fused = choose(backend, "ddts", q, k, v, a, fused=partial(ddts_fits, q, k, v, a)) == "triton"
     state = _initial(q, v, initial_state, cu_seqlens)
     if q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(q, k, v, a, initial_state):
         step = ddts_step_triton if fused else ddts_step
@@ -113,45 +117,52 @@ class _Chunk:
 
     def __init__(self, memory, q, k, v, a):
         self.memory = memory
-        self.low, self.wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
-        self.q, self.k, self.v = q.to(self.wide), k.to(self.wide), v
+        self.low, self.wide = product_dtype(v), torch.promote_types(v.dtype, torch.float32)
+        self.q, self.k, self.v = q.to(self.wide), k.to(self.wide), v.to(self.low)
         # (B, Q, N), in units of log 2, because on some CPUs exp is many times slower than exp2
         self.sums = (a.double() * LOG2_E).cumsum(1)
-        self.into = self.sums.to(self.wide).exp2()  # exp(c_i)
-        self.out_of = (self.sums[:, -1:] - self.sums).to(self.wide).exp2_()  # exp(c_Q - c_j)
+        self.into = decay(self.sums, self.wide)  # exp(c_i)
+        self.out_of = decay(self.sums[:, -1:] - self.sums, self.wide)  # exp(c_Q - c_j)
 
     def decays(self):
         """exp(c_i - c_j), (B, Q, Q, N); 1 for j > i. Clamped before exp: never inf."""
         (B, Q, N), i, j = self.sums.shape, self.sums[:, :, None], self.sums[:, None]
         differences = reuse(self.memory, (B, Q, Q, N), i.dtype, i.device)
-        return torch.sub(i, j, out=differences).to(self.wide, copy=True).clamp_(max=0).exp2_()
+        return decay(torch.sub(i, j, out=differences).clamp_(max=0), self.wide)
 
     def keys(self):
         """k_j exp(c_i - c_j) for j <= i, else 0: (B, Q, Q, N)."""
         return self.decays().mul_(self.k[:, None]).mul_(_lower(self.sums.shape[1], self.k)[..., None])
 
-    def outputs(self, s):
+    def outputs(self, s, out=None):
         """y (B, Q, M), from the state before the chunk."""
         scores = torch.matmul(self.keys(), self.q[..., None])[..., 0]  # (B, Q, Q)
         within = torch.matmul(scores.to(self.low), self.v)
-        return within + torch.matmul((self.q * self.into).to(self.low), s.to(self.low))
+        return torch.add(within, matmul((self.q * self.into).to(self.low), s.to(self.low)), out=out)
 
     def total(self):
         """c_Q in units of log 2: (B, N)."""
         return self.sums[:, -1]
 
-    def carried(self, weights, states):
+    def summed(self, weights, states):
         """Sums of states over chunks."""
         return torch.einsum("bnts,bsnm->btnm", weights, states)
 
-    def advance_(self, s):
-        """Replace the state before the chunk by the state after it."""
-        s *= self.into[:, -1, :, None]
-        s += torch.matmul((self.k * self.out_of).mT, self.v.to(self.wide))
+    def kept(self):
+        """exp(c_Q), what is left of a state: (B, N, 1)."""
+        return self.into[:, -1, :, None]
 
-    def gradients_(self, dy, s, ds):
-        """dq, dk, da (B, Q, N), dv (B, Q, M); `ds`, the gradient of the state after the chunk, is replaced by that of
-        the state `s` before it."""
+    def added(self, out=None):
+        """What the chunk adds to a state."""
+        return matmul((self.k * self.out_of).mT, self.v.to(self.wide), out)
+
+    def returned(self, dy, out):
+        """What the outputs add to the gradient of a state."""
+        return matmul((self.q * self.into).mT, dy.to(self.wide), out)
+
+    def gradients(self, dy, s, ds):
+        """dq, dk, da (B, Q, N), dv (B, Q, M), from the state `s` before the chunk and the gradient `ds` of the state
+        after it."""
         q, k, low, wide = self.q, self.k, self.low, self.wide
         keys = self.keys()
         scores = torch.matmul(keys, q[..., None])[..., 0]
@@ -170,8 +181,6 @@ class _Chunk:
         da += (s * ds).sum(-1)[:, None] * self.into[:, -1:]
 
         dk = self._key_gradient(dscores)
-        ds *= self.into[:, -1, :, None]
-        ds += torch.matmul((q * self.into).mT, dy)
         return dq + dq_carried, dk + dk_leaving, dv, da
 
     def _key_gradient(self, dscores):

@@ -1,6 +1,7 @@
 """Where a computation runs: the only place in the library that chooses a path."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -27,22 +28,25 @@ def compiled() -> bool:
     return traced() and not exported()
 
 
-def choose(backend: str | None, op: str, *tensors: torch.Tensor, fused: bool = False) -> str:
+def choose(backend: str | None, op: str, *tensors: torch.Tensor, fused: bool | Callable[[], bool] = False) -> str:
     """Name the path that `op` takes for these operands: "torch" or "triton".
 
     Args:
         backend: None chooses by device; "torch" and "triton" are obeyed or refused, never replaced in silence.
         op: name of the operation, for the error.
         tensors: the operands whose device decides.
-        fused: whether `op` has a Triton kernel that covers this call.
+        fused: whether `op` has a Triton kernel that covers this call, or a function that says so, asked where it
+            matters.
 
     Raises:
         ValueError: an unknown name, or a request that cannot be met, with the reason.
     """
+    if backend is None and tensors[0].device.type == "cpu":
+        return "torch"
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be None or one of {BACKENDS}; got {backend!r}.")
     devices = sorted({t.device.type for t in tensors})
-    fused = fused and not exported()
+    fused = (fused() if callable(fused) else fused) and not exported()
     if backend == "triton":
         if not fused:
             raise ValueError(f"{op} has no Triton kernel for this call. Pass backend=None to let it choose.")
@@ -60,6 +64,13 @@ def choose(backend: str | None, op: str, *tensors: torch.Tensor, fused: bool = F
     wanted = backend is None and fused and triton is not None and devices == ["cuda"]
     # torch.compile, whose own code for a GPU is Triton's, must not trace the question.
     return "triton" if wanted and (traced() or works()) else "torch"
+
+
+def one_token(x: torch.Tensor) -> bool:
+    """Whether `x` (B, 1, ...) is one token of each row, on a CPU and without a gradient: there every call of PyTorch
+    costs as much as its arithmetic, so kernels take the fewest."""
+    alone = x.shape[1] == 1 and not torch.is_grad_enabled() and x.device.type == "cpu"
+    return alone and not traced() and not torch.is_autocast_enabled("cpu")
 
 
 def without_autocast(function):

@@ -1,57 +1,113 @@
-"""Products of large matrices, by the library that is faster for them on a CPU.
+"""Products of matrices, by the library of PyTorch's that is faster for them on this CPU.
 
-In float32 PyTorch calls Intel's MKL, which takes its slow path on processors of other makers: on an AMD EPYC with
-AVX-512 oneDNN, which PyTorch carries too and uses in bfloat16, was 2.2 times faster on matrices and on vectors.
+In float32 PyTorch calls Intel's MKL, which takes its slow path on processors of other makers: on an AMD EPYC oneDNN,
+which PyTorch carries too, was 2.2 times faster with AVX-512; with AVX2 alone it is on vectors, and as fast on matrices.
+On an Intel Xeon MKL was the faster by a tenth. A processor without products in bfloat16 (no AVX-512, no AMX) takes 64
+rows three times as long in bfloat16 as it takes to widen the weight, block by block, and multiply in float32.
 
 linear: x (..., I), weight (O, I), bias (O,) -> x weight^T + bias (..., O).
 """
 
+import platform
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
-from scrubjay.kernels.dispatch import traced
+from scrubjay.kernels.dispatch import exported, traced
 
 # Multiplications below which MKL's lower cost per call wins: about 10 microseconds.
 WORTH_IT = 2**20
 LONG = 2**14  # sums over more terms (gradients through a head of many words) are taken in blocks: 104 ms, not 125
 BLOCK = 1024  # rows of a transposed operand; 512 to 4096 were tried on gradients of weights of 3352 and 50288 rows
+WIDENED = 2**20  # numbers of a bfloat16 operand that are held in float32 at a time
+FEW_ROWS = 32  # up to here oneDNN is the faster with AVX2 too: 1.3 times at 8 rows, 1.2 at 16, 1.0 at 64
+MANY_ROWS = 8  # from here on widening pays: 1.2 times at 8 rows, 2.7 at 64; at 1 row bfloat16 halves what is read
+
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
+def _maker() -> str:
+    """Who made this x86 processor, as it says itself ("GenuineIntel", "AuthenticAMD"); "" of any other."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ""
+    found = Path("/proc/cpuinfo")
+    lines = found.read_text(errors="replace").splitlines() if found.is_file() else [f": {platform.processor()}"]
+    names = [line.split(":")[-1].split()[-1:] for line in lines if line.startswith(("vendor_id", ":"))]
+    return names[0][0].strip(",") if names and names[0] else ""
+
+
+def _without_products() -> frozenset[torch.dtype]:
+    """The 16-bit dtypes in which oneDNN has no products on this processor, so that PyTorch's own loops do them."""
+    ops, answers = torch.ops.mkldnn, {}
+    for dtype, name in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported")):
+        ask = getattr(ops, name, None) if _onednn is not None else None
+        answers[dtype] = ask is not None and not ask()
+    return frozenset(dtype for dtype, missing in answers.items() if missing)
+
+
+# Whether MKL is slower than oneDNN: with few rows, and with many, where it does not use AVX-512.
+SLOW_VECTORS = _onednn is not None and torch.backends.mkl.is_available() and _maker() not in ("", "GenuineIntel")
+SLOW_MATRICES = SLOW_VECTORS and torch.backends.cpu.get_cpu_capability() == "AVX512"
+WITHOUT_PRODUCTS = _without_products()
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which products of `x` run: its own, or float32 on a CPU that has none in it."""
+    slow = x.dtype in WITHOUT_PRODUCTS and x.device.type == "cpu" and not exported()
+    return torch.float32 if slow else x.dtype
+
+
 def linear(x, weight, bias=None):
-    """`torch.nn.functional.linear`, differentiable as often. Error against it in float32: 1e-6 of the largest value."""
+    """`torch.nn.functional.linear`, differentiable as often. Error against it in float32: 1e-6 of the largest value;
+    in 16 bits it is as near to the product of the same numbers in float32."""
     if not wins(x, weight):
         return F.linear(x, weight, bias)
-    y = _product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+    rows = x.reshape(-1, x.shape[-1])
+    y = (torch.mv(weight, rows[0]) if _one_of_16_bits(rows) else _product(rows, weight)).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
 def wins(x, weight) -> bool:
     """Whether `linear` does not leave these operands to PyTorch."""
-    return x.ndim >= 2 and _wins(x, weight, x.numel() * weight.shape[0])
+    if x.ndim < 2 or traced() or x.numel() * weight.shape[0] < WORTH_IT or not _plain(x, weight):
+        return False
+    rows = x.reshape(-1, x.shape[-1])
+    if x.dtype == torch.float32:
+        return _onednn_wins(rows)
+    return _one_of_16_bits(rows) or (x.dtype in WITHOUT_PRODUCTS and len(rows) >= MANY_ROWS)
 
 
-def matmul(a, b):
+def _onednn_wins(rows):
+    return SLOW_MATRICES or (SLOW_VECTORS and len(rows) <= FEW_ROWS)
+
+
+def _one_of_16_bits(rows):
+    """One row of bfloat16, of which oneDNN makes a matrix: 485 microseconds where `torch.mv` took 292."""
+    return len(rows) == 1 and rows.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+
+
+def matmul(a, b, out=None):
     """`torch.matmul` of few large matrices: (..., R, I) and (..., I, O) with the same leading axes -> (..., R, O)."""
-    if not _wins(a, b, a.shape[-2] * b.shape[-2] * b.shape[-1]):
-        return torch.matmul(a, b)
+    large = SLOW_MATRICES and a.shape[-2] * b.shape[-2] * b.shape[-1] >= WORTH_IT
+    if not large or traced() or a.dtype != torch.float32 or not _plain(a, b):
+        return torch.matmul(a, b, out=out)
     pairs = zip(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), strict=True)
     y = [_product(x, w.t()) for x, w in pairs]
-    return (y[0] if len(y) == 1 else torch.stack(y)).view(*a.shape[:-1], -1)
+    if out is None:
+        return (y[0] if len(y) == 1 else torch.stack(y)).view(*a.shape[:-1], -1)
+    return torch.stack(y, out=out.view(-1, *out.shape[-2:])).view(out.shape)
 
 
 # A subclass (a tensor of several devices, a quantized one) brings its own product.
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
-def _wins(a, b, multiplications):
-    if _onednn is None or traced():
-        return False
-    if multiplications < WORTH_IT or not a.dtype == b.dtype == torch.float32:
-        return False
+def _plain(a, b):
+    """Whether both are nothing but tensors of one dtype on a CPU, which nothing watches or converts."""
     if type(a) not in _TENSORS or type(b) not in _TENSORS or not a.device.type == b.device.type == "cpu":
         return False
-    if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
+    if a.dtype != b.dtype or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
         return False
     return not torch._C._are_functorch_transforms_active()  # torch.func: its tensors hide behind the plain type
 
@@ -64,6 +120,16 @@ def _product(a, b):
 
 
 def _multiply(a, b):
+    if a.dtype == torch.float32:
+        return _by_onednn(a, b) if _onednn_wins(a) else torch.mm(a, b.t())
+    product, a = a.new_empty(len(a), len(b)), a.float()
+    rows = max(1, WIDENED // b.shape[1])
+    for start in range(0, len(b), rows):
+        product[:, start : start + rows] = _multiply(a, b[start : start + rows].float())
+    return product
+
+
+def _by_onednn(a, b):
     if not (b.is_contiguous() or b.t().is_contiguous()):
         b = b.contiguous()  # oneDNN's reference code, a thousand times slower, would take any other layout
     if a.shape[1] > LONG and not b.is_contiguous():  # it would lay out all of b anew first

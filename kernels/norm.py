@@ -6,6 +6,8 @@
 C channels, in G equal groups. y, x, z: (..., C)   weight, skip: (C,). Computed in float32 (float64 for float64 inputs).
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -17,6 +19,7 @@ from scrubjay.kernels.recurrence import wants_gradient
 # Elements of one tile of rows on a CPU: a tile and what is computed from it stay in one core's second-level cache, so
 # that a chain of elementwise operations reads memory once. 2^16 to 2^18 measured alike, a single tile 2x slower.
 TILE = 2**17
+WIDE = (torch.float32, torch.float64)  # computed in as they are
 
 
 def rms_norm(x, weight, eps, *, backend=None):
@@ -31,7 +34,10 @@ def rms_norm(x, weight, eps, *, backend=None):
     Raises:
         ValueError: a backend that cannot run.
     """
-    fused = (x.dtype != weight.dtype or backend == "triton") and norm_fits(1, x, weight)
+
+    def fused():
+        return (x.dtype != weight.dtype or backend == "triton") and norm_fits(1, x, weight)
+
     if choose(backend, "rms_norm", x, weight, fused=fused) == "triton":
         return rms_norm_triton(x, weight, eps)
     if x.device.type == "cpu":
@@ -44,9 +50,11 @@ def rms_norm(x, weight, eps, *, backend=None):
 
 def _normed(x, weight, eps):
     """The norm and rsqrt(mean(x^2) + eps) of each row, (..., 1)."""
-    x = x.to(torch.promote_types(_wide(x), weight.dtype))
+    if x.dtype != weight.dtype or x.dtype not in WIDE:
+        x = x.to(torch.promote_types(_wide(x), weight.dtype))
     scale = _scale(x, eps)
-    return (x * scale).mul_(weight).to(weight.dtype), scale
+    normed = (x * scale).mul_(weight)
+    return normed if normed.dtype == weight.dtype else normed.to(weight.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -103,7 +111,7 @@ def gated_rms_norm(y, z, weight, eps, groups=1, x=None, skip=None, *, backend=No
         )
     if (x is None) != (skip is None) or (x is not None and (x.shape != y.shape or skip.shape != weight.shape)):
         raise ValueError("gated_rms_norm needs x in y's shape together with skip in weight's shape, or neither.")
-    fused = norm_fits(groups, y, z, weight, x, skip)
+    fused = partial(norm_fits, groups, y, z, weight, x, skip)
     if choose(backend, "gated_rms_norm", y, z, fused=fused) == "triton":
         return gated_rms_norm_triton(y, z, weight, eps, groups, x, skip)
     if traced():  # tiles are many where rows are many, and a compiler fuses the formula
@@ -115,12 +123,19 @@ def gated_rms_norm(y, z, weight, eps, groups=1, x=None, skip=None, *, backend=No
 
 @without_autocast
 def _gated(y, z, x, weight, skip, eps, groups):
+    if y.numel() <= TILE:
+        return _gated_tile(y, z, x, weight, skip, eps, groups).to(y.dtype)
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
     y, z, x, flat = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (y, z, x, out))
     for rows in _tiles(flat):
-        u = _skipped(y, x, skip, rows).mul_(F.silu(z[rows].to(_wide(y))))
-        torch.mul(u.mul_(_scale(u, eps, groups)), weight, out=flat[rows])
+        tile = (None if t is None else t[rows] for t in (y, z, x))
+        _gated_tile(*tile, weight, skip, eps, groups, out=flat[rows])
     return out
+
+
+def _gated_tile(y, z, x, weight, skip, eps, groups, out=None):
+    u = _skipped(y, x, skip).mul_(F.silu(z if z.dtype == y.dtype in WIDE else z.to(_wide(y))))
+    return torch.mul(u.mul_(_scale(u, eps, groups)), weight, out=out)
 
 
 class _GatedRMSNorm(torch.autograd.Function):
@@ -142,7 +157,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         dy, dz, dx = (None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y, z, x))
         dweight, dskip = torch.zeros_like(weight, dtype=wide), torch.zeros_like(weight, dtype=wide)
         for rows in _tiles(y):
-            gate, s = z[rows].to(wide), _skipped(y, x, skip, rows)
+            gate, s = z[rows].to(wide), _skipped(y[rows], None if x is None else x[rows], skip)
             silu = F.silu(gate)
             u = s * silu
             scale = _scale(u, ctx.eps, ctx.groups)
@@ -172,17 +187,21 @@ def _tiles(rows):
     return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
-def _skipped(y, x, skip, rows):
-    """y + skip * x for some rows, in a fresh float32 tensor."""
+def _skipped(y, x, skip):
+    """y + skip * x in a fresh float32 tensor."""
+    if x is not None and y.dtype == x.dtype == skip.dtype in WIDE:
+        return torch.addcmul(y, x, skip)
     wide = _wide(y)
     if x is None:
-        return y[rows].to(wide, copy=True)
-    return torch.addcmul(y[rows].to(wide), x[rows].to(wide), skip.to(wide))
+        return y.to(wide, copy=True)
+    return torch.addcmul(y.to(wide), x.to(wide), skip.to(wide))
 
 
 def _scale(u, eps, groups=1):
     """rsqrt(mean(u^2) + eps) of each group, (..., C) or, where one number serves the row, (..., 1)."""
-    grouped = u if groups == 1 else u.unflatten(-1, (groups, -1))
+    if groups == 1:
+        return torch.linalg.vector_norm(u, dim=-1, keepdim=True).square_().div_(u.shape[-1]).add_(eps).rsqrt_()
+    grouped = u.unflatten(-1, (groups, -1))
     size = grouped.shape[-1]
-    scale = torch.linalg.vector_norm(grouped, dim=-1, keepdim=groups == 1).square_().div_(size).add_(eps).rsqrt_()
-    return scale if groups == 1 else scale.repeat_interleave(size, -1)
+    scale = torch.linalg.vector_norm(grouped, dim=-1).square_().div_(size).add_(eps).rsqrt_()
+    return scale.repeat_interleave(size, -1)

@@ -17,6 +17,8 @@ from scrubjay.kernels.dispatch import exported, traced, without_autocast
 LOG2_E = 1 / math.log(2)  # exp(x) = exp2(x LOG2_E)
 # From here down a log-decay forgets everything: its exp is 0 in that dtype. Whole numbers, which 16 bits hold too.
 FORGETS = {torch.float32: -112.0, torch.float64: -760.0}
+NOTHING = {torch.float32: -60, torch.float64: -900}  # log2 of what a decay must exceed to count
+BLOCK = 2**21  # numbers in the states of a block: they stay in the processor's cache, and calls cost little beside them
 OUTER_BLOCK = 2048  # steps that `OuterSum` takes at a time, which bounds its temporaries
 _read = WeakIdKeyDictionary()  # offsets that were read, by the tensor that holds them: (its version, the numbers)
 
@@ -58,14 +60,18 @@ def _numbers(cu_seqlens: torch.Tensor) -> list[int]:
 
 def num_states(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> int:
     """Rows that an initial or final state has: one a batch row, or one a document."""
+    if cu_seqlens is None:
+        return batch
     if exported() or not traced():  # the operators that torch.compile calls look at values
         documents(cu_seqlens, batch, length)  # refuses offsets that name no documents
-    return batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    return cu_seqlens.numel() - 1
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether a backward pass may come: a single step then takes the chunked form too, whose backward is exact."""
-    return not exported() and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if not torch.is_grad_enabled() or exported():
+        return False
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -116,16 +122,26 @@ def by_steps(step, state, cu_seqlens, *sequences):
     return torch.stack(ys, 1), torch.cat(states)
 
 
-def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-    """A tensor that the chunks of one call write in turn. Fresh pages cost more time than the arithmetic on them.
+def reuse(memory: dict, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str = ""):
+    """A tensor that the blocks of one call write in turn. Fresh pages cost more time than the arithmetic on them.
 
     None where torch is to make one: in an exported program an `out` would stand in the way of autograd.
     """
     if exported():
         return None
-    if (shape, dtype) not in memory:
-        memory[shape, dtype] = torch.empty(shape, dtype=dtype, device=device)
-    return memory[shape, dtype]
+    if (name, shape, dtype) not in memory:
+        memory[name, shape, dtype] = torch.empty(shape, dtype=dtype, device=device)
+    return memory[name, shape, dtype]
+
+
+def decay(log2: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """exp2 of sums of log-decays; 0 below `NOTHING`.
+
+    What is smaller changes no sum that it is part of. But its products with other small numbers are subnormal, with
+    which some processors take a hundred times as long.
+    """
+    least = NOTHING[dtype]
+    return F.threshold(log2.to(dtype, copy=True).clamp_(min=least).exp2_(), 2.0**least, 0.0, inplace=True)
 
 
 def crossing(pairs: torch.Tensor, dim: int, memory: dict) -> torch.Tensor:
@@ -154,21 +170,67 @@ def chunked(piece, size, state, cu_seqlens, q, k, v, a, *more):
         return piece.operator([state, cu_seqlens, *sequences], [size])
     if wants_gradient(state, *sequences):
         return ChunkedRecurrence.apply(piece, size, state, cu_seqlens, *sequences)
-    return _in_turn(piece, size, state, cu_seqlens, *sequences)
+    return _in_blocks(piece, size, state, cu_seqlens, *sequences)
 
 
-def _in_turn(piece, size, state, cu_seqlens, *sequences):
-    """`chunked`, one chunk after the other."""
+def _in_blocks(piece, size, state, cu_seqlens, *sequences):
+    """`chunked`, one block of chunks after the other."""
     memory: dict = {}
     state = state.clone(memory_format=torch.contiguous_format)
     y = torch.empty_like(sequences[2], memory_format=torch.contiguous_format)
     for rows, start, stop in documents(cu_seqlens, *y.shape[:2]):
         s = state[rows]
-        for c in chunks(start, stop, size):
-            part = piece(memory, *(x[:, c] for x in sequences))
-            y[:, c] = part.outputs(s)
-            part.advance_(s)
+        for cut, C in _blocks(start, stop, size, s):
+            part = piece(memory, *_rows(sequences, cut, C))
+            states = _carried(part, s, reuse(memory, (C + 1, *s.shape), s.dtype, s.device, "states"))
+            before, written = states[:-1].flatten(0, 1), _row(y, cut, C)
+            if 1 in written.shape[:2]:
+                part.outputs(before, written.flatten(0, 1))
+            else:  # several rows of several chunks each are no one axis of y
+                written.copy_(part.outputs(before).unflatten(0, (C, -1)))
+            s.copy_(states[-1])
     return y, state
+
+
+def _blocks(start, stop, size, state):
+    """Blocks that cover [start, stop), as (slice, number of chunks in it): of as many whole chunks as fit, then what is
+    left as one short chunk."""
+    most = max(1, BLOCK // max(1, state.numel()))
+    while start < stop:
+        count = min(most, (stop - start) // size)
+        end = start + count * size if count else stop
+        yield slice(start, end), max(1, count)
+        start = end
+
+
+def _rows(sequences, cut, count):
+    """That slice of (B, T, ...) sequences, its chunks as rows of a batch: (C B, Q, ...)."""
+    return [_row(x, cut, count).flatten(0, 1) for x in sequences]
+
+
+def _row(x, cut, count):
+    """That slice of a (B, T, ...) sequence as a view of its chunks: (C, B, Q, ...)."""
+    return x[:, cut].unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def _carried(part, state, states):
+    """`states` (C + 1, B, ...), filled with the state before each chunk and after the last."""
+    states[0] = state
+    part.added(states[1:].flatten(0, 1))
+    kept = part.kept().unflatten(0, (len(states) - 1, -1))
+    for c in range(len(kept)):
+        states[c + 1].addcmul_(states[c], kept[c])
+    return states
+
+
+def _returned(part, dy, dstate, dstates):
+    """`dstates` (C + 1, B, ...), filled with the gradients of the states of `_carried`, from that of the last."""
+    dstates[-1] = dstate
+    part.returned(dy, dstates[:-1].flatten(0, 1))
+    kept = part.kept().unflatten(0, (len(dstates) - 1, -1))
+    for c in reversed(range(len(kept))):
+        dstates[c].addcmul_(dstates[c + 1], kept[c])
+    return dstates
 
 
 def _at_once(piece, size, state, *sequences):
@@ -180,13 +242,12 @@ def _at_once(piece, size, state, *sequences):
     # steps after the end add nothing and forget nothing
     padded = (F.pad(x, (0, 0) * (x.ndim - 2) + (0, C * size - T)) for x in sequences)
     part = piece({}, *(_shaped(x, B * C, size, *x.shape[2:]) for x in padded))
-    added = state.new_zeros(B * C, *inner)
-    part.advance_(added)
+    added = part.added()
     total = _shaped(part.total(), B, C, -1).transpose(1, 2)  # (B, decays, C)
     sums = total.cumsum(2) - total  # before each chunk
     weights = (sums[..., :, None] - sums[..., None, :]).to(state.dtype).clamp(max=0).exp2().tril()
     added = _first(torch.cat([state[:, None], _shaped(added, B, C, *inner)], 1), C)
-    states = part.carried(weights, added)
+    states = part.summed(weights, added)
     y = part.outputs(_shaped(states, B * C, *inner)).to(sequences[2].dtype)
     return _first(_shaped(y, B, C * size, *y.shape[2:]), T), states[:, -1]
 
@@ -202,14 +263,16 @@ def _first(x, count):
 
 
 class ChunkedRecurrence(torch.autograd.Function):
-    """y and the final state of a linear recurrence, one chunk after the other.
+    """y and the final state of a linear recurrence, one block of chunks after the other.
 
-    `piece(memory, q, k, v, ...)`, sequences (B, Q, ...), solves one chunk as products: `outputs(s)` are its y, shaped
-    as v, from the state before it, `advance_(s)` replaces that state by the one after it, `gradients_(dy, s, ds)`
-    returns the gradients of the sequences and replaces the gradient of the state after the chunk by that of the state
-    before it. `total()` is log2 of what a chunk leaves of the state, (B, decays) in float64; `carried(weights, states)`
-    sums states (B, C, ...) with weights (B, decays, C, C). The working set is one chunk, which stays in the processor's
-    cache, and the backward pass recomputes it, so that nothing of size T x Q is kept; `memory` is a dict for `reuse`.
+    `piece(memory, q, k, v, ...)`, sequences (R, Q, ...), solves R chunks at a time as products; R = C B, chunks outside.
+    `added(out)` is what each adds to the state before it, of which it leaves `kept()`, a factor. `outputs(s, out)` are
+    its y, shaped as v, from the states (R, ...) before each. `returned(dy, out)` is what its outputs add to the
+    gradient of the state before it. `gradients(dy, s, ds)` are those of the sequences, from the states before and the
+    gradients of the states after each. `total()` is log2 of what a chunk leaves, (R, decays) in float64;
+    `summed(weights, states)` sums states (B, C, ...) with weights (B, decays, C, C). What goes from chunk to chunk is a
+    short loop. The working set is one block; the backward pass recomputes it, so that nothing of size T x Q is kept.
+    `memory` is a dict for `reuse`.
     """
 
     @staticmethod
@@ -217,27 +280,31 @@ class ChunkedRecurrence(torch.autograd.Function):
     def forward(ctx, piece, size, state, cu_seqlens, *sequences):
         ctx.save_for_backward(state, cu_seqlens, *sequences)
         ctx.piece, ctx.size = piece, size
-        return _in_turn(piece, size, state, cu_seqlens, *sequences)
+        return _in_blocks(piece, size, state, cu_seqlens, *sequences)
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx, dy, dstate):
         state, cu_seqlens, *sequences = ctx.saved_tensors
-        memory = {}
-        state, dstate = (x.clone(memory_format=torch.contiguous_format) for x in (state, dstate))
+        memory: dict = {}
+        dstate = dstate.clone(memory_format=torch.contiguous_format)
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sequences]
         for rows, start, stop in documents(cu_seqlens, *dy.shape[:2]):
-            s, cuts, entered = state[rows], list(chunks(start, stop, ctx.size)), []
-            parts = [ctx.piece(memory, *(x[:, c] for x in sequences)) for c in cuts]
-            for part in parts:
-                entered.append(s.clone())
-                if part is not parts[-1]:
-                    part.advance_(s)
-            for c in reversed(cuts):
-                part = parts.pop()
-                for whole, new in zip(grads, part.gradients_(dy[:, c], entered.pop(), dstate[rows]), strict=True):
-                    whole[:, c] = new
+            s, ds, entered = state[rows], dstate[rows], []
+            blocks = list(_blocks(start, stop, ctx.size, s))
+            for cut, C in blocks:
+                part = ctx.piece(memory, *_rows(sequences, cut, C))
+                entered.append(_carried(part, s, s.new_empty(C + 1, *s.shape)))
+                s = entered[-1][-1]
+            for cut, C in reversed(blocks):
+                part, states = ctx.piece(memory, *_rows(sequences, cut, C)), entered.pop()
+                (given,) = _rows([dy], cut, C)
+                dstates = _returned(part, given, ds, reuse(memory, tuple(states.shape), ds.dtype, ds.device, "dstates"))
+                new = part.gradients(given, states[:-1].flatten(0, 1), dstates[1:].flatten(0, 1))
+                for whole, x in zip(grads, new, strict=True):
+                    _row(whole, cut, C).copy_(x.unflatten(0, (C, -1)))
+                ds.copy_(dstates[0])
         return None, None, dstate, None, *grads
 
 

@@ -8,6 +8,8 @@ B batch, T time, N state size. qk: (B, T, 2 N), packs [q', k']   gates: (B, T, 2
 [b_s, b_r]. The power is formed as exp(t ln g).
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -33,7 +35,7 @@ def rodimus_gates(qk, gates, bias, eps, *, backend=None):
             "rodimus_gates needs qk and gates (B, T, 2 N) and bias (2 N,); "
             f"got qk {tuple(qk.shape)}, gates {tuple(gates.shape)}, bias {tuple(bias.shape)}."
         )
-    fused = rodimus_gates_fits(qk, gates, bias)
+    fused = partial(rodimus_gates_fits, qk, gates, bias)
     if choose(backend, "rodimus_gates", qk, gates, bias, fused=fused) == "triton":
         return rodimus_gates_triton(qk, gates, bias, eps)
     wide = torch.promote_types(qk.dtype, torch.float32)

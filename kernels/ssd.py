@@ -16,18 +16,20 @@ In its gradient every a_t gathers only the pairs (i >= t > j) that it decays, so
 """
 
 import math
+from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from scrubjay.kernels.dispatch import choose, without_autocast
-from scrubjay.kernels.linear import matmul
+from scrubjay.kernels.dispatch import choose, one_token, without_autocast
+from scrubjay.kernels.linear import matmul, product_dtype
 from scrubjay.kernels.recurrence import (
     LOG2_E,
     OuterSum,
     by_steps,
     chunked,
     crossing,
+    decay,
     decay_to_end,
     decayed,
     initial_or_zeros,
@@ -47,7 +49,9 @@ def ssd_step(q, k, v, a, g, state, overwrite=False):
     `overwrite`: the new state may take the memory of the old one, which saves a pass over memory.
     """
     (B, H, N, _), G, wide = state.shape, q.shape[1], state.dtype
-    q, k = (x.to(wide)[:, :, None].expand(B, G, H // G, N).reshape(B, H, N) for x in (q, k))
+    q, k = q.to(wide), k.to(wide)
+    if G > 1:
+        q, k = (x[:, :, None].expand(B, G, H // G, N).reshape(B, H, N) for x in (q, k))
     state = decayed(state, a.to(wide).exp()[..., None, None], overwrite)
     state.addcmul_(k[..., None], (v.to(wide) * g.to(wide)[..., None])[..., None, :])
     return torch.matmul(q[..., None, :], state)[..., 0, :].to(v.dtype), state
@@ -80,7 +84,10 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
     """
     sequences = q, k, v, a, g
     _check(*sequences, chunk)
-    fused = choose(backend, "ssd", *sequences, fused=ssd_fits(*sequences)) == "triton"
+    if backend is None and q.shape[2] == 1 and cu_seqlens is None and one_token(q):
+        state = _initial(q, v, initial_state, None)
+        return _one_token(*sequences, state, overwrite and initial_state is not None)
+    fused = choose(backend, "ssd", *sequences, fused=partial(ssd_fits, *sequences)) == "triton"
     single = q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(*sequences, initial_state)
     if fused and initial_state is not None:
         initial_state = _initial(q, v, initial_state, cu_seqlens)
@@ -97,6 +104,14 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
     state = _grouped(_initial(q, v, initial_state, cu_seqlens), q.shape[2])
     y, state = chunked(_Chunk, chunk, state, cu_seqlens, *sequences)
     return y, _per_head(state, v.shape[3])
+
+
+def _one_token(q, k, v, a, g, state, overwrite):
+    """`ssd_step` of sequences (B, 1, ...) with one group: heads are a batch over which q and k are broadcast."""
+    wide = state.dtype
+    state = decayed(state, a.to(wide).exp().mT[..., None], overwrite)
+    state.addcmul_(k.to(wide).mT, (v.to(wide) * g.to(wide)[..., None]).transpose(1, 2))
+    return torch.matmul(q.to(wide), state).transpose(1, 2).to(v.dtype), state
 
 
 def ssd_change_reference(k, v, a, g):
@@ -169,14 +184,15 @@ class _Chunk:
         self.memory = memory
         (B, Q, H, P), G = v.shape, q.shape[2]
         self.B, self.Q, self.H, self.P, self.G, self.R = B, Q, H, P, G, H // G
-        self.q, self.k, self.v = q.transpose(1, 2), k.transpose(1, 2), v  # (B, G, Q, N) twice, (B, Q, H, P)
-        self.low, self.wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
+        self.low, self.wide = product_dtype(v), torch.promote_types(v.dtype, torch.float32)
+        q, k, self.v = (x.to(self.low) for x in (q, k, v))  # v (B, Q, H, P)
+        self.q, self.k = q.transpose(1, 2), k.transpose(1, 2)  # (B, G, Q, N)
         # (B, H, Q), time fastest: what is computed from it then has the layout that batched products want. In units of
         # log 2, because on some CPUs exp is many times slower than exp2.
         self.sums = (a.transpose(1, 2).contiguous().double() * LOG2_E).cumsum(2)
         sums = self.sums.transpose(1, 2)
-        self.into = sums.to(self.wide).exp2()[..., None]  # exp(c_i), (B, Q, H, 1)
-        self.out_of = (sums[:, -1:] - sums).to(self.wide).exp2_()[..., None]  # exp(c_Q - c_j)
+        self.into = decay(sums, self.wide)[..., None]  # exp(c_i), (B, Q, H, 1)
+        self.out_of = decay(sums[:, -1:] - sums, self.wide)[..., None]  # exp(c_Q - c_j)
         self.g = g.to(self.wide)[..., None]  # (B, Q, H, 1)
         self.gain = self.g.permute(0, 2, 3, 1).contiguous()  # (B, H, 1, Q), of the pairs' second step
 
@@ -192,7 +208,7 @@ class _Chunk:
         """exp(c_i - c_j), (B, H, Q, Q); 1 above the diagonal, where the scores are 0. Clamped before exp: never inf."""
         i, j = self.sums[..., :, None], self.sums[..., None, :]
         differences = reuse(self.memory, (self.B, self.H, self.Q, self.Q), i.dtype, i.device)
-        return torch.sub(i, j, out=differences).to(self.wide, copy=True).clamp_(max=0).exp2_()
+        return decay(torch.sub(i, j, out=differences).clamp_(max=0), self.wide)
 
     def scores(self):
         """q_i . k_j for j <= i, else 0: (B, G, 1, Q, Q)."""
@@ -202,34 +218,39 @@ class _Chunk:
         """Decayed scores, (B, H, Q, Q)."""
         return (decays.view(self.B, self.G, self.R, self.Q, self.Q) * scores).view_as(decays)
 
-    def outputs(self, s):
+    def outputs(self, s, out=None):
         """y (B, Q, H, P), from the state before the chunk."""
-        weights = self.times(self.decays().mul_(self.gain), self.scores())
+        weights = self.decays().mul_(self.gain)
+        weights.view(self.B, self.G, self.R, self.Q, self.Q).mul_(self.scores())
         within = torch.matmul(weights.to(self.low), self.v.transpose(1, 2)).transpose(1, 2)
         carried = self.ungroup(matmul(self.q, s.to(self.low)))
-        return torch.addcmul(within.to(self.wide), carried.to(self.wide), self.into)
+        return torch.addcmul(within.to(self.wide), carried.to(self.wide), self.into, out=out)
 
     def total(self):
         """c_Q in units of log 2: (B, H)."""
         return self.sums[..., -1]
 
-    def carried(self, weights, states):
+    def summed(self, weights, states):
         """Sums of grouped states over chunks."""
         weights, states = weights.unflatten(1, (self.G, self.R)), states.unflatten(-1, (self.R, self.P))
         return torch.einsum("bgrts,bsgnrp->btgnrp", weights, states).flatten(-2)
 
-    def decay_(self, s):
-        """Scale a grouped state by exp(c_Q)."""
-        s.view(self.B, self.G, -1, self.R, self.P).mul_(self.into[:, -1].view(self.B, self.G, 1, self.R, 1))
+    def kept(self):
+        """exp(c_Q), what is left of a grouped state: (B, G, 1, R * P)."""
+        left = self.into[:, -1].expand(-1, -1, self.P)
+        return left.reshape(self.B, self.G, 1, self.R * self.P)
 
-    def advance_(self, s):
-        """Replace the state before the chunk by the state after it."""
-        self.decay_(s)
-        s += matmul(self.k.mT.to(self.wide), self.group(self.v * (self.out_of * self.g)))
+    def added(self, out=None):
+        """What the chunk adds to a grouped state."""
+        return matmul(self.k.mT.to(self.wide), self.group(self.v * (self.out_of * self.g)), out)
 
-    def gradients_(self, dy, s, ds):
-        """dq, dk (B, Q, G, N), dv (B, Q, H, P), da, dg (B, Q, H); `ds`, the gradient of the state after the chunk, is
-        replaced by that of the state `s` before it. The gain multiplies v: of (g v) everything else is made."""
+    def returned(self, dy, out):
+        """What the outputs add to the gradient of a grouped state."""
+        return matmul(self.q.mT.to(self.wide), self.group(dy * self.into), out)
+
+    def gradients(self, dy, s, ds):
+        """dq, dk (B, Q, G, N), dv (B, Q, H, P), da, dg (B, Q, H), from the state `s` before the chunk and the gradient
+        `ds` of the state after it. The gain multiplies v: of (g v) everything else is made."""
         q, k, low, wide = self.q, self.k, self.low, self.wide
         dy, decays, scores = dy.to(low), self.decays(), self.scores()
         weights = self.times(decays, scores)
@@ -255,8 +276,6 @@ class _Chunk:
         )
         da += kept * self.into[:, -1:, :, 0]
 
-        self.decay_(ds)
-        ds += matmul(q.mT.to(wide), self.group(dy_in))
         dg = (self.v * dv).sum(-1)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.mul_(self.g), da, dg
 

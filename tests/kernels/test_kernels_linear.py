@@ -1,4 +1,6 @@
-"""Products by oneDNN equal torch's own, gradients of gradients included; what does not fit is left to torch."""
+"""Products by every library equal torch's own, gradients of gradients included; what does not fit is left to torch."""
+
+import platform
 
 import pytest
 import torch
@@ -6,20 +8,33 @@ import torch.nn.functional as F
 from kernel_cases import error
 
 from scrubjay.kernels import linear as module
-from scrubjay.kernels.linear import linear, matmul
+from scrubjay.kernels.linear import linear, matmul, product_dtype
 
 BOUND = 2e-6
 
 
+@pytest.fixture
+def as_on(monkeypatch):
+    """Choose as on a processor where MKL is slow with vectors, or with matrices too, and that has no such products."""
+
+    def choose(slow_vectors=False, slow_matrices=False, without=()):
+        monkeypatch.setattr(module, "SLOW_VECTORS", slow_vectors)
+        monkeypatch.setattr(module, "SLOW_MATRICES", slow_matrices)
+        monkeypatch.setattr(module, "WITHOUT_PRODUCTS", frozenset(without))
+
+    return choose
+
+
 @pytest.fixture(params=["every product", "large products"])
-def taken(request, monkeypatch):
+def taken(request, monkeypatch, as_on):
     """The calls that oneDNN got, over both sides of the threshold."""
     if module._onednn is None:
         pytest.skip("torch was built without oneDNN")
     if request.param == "every product":
         monkeypatch.setattr(module, "WORTH_IT", 0)
-    calls, multiply = [], module._multiply
-    monkeypatch.setattr(module, "_multiply", lambda a, b: calls.append((a, b)) or multiply(a, b))
+    as_on(slow_vectors=True, slow_matrices=True)
+    calls, multiply = [], module._by_onednn
+    monkeypatch.setattr(module, "_by_onednn", lambda a, b: calls.append((a, b)) or multiply(a, b))
     yield calls
     assert request.param == "large products" or calls, "no product went to oneDNN"
 
@@ -80,7 +95,7 @@ def test_every_layout_of_memory(taken, monkeypatch, long):
     original, module._onednn = module._onednn, lambda a, b, *rest: handed.append(b) or a @ b.t()
     try:
         for weight in layouts(160, 96):
-            module._multiply(torch.randn(128, 96), weight)
+            module._by_onednn(torch.randn(128, 96), weight)
     finally:
         module._onednn = original
     assert all(b.is_contiguous() or b.t().is_contiguous() for b in handed)
@@ -89,9 +104,82 @@ def test_every_layout_of_memory(taken, monkeypatch, long):
     assert blocked
 
 
-def test_other_dtypes_and_modes_are_left_to_torch(monkeypatch):
+@pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD", "HygonGenuine", ""])
+def test_the_maker_is_what_the_processor_says(maker, monkeypatch, tmp_path):
+    """On Windows the name is a word of `platform.processor()`, elsewhere a line of a file; not x86: none."""
+    found = tmp_path / "cpuinfo"
+    monkeypatch.setattr(module, "Path", lambda _: found)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64" if maker else "aarch64")
+    monkeypatch.setattr(platform, "processor", lambda: f"Intel64 Family 6 Model 143 Stepping 8, {maker}")
+    assert module._maker() == maker
+    found.write_text(f"processor\t: 0\nvendor_id\t: {maker}\nmodel name\t: Some: Xeon\n\nprocessor\t: 1\n")
+    assert module._maker() == maker
+    found.write_text("processor\t: 0\n")
+    assert module._maker() == ""
+
+
+@pytest.mark.parametrize("rows", [1, module.FEW_ROWS, module.FEW_ROWS + 1])
+def test_with_avx2_alone_only_few_rows_leave_mkl(rows, as_on, monkeypatch):
     monkeypatch.setattr(module, "WORTH_IT", 0)
-    monkeypatch.setattr(module, "_multiply", lambda a, b: pytest.fail("given to oneDNN"))
+    calls = []
+    monkeypatch.setattr(module, "_by_onednn", lambda a, b: calls.append(len(a)) or a @ b.t())
+    as_on(slow_vectors=True)
+    x, weight = torch.randn(rows, 8), torch.randn(6, 8)
+    assert error(linear(x, weight), F.linear(x.double(), weight.double())) <= BOUND
+    assert calls == [rows] * (rows <= module.FEW_ROWS)
+    as_on()
+    assert not module.wins(x, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 7, 8, 70])
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_processor_without_16_bit_products_multiplies_in_float32(dtype, rows, slow, as_on, monkeypatch):
+    """The result is the rounded product of the same numbers, gradients included; blocks of the weight make no seam."""
+    monkeypatch.setattr(module, "WORTH_IT", 0)
+    monkeypatch.setattr(module, "WIDENED", 100)
+    as_on(slow, slow, [dtype])
+    inputs = [x.detach().to(dtype).requires_grad_() for x in drawn((rows, 24), (50, 24))]
+    assert module.wins(*inputs) == (rows >= module.MANY_ROWS)
+    if rows < module.MANY_ROWS:
+        return
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    for got, want in zip(gradients(linear, inputs)[:3], gradients(F.linear, wide)[:3], strict=True):
+        assert got.dtype == dtype
+        assert error(got, want) <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("without", [(), (torch.bfloat16,)])
+def test_one_row_of_bfloat16_is_a_vector(without, as_on, monkeypatch):
+    monkeypatch.setattr(module, "WORTH_IT", 0)
+    as_on(without=without)
+    x, weight, bias = (t.bfloat16() for t in (torch.randn(1, 1, 24), torch.randn(50, 24), torch.randn(50)))
+    calls, mv = [], torch.mv
+    monkeypatch.setattr(torch, "mv", lambda *args: calls.append(1) or mv(*args))
+    with torch.no_grad():
+        got = linear(x, weight, bias)
+    assert calls
+    assert got.shape == (1, 1, 50)
+    assert error(got, F.linear(x.double(), weight.double(), bias.double())) <= 2 * torch.finfo(torch.bfloat16).eps
+    assert torch.equal(linear(x, weight), F.linear(x, weight))  # with gradients: left to torch
+    assert len(calls) == 1
+
+
+def test_the_dtype_of_products(as_on):
+    x = torch.zeros(1)
+    as_on(without=[torch.bfloat16])
+    assert [product_dtype(x.to(d)) for d in (torch.float32, torch.bfloat16, torch.float16)] == [
+        torch.float32,
+        torch.float32,
+        torch.float16,
+    ]
+    assert product_dtype(torch.zeros(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
+
+
+def test_other_dtypes_and_modes_are_left_to_torch(monkeypatch, as_on):
+    monkeypatch.setattr(module, "WORTH_IT", 0)
+    as_on(slow_vectors=True, slow_matrices=True)
+    monkeypatch.setattr(module, "_multiply", lambda a, b: pytest.fail("not left to torch"))
     x, weight = torch.randn(4, 8), torch.randn(6, 8)
     for dtype in (torch.float64, torch.bfloat16):
         assert torch.equal(linear(x.to(dtype), weight.to(dtype)), F.linear(x.to(dtype), weight.to(dtype)))

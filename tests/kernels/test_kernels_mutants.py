@@ -38,48 +38,28 @@ def left_as_it_is(original):
     return lambda x: x
 
 
-def decay_not_applied(original):
-    return lambda self, s: None
-
-
-def state_not_decayed(original):
-    def advance_(self, s):
-        s /= self.into[:, -1, :, None]
-        original(self, s)
-
-    return advance_
-
-
 def gradient_not_decayed(original):
-    def gradients_(self, dy, s, ds):
-        before = ds.clone()
-        found = original(self, dy, s, ds)
-        ds += before - before * self.into[:, -1].mean()
-        return found
+    def _returned(part, *rest):
+        keeping_all = SimpleNamespace(returned=part.returned, kept=lambda: torch.ones_like(part.kept()))
+        return original(keeping_all, *rest)
 
-    return gradients_
+    return _returned
 
 
 def gradient_one_step_late(at):
     def late(original):
-        def gradients_(self, dy, s, ds):
+        def gradients(self, dy, s, ds):
             found = list(original(self, dy, s, ds))
             found[at] = found[at].roll(1, dims=1)
             return found
 
-        return gradients_
+        return gradients
 
     return late
 
 
-def state_in_bfloat16(original):
-    def advance_(self, s):
-        original(self, s)
-        s.copy_(s.to(BF16))
-
-    return advance_
-
-
+not_decayed = with_result(torch.ones_like)
+in_bfloat16 = with_result(lambda states: states.copy_(states.to(BF16)))
 last_one_forgotten = with_result(lambda found: list(found)[:-1])
 heads_reversed = with_argument(0, lambda state: state.flip(1))
 oldest_forgotten = with_result(lambda state: state.index_fill(1, torch.tensor([0]), 0))
@@ -128,23 +108,23 @@ check_bfloat16 = partial(check_borders, dtype=BF16)
 
 # name: (what to replace: owner, attribute, the new one from the old one; the comparison that finds it)
 MUTATIONS = {
-    "ssd: no decay across a chunk's border": (ssd._Chunk, "decay_", decay_not_applied, check_borders),
-    "ssd: gradient of the state not decayed": (ssd._Chunk, "gradients_", gradient_not_decayed, check_borders),
-    "ssd: gradient of the decay one step late": (ssd._Chunk, "gradients_", gradient_one_step_late(3), check_borders),
-    "ssd: gradient of the gain one step late": (ssd._Chunk, "gradients_", gradient_one_step_late(4), check_borders),
+    "ssd: no decay across a chunk's border": (ssd._Chunk, "kept", not_decayed, check_borders),
+    "ssd: gradient of the state not decayed": (recurrence, "_returned", gradient_not_decayed, check_borders),
+    "ssd: gradient of the decay one step late": (ssd._Chunk, "gradients", gradient_one_step_late(3), check_borders),
+    "ssd: gradient of the gain one step late": (ssd._Chunk, "gradients", gradient_one_step_late(4), check_borders),
     "ssd: what enters the state has no gain": (ssd, "ssd_step", with_argument(4, torch.ones_like), check_closed_form),
     "ssd: sums of decays in the inputs' dtype": (torch.Tensor, "double", left_as_it_is, check_decays),
-    "ssd: state rounded to bfloat16 between chunks": (ssd._Chunk, "advance_", state_in_bfloat16, check_bfloat16),
+    "ssd: state rounded to bfloat16 between chunks": (recurrence, "_carried", in_bfloat16, check_bfloat16),
     "ssd: heads of the initial state in another order": (ssd, "_grouped", heads_reversed, check_borders),
     "ssd: a step sees the ones after it": (torch.Tensor, "tril_", left_as_it_is, check_borders),
     "ssd: single steps without decay": (ssd, "ssd_step", with_argument(3, lambda a: 0 * a), check_closed_form),
     "ssd: state kept across documents": (recurrence, "documents", borders_forgotten, check_documents),
-    "ssd: last chunk never written": (recurrence, "chunks", last_one_forgotten, check_borders),
+    "ssd: last block never written": (recurrence, "_blocks", last_one_forgotten, check_borders),
     "ssd: a decay of minus infinity in sums": (recurrence, "FORGETS", as_they_are, check_forgetting),
     "ssd: decays of 1e14 in sums": (recurrence, "FORGETS", as_they_are, check_large),
-    "ddts: no decay across a chunk's border": (ddts._Chunk, "advance_", state_not_decayed, check_borders),
-    "ddts: gradient of the state not decayed": (ddts._Chunk, "gradients_", gradient_not_decayed, check_borders),
-    "ddts: state rounded to bfloat16 between chunks": (ddts._Chunk, "advance_", state_in_bfloat16, check_bfloat16),
+    "ddts: no decay across a chunk's border": (ddts._Chunk, "kept", not_decayed, check_borders),
+    "ddts: gradient of the state not decayed": (recurrence, "_returned", gradient_not_decayed, check_borders),
+    "ddts: state rounded to bfloat16 between chunks": (recurrence, "_carried", in_bfloat16, check_bfloat16),
     "ddts: a step does not see itself": (ddts, "_lower", with_result(lambda mask: mask.tril(-1)), check_borders),
     "ddts: state kept across documents": (recurrence, "documents", borders_forgotten, check_documents),
     "ddts: a decay of minus infinity in sums": (recurrence, "FORGETS", as_they_are, check_forgetting),
