@@ -4,9 +4,9 @@ graph, anew for each length, or break it where a size is a value of a tensor.
     operator = Operator("name", function, shapes, gradients)
     outputs = operator(tensors, integers, floats)        lists; a list of tensors, as function(the same) gives
 
-`function` gets tensors or None, writes to none of them and returns others. It runs when the program does, where
-values are known; of the compiler's tensors, which have none, `shapes(tensors, integers)` makes a list of the same
-shapes and dtypes. `gradients(tensors, integers, floats, douts)` gives a gradient, or None, for each of `tensors`; without it they
+`function` gets tensors or None, writes to none of them and returns others. It runs when the program does, where values
+are known; of the compiler's tensors, which have none, `shapes(tensors, integers)` makes a list of the same shapes and
+dtypes. `gradients(tensors, integers, floats, douts)` gives a gradient, or None, for each of `tensors`; without it they
 are autograd's, through `function` run once more. Differentiable once.
 
 torch keeps operators by name, one table for a process, and several copies of this file may be in it: the library's, and

@@ -34,8 +34,8 @@ Limit = tuple[torch.Tensor, int]
 class Packed:
     """Which of (B, T) columns are queries: tile after tile and in a tile row after row, or (not `tiled`) row after row.
 
-    index: (n,) int64, row * T + column of each query, columns of a row rising. asked: (B, T) bool, where all columns are
-    queries, of which only some attend and the others find zeros; None: all do.
+    index: (n,) int64, row * T + column of each query, columns of a row rising. asked: (B, T) bool, where
+    all columns are queries, of which only some attend and the others find zeros; None: all do.
     """
 
     index: torch.Tensor

@@ -123,7 +123,9 @@ def test_copies_of_the_file_have_operators_of_their_own():
     calls = []
     for number, module in enumerate([copy("copy_of_operators"), copy("copy_of_operators"), copy("another_copy")], 1):
         operator = module.Operator(
-            "scaled", lambda tensors, *_, by=number: [tensors[0] * by], lambda tensors, _: [torch.empty_like(tensors[0])]
+            "scaled",
+            lambda tensors, *_, by=number: [tensors[0] * by],
+            lambda tensors, _: [torch.empty_like(tensors[0])],
         )
         calls.append(torch.compile(lambda x, f=operator: f([x, None])[0] + 1, backend="eager", fullgraph=True))
     assert [float(call(torch.tensor(10.0))) for call in calls] == [11, 21, 31]
@@ -131,4 +133,7 @@ def test_copies_of_the_file_have_operators_of_their_own():
 
 def test_a_namespace_is_the_same_in_every_process():
     """A compiler's cache on disk is kept by the names of operators."""
-    assert operators._OWN.ns == "scrubjay_" + operators.hashlib.sha256(b"scrubjay.kernels.operators").hexdigest()[:12] + "_0"
+    assert (
+        operators._OWN.ns
+        == "scrubjay_" + operators.hashlib.sha256(b"scrubjay.kernels.operators").hexdigest()[:12] + "_0"
+    )

@@ -6,10 +6,11 @@ Backends that write no code stand in for inductor, which needs a C++ compiler: w
 
 import shutil
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
-from test_export import BOUND, masks, shallow
+from test_export import BOUND, shallow
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from zoo import ZOO, relative, tokens
@@ -121,7 +122,7 @@ def test_training_on_packed_documents_is_one_program(recurrent):
     program = torch.compile(model, backend="aot_eager", fullgraph=True)
     for turn, cuts in enumerate(([0, 5, 20], [0, 1, 9, 23], [0, 3, 9, 17, 40])):
         ids, offsets = tokens(1, cuts[-1]), torch.tensor(cuts, dtype=torch.int32)
-        positions = torch.cat([torch.arange(b - a) for a, b in zip(cuts, cuts[1:], strict=False)])[None]
+        positions = torch.cat([torch.arange(b - a) for a, b in pairwise(cuts)])[None]
         marks = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "position_ids": positions}
         with settled(turn):
             assert_same_gradients(model, program, input_ids=ids, labels=ids, **marks)
@@ -192,7 +193,13 @@ def test_trainer_compiles_a_model(recurrent, tmp_path):
     for compiled in (False, True):
         options = dict(torch_compile=True, torch_compile_backend="aot_eager") if compiled else {}
         arguments = TrainingArguments(
-            tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True, **options
+            tmp_path,
+            max_steps=2,
+            per_device_train_batch_size=2,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            **options,
         )
         trainer = Trainer(shallow(recurrent), arguments, train_dataset=rows)
         losses.append(trainer.train().training_loss)
@@ -205,7 +212,7 @@ def test_a_folder_with_its_own_code_compiles_beside_the_library(tmp_path):
     """Each calls the operators of its own files."""
     model, ids = shallow(ENTRIES["ssd"]), tokens(1, 20)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, code_revision="main")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     own = sys.modules[type(loaded).__module__.rsplit(".", 1)[0] + ".operators"]
     namespaces = []
 
