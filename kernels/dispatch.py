@@ -12,7 +12,7 @@ BACKENDS = ("torch", "triton")
 
 def traced() -> bool:
     """Whether torch.compile or torch.export reads this call, to which the values of tensors say nothing."""
-    return torch.compiler.is_compiling()
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting()
 
 
 def exported() -> bool:

@@ -75,6 +75,7 @@ def window_attention(q, k, v, window, past=None, cu_seqlens=None, *, scale=None,
     """
     _check(q, k, v, window, past, cu_seqlens)
     scale = _scale(q, scale)
+    pieces = [] if compiled() else documents(cu_seqlens, *q.shape[:2])  # the operator looks at values
     fused = window_fits(q, k, v, *(past or ())[:2], scale=scale, dropout=dropout)
     if choose(backend, "window_attention", q, k, v, fused=fused) == "triton":
         return window_triton(q, k, v, window, past, cu_seqlens, scale)
@@ -83,7 +84,7 @@ def window_attention(q, k, v, window, past=None, cu_seqlens=None, *, scale=None,
         return _OPERATOR([q, k, v, *(past or (None,) * 3), cu_seqlens, seed], [window], [scale, dropout])[0]
     if cu_seqlens is None:
         return _banded(q, k, v, window, past, scale, dropout)
-    cuts = [stop - start for _, start, stop in documents(cu_seqlens, *q.shape[:2])]
+    cuts = [stop - start for _, start, stop in pieces]
     packed = zip(*(x.split(cuts, 1) for x in (q, k, v)), strict=True)
     return torch.cat([_banded(*x, window, None, scale, dropout) for x in packed if x[0].shape[1]], 1)
 

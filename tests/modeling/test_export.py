@@ -1,4 +1,5 @@
-"""torch.export and torch.compile of the models. `test_kernels_exported.py` covers the arithmetic that is exported."""
+"""torch.export of the models, and masks of compiled ones. `test_kernels_exported.py` covers the arithmetic that is
+exported, `test_compile.py` compiled prompts, steps and training."""
 
 import sys
 import textwrap
@@ -82,19 +83,17 @@ def test_an_exported_program_of_one_shape_without_a_mask_gives_the_logits_of_eag
 
 @torch.no_grad()
 def test_a_compiled_model_takes_every_mask_with_one_graph(entry):
-    """But Taipan, whose graph breaks where the selected tokens are counted."""
-    model, selects = shallow(entry), entry.name == "taipan"
+    model = shallow(entry)
     torch.compiler.reset()
-    program = torch.compile(model, backend="eager", fullgraph=not selects)
-    for number, mask in enumerate(list(masks().values())[: 1 if selects else None]):
-        with torch.compiler.set_stance("fail_on_recompile" if number and not selects else "default"):
+    program = torch.compile(model, backend="eager", fullgraph=True)
+    for number, mask in enumerate(masks().values()):
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
             assert_same(model, program, tokens(2, 20), mask)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own compiler does
-@pytest.mark.parametrize("entry", [e for e in ZOO if e.recurrent and e.name != "taipan"], ids=lambda entry: entry.name)
-def test_a_compiled_model_has_the_gradients_of_eager(entry):
-    model, ids, mask = shallow(entry), tokens(2, 20), masks()["inside"]
+def test_a_compiled_model_has_the_gradients_of_eager(recurrent):
+    model, ids, mask = shallow(recurrent), tokens(2, 20), masks()["inside"]
     torch.compiler.reset()
     grads = []
     for call in (model, torch.compile(model, backend="eager", fullgraph=True)):
