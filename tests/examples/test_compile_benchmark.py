@@ -5,6 +5,7 @@ import pytest
 from scrubjay.examples.benchmarks import benchmark_compile
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own compiler does
 @pytest.mark.parametrize("work", benchmark_compile.WORKS)
 def test_the_benchmark_counts_what_was_compiled(work, capsys):
     command = ["--smoke", "--backend", "aot_eager", "--model", "ssd", "--work", work]

@@ -15,6 +15,8 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from zoo import ZOO, relative, tokens
 
+# torch's own compiler does
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 LENGTHS = (20, 23, 40, 70, 150)  # from the second on one program serves them all
 GRADIENT = 1e-5  # five times the worst error of a gradient that was measured, 1.4e-6
 ENTRIES = {entry.name: entry for entry in ZOO}
