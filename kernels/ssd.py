@@ -41,7 +41,6 @@ from scrubjay.kernels.recurrence import (
 )
 from scrubjay.kernels.ssd_triton import ssd_fits, ssd_step_triton, ssd_triton
 
-
 TILE = 2**21  # numbers of the states that one token is added to at a time on a CPU: they stay in cache
 
 
@@ -89,7 +88,7 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
     _check(*sequences, chunk)
     if backend is None and q.shape[2] == 1 and cu_seqlens is None and one_token(q):
         state = _initial(q, v, initial_state, None)
-        return _one_token(*sequences, state, overwrite and initial_state is not None)
+        return _one_token(*sequences, state, overwrite or initial_state is None)
     fused = choose(backend, "ssd", *sequences, fused=partial(ssd_fits, *sequences)) == "triton"
     single = q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(*sequences, initial_state)
     if fused and initial_state is not None:
@@ -115,7 +114,7 @@ def _one_token(q, k, v, a, g, state, overwrite):
     keep, given = a.to(wide).exp().mT[..., None], (v.to(wide) * g.to(wide)[..., None]).transpose(1, 2)
     state = state if overwrite and not locked(state) else state.clone()
     q, k = q.to(wide), k.to(wide).mT
-    for rows in chunks(0, len(state), max(1, TILE // state[0].numel())):
+    for rows in chunks(0, len(state), max(1, TILE // max(1, math.prod(state.shape[1:])))):
         s = state[rows].mul_(keep[rows]).addcmul_(k[rows], given[rows])
         y[rows] = torch.matmul(q[rows], s).transpose(1, 2)
     return y, state
