@@ -265,7 +265,7 @@ def _first(x, count):
 class ChunkedRecurrence(torch.autograd.Function):
     """y and the final state of a linear recurrence, one block of chunks after the other.
 
-    `piece(memory, q, k, v, ...)`, sequences (R, Q, ...), solves R chunks at a time as products; R = C B, chunks outside.
+    `piece(memory, q, k, v, ...)`, sequences (R, Q, ...), solves R = C B chunks at a time as products, chunks outside.
     `added(out)` is what each adds to the state before it, of which it leaves `kept()`, a factor. `outputs(s, out)` are
     its y, shaped as v, from the states (R, ...) before each. `returned(dy, out)` is what its outputs add to the
     gradient of the state before it. `gradients(dy, s, ds)` are those of the sequences, from the states before and the

@@ -28,6 +28,7 @@ from scrubjay.kernels.recurrence import (
     OuterSum,
     by_steps,
     chunked,
+    chunks,
     crossing,
     decay,
     decay_to_end,
@@ -40,6 +41,8 @@ from scrubjay.kernels.recurrence import (
 )
 from scrubjay.kernels.recurrence_operator import as_operator
 from scrubjay.kernels.ssd_triton import ssd_fits, ssd_step_triton, ssd_triton
+
+TILE = 2**21  # numbers of the states that one token is added to at a time on a CPU: they stay in cache
 
 
 @without_autocast
@@ -86,7 +89,7 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
     _check(*sequences, chunk)
     if backend is None and q.shape[2] == 1 and cu_seqlens is None and one_token(q):
         state = _initial(q, v, initial_state, None)
-        return _one_token(*sequences, state, overwrite and initial_state is not None)
+        return _one_token(*sequences, state, overwrite or initial_state is None)
     fused = choose(backend, "ssd", *sequences, fused=partial(ssd_fits, *sequences)) == "triton"
     single = q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(*sequences, initial_state)
     if fused and initial_state is not None:
@@ -108,10 +111,14 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
 
 def _one_token(q, k, v, a, g, state, overwrite):
     """`ssd_step` of sequences (B, 1, ...) with one group: heads are a batch over which q and k are broadcast."""
-    wide = state.dtype
-    state = decayed(state, a.to(wide).exp().mT[..., None], overwrite)
-    state.addcmul_(k.to(wide).mT, (v.to(wide) * g.to(wide)[..., None]).transpose(1, 2))
-    return torch.matmul(q.to(wide), state).transpose(1, 2).to(v.dtype), state
+    wide, y = state.dtype, torch.empty_like(v)
+    keep, given = a.to(wide).exp().mT[..., None], (v.to(wide) * g.to(wide)[..., None]).transpose(1, 2)
+    state = state if overwrite and not locked(state) else state.clone()
+    q, k = q.to(wide), k.to(wide).mT
+    for rows in chunks(0, len(state), max(1, TILE // max(1, math.prod(state.shape[1:])))):
+        s = state[rows].mul_(keep[rows]).addcmul_(k[rows], given[rows])
+        y[rows] = torch.matmul(q[rows], s).transpose(1, 2)
+    return y, state
 
 
 def ssd_change_reference(k, v, a, g):
@@ -289,7 +296,7 @@ def _grouped(state, groups):
 def _per_head(state, head_dim):
     """(B, G, N, R * P) -> (B, H, N, P)."""
     B, G, N, _ = state.shape
-    return state.view(B, G, N, -1, head_dim).transpose(2, 3).reshape(B, -1, N, head_dim)
+    return state.view(B, G, N, -1, head_dim).transpose(2, 3).reshape(B, -1, N, head_dim).contiguous()
 
 
 def _initial(q, v, state, cu_seqlens):
