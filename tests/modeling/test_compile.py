@@ -12,7 +12,8 @@ import pytest
 import torch
 from test_export import BOUND, shallow
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from zoo import ZOO, relative, tokens
 
 # torch's own compiler does
@@ -214,7 +215,7 @@ def test_a_folder_with_its_own_code_compiles_beside_the_library(tmp_path):
     """Each calls the operators of its own files."""
     model, ids = shallow(ENTRIES["ssd"]), tokens(1, 20)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    loaded = get_class_from_dynamic_module("modeling_ssd.SSDForCausalLM", tmp_path).from_pretrained(tmp_path)
     own = sys.modules[type(loaded).__module__.rsplit(".", 1)[0] + ".operators"]
     namespaces = []
 
