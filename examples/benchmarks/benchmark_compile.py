@@ -39,7 +39,7 @@ SMOKE = Sizes(32, 2, 97, 40, 4)
 
 def build(name: str, sizes: Sizes):
     """A model of random weights."""
-    shape = {
+    shape: dict = {
         "hidden_size": sizes.hidden_size,
         "num_hidden_layers": sizes.num_hidden_layers,
         "vocab_size": sizes.vocab_size,
@@ -47,12 +47,13 @@ def build(name: str, sizes: Sizes):
     torch.manual_seed(0)
     if name == "ssd":
         return SSDForCausalLM(SSDConfig(head_dim=min(64, sizes.hidden_size), **shape))
-    heads = {"num_attention_heads": max(1, sizes.hidden_size // 64)}
+    heads: dict = {"num_attention_heads": max(1, sizes.hidden_size // 64)}
     if name == "taipan":
         return TaipanForCausalLM(TaipanConfig(head_dim=min(64, sizes.hidden_size), **heads, **shape))
     plus = name == "rodimus_plus"
     shape["num_hidden_layers"] = max(1, sizes.num_hidden_layers // 2) if plus else sizes.num_hidden_layers
-    return RodimusForCausalLM(RodimusConfig(**({} if plus else {"block_type": "rodimus"}), **heads, **shape))
+    kind: dict = {} if plus else {"block_type": "rodimus"}
+    return RodimusForCausalLM(RodimusConfig(**kind, **heads, **shape))
 
 
 def works(model, sizes: Sizes) -> dict[str, Callable]:
