@@ -26,9 +26,14 @@ def flushed() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def without_onednn() -> AbstractContextManager:
+@contextmanager
+def without_onednn() -> Iterator[None]:
     """Every product by PyTorch's own choice: MKL in float32, its plain loops in bfloat16."""
-    return torch.backends.mkldnn.flags(enabled=False)
+    before = torch.backends.mkldnn.set_flags(False)[0]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(before)
 
 
 @contextmanager

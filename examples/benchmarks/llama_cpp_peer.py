@@ -190,7 +190,7 @@ def compare(
     if not chosen:
         return {}
     SSDForCausalLM.from_pretrained(checkpoint).save_pretrained(folder / "ssd")
-    convert(str(folder / "ssd"), str(folder / "transformers"), to="transformers")
+    convert(str(folder / "ssd"), str(folder / "transformers"), to="transformers", progress=False)
     result: dict = {}
     for dtype in dict.fromkeys(["float32", *(row.dtype for row in chosen)]):
         gguf = folder / f"{dtype}.gguf"
