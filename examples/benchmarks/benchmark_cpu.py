@@ -30,6 +30,7 @@ from scrubjay.examples.benchmarks import (
     llama_cpp_peer,
 )
 from scrubjay.examples.benchmarks.benchmark_rows import VARIANTS, Row, Shape, rows_of
+from scrubjay.examples.benchmarks.benchmark_tables import most
 from scrubjay.examples.benchmarks.ceilings import bandwidth, gemm_rates, weight_bytes
 from scrubjay.examples.benchmarks.comparison import SIDES, Comparison, beside_weights, in_turn, summarized
 from scrubjay.examples.benchmarks.model_work import (
@@ -171,7 +172,7 @@ def measure(
         causes: those of benchmark_causes.py instead of all others.
     """
     machine = ceilings(shape)
-    log(f"  {machine}")
+    log(most(machine))
     agreement: dict = {}
     records: list[dict] = []
 

@@ -59,7 +59,8 @@ def section(result: Mapping, name: str) -> str:
 
     Rows that compare two lengths of one thing promise that nothing changes, and stand in the file alone.
     """
-    parts = [f"### {described(result['machine'])}", about(result)]
+    where = {"capability": name.removesuffix(".json").rpartition("-")[2].upper()}  # which older runs do not record
+    parts = [f"### {described(where | result['machine'])}", about(result)]
     for group, (title, peer) in GROUPS.items():
         rows = [row for row in result["rows"] if group_of(row) == group and not of_two_lengths(row)]
         if rows:
@@ -77,16 +78,25 @@ def about(result: Mapping) -> str:
     """The run in a sentence or two."""
     versions, load = result["versions"], result["machine"]["load_average_at_start"]
     text = (
-        f"`{result['command']}` at commit {result['commit'][:9]}, PyTorch {versions['torch']}, transformers "
+        f"With `{arguments(result['command'])}` at commit {result['commit'][:9]}, PyTorch {versions['torch']}, transformers "
         f"{versions['transformers']}; load {load:.2f} at the start."
     )
-    if "ceilings" not in result:
-        return text
-    bytes_per_second, operations = (result["ceilings"][key] for key in ("bytes_per_second", "operations_per_second"))
+    return f"{text} {most(result['ceilings'])}" if "ceilings" in result else text
+
+
+def arguments(command: str) -> str:
+    """What follows the program in a command; programs move."""
+    words = command.split()
+    return " ".join(words[next(at for at, word in enumerate(words) if word.startswith("-")) :])
+
+
+def most(ceilings: Mapping) -> str:
+    """What the machine does at most, in a sentence."""
+    bytes_per_second, operations = (ceilings[key] for key in ("bytes_per_second", "operations_per_second"))
     best = {dtype: max(max(found.values()) for found in rates.values()) for dtype, rates in operations.items()}
     rates = ", ".join(f"{rate / 1e9:,.0f} GF/s in {dtype}" for dtype, rate in best.items())
     traffic = ", ".join(f"{kind} {rate / 1e9:.1f} GB/s" for kind, rate in bytes_per_second.items())
-    return f"{text} Products {rates}; {traffic}."
+    return f"Products {rates}; {traffic}."
 
 
 def markdown(title: str, peer: str, rows: list[Mapping]) -> str:

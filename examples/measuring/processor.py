@@ -42,12 +42,10 @@ def slug(where: dict) -> str:
 
 
 def described(where: dict) -> str:
-    """A line for a reader. Records made before `processor` know the name and the threads alone."""
-    words = [where["cpu"]]
-    if "capability" in where:
-        extras = [where["capability"]]
-        extras += ["AMX"] if where["amx"] else []
-        extras += [f"{'with' if where['bfloat16'] else 'no'} bfloat16 instructions"]
-        words.append(", ".join(extras))
-    words.append(f"{where['cpu_count']} cores, {where['torch_threads']} threads")
-    return "; ".join(words)
+    """A line for a reader, of as much as the record has."""
+    vectors = [where["capability"]] if "capability" in where else []
+    vectors += ["AMX"] if where.get("amx") else []
+    if "bfloat16" in where:
+        vectors.append(f"{'with' if where['bfloat16'] else 'no'} bfloat16 instructions")
+    counts = f"{where['cpu_count']} cores, {where['torch_threads']} threads"
+    return "; ".join([where["cpu"], *([", ".join(vectors)] if vectors else []), counts])
