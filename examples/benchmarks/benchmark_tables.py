@@ -78,8 +78,8 @@ def about(result: Mapping) -> str:
     """The run in a sentence or two."""
     versions, load = result["versions"], result["machine"]["load_average_at_start"]
     text = (
-        f"With `{arguments(result['command'])}` at commit {result['commit'][:9]}, PyTorch {versions['torch']}, transformers "
-        f"{versions['transformers']}; load {load:.2f} at the start."
+        f"With `{arguments(result['command'])}` at commit {result['commit'][:9]}, PyTorch {versions['torch']}, "
+        f"transformers {versions['transformers']}; load {load:.2f} at the start."
     )
     return f"{text} {most(result['ceilings'])}" if "ceilings" in result else text
 

@@ -215,8 +215,8 @@ RUN = {
 }
 PAGE = """### EPYC; AVX9; 2 cores, 1 threads
 
-With `--cpu --threads 1` at commit 012345678, PyTorch 2.13, transformers 5.24; load 0.10 at the start. Products 3 GF/s in float32; copy \
-20.0 GB/s, read 10.0 GB/s.
+With `--cpu --threads 1` at commit 012345678, PyTorch 2.13, transformers 5.24; load 0.10 at the \
+start. Products 3 GF/s in float32; copy 20.0 GB/s, read 10.0 GB/s.
 
 | SSD | transformers' Mamba2 | scrubjay | ratio | its products alone | scrubjay / that | its weights read once | \
 scrubjay / reading | tokens a second |
