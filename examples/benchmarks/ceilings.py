@@ -18,7 +18,8 @@ from torch import nn
 from scrubjay.kernels.linear import linear
 
 FEW_ROWS = 64  # up to these a product is bound by reading its weight, and all weights of a shape are timed
-TRIED = 3  # weights of a shape on which libraries are compared at more rows
+TRIED = 2  # weights of a shape on which libraries are compared at more rows
+ENOUGH_ROWS = 512  # of those on which they are
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,13 @@ class Alone:
         found = libraries(group[0].weight.dtype).values()
 
         def seconds(kind: int, library: Callable) -> float:
-            return least(lambda: [self._multiply(p, kind, library) for p in tried], 2)
+            return least(lambda: [self._multiply(p, kind, library, ENOUGH_ROWS) for p in tried], 2)
 
         return tuple(min(found, key=partial(seconds, kind)) for kind in range(3 if self.gradients else 1))
 
-    def _multiply(self, product: Product, kind: int, library: Callable) -> torch.Tensor:
-        """0: the outputs; 1: the gradient of the inputs; 2: of the weight."""
-        x, dy = self.operands[product.shape]
+    def _multiply(self, product: Product, kind: int, library: Callable, rows: int | None = None) -> torch.Tensor:
+        """0: the outputs; 1: the gradient of the inputs; 2: of the weight. Of the first `rows`, None for all."""
+        x, dy = (operand[:rows] for operand in self.operands[product.shape])
         if kind == 0:
             return library(x, product.weight)
         return library(dy, product.weight.t()) if kind == 1 else library(dy.t(), x.t())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 
 SIDES = ("peer", "scrubjay")
-ENOUGH = 30.0  # seconds of samples of one line: where passes are long there are fewer of them, but two
+ENOUGH = 30.0  # seconds of samples of one line
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,25 @@ class Comparison:
 
 
 def in_turn(sides: Mapping[str, Callable[[], int]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds a unit of each side, after one unmeasured pass of each; fewer than `repetitions` where a pass is long."""
-    started = time.perf_counter()
-    for work in sides.values():
-        work()
-    passes = int(ENOUGH / (time.perf_counter() - started))
-    samples: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(min(repetitions, max(2, passes))):
+    """Seconds a unit of each side, after one unmeasured pass of each.
+
+    Where a pass is long there are fewer samples than `repetitions`; where one pass of all sides takes longer than ENOUGH,
+    it is the only sample.
+    """
+
+    def once() -> dict[str, float]:
+        samples = {}
         for side, work in sides.items():
             started = time.perf_counter()
             units = work()
-            samples[side].append((time.perf_counter() - started) / units)
-    return samples
+            samples[side] = (time.perf_counter() - started) / units
+        return samples
+
+    started = time.perf_counter()
+    first = once()
+    passes = int(ENOUGH / (time.perf_counter() - started))
+    taken = [once() for _ in range(min(repetitions, max(2, passes)))] if passes else [first]
+    return {side: [samples[side] for samples in taken] for side in sides}
 
 
 def summarized(name: str, samples: Mapping[str, list], floor: float | None, unit: str = "seconds") -> dict:

@@ -17,6 +17,7 @@ from scrubjay.examples.benchmarks.ceilings import Alone, products_of
 from scrubjay.kernels.window import window_attention
 
 DEFAULT_CHUNK = 256  # of transformers' Mamba2; a shorter prompt is padded to it
+LONG = 10.0  # seconds of a pass from which chunk sizes are not compared
 
 
 def write_checkpoint(shape: Shape, folder: str) -> None:
@@ -123,17 +124,24 @@ def counted(work: Callable[[], object], units: int) -> Callable[[], int]:
 def fastest_chunk(model: Mamba2ForCausalLM, row: Row) -> tuple[int, dict[int, float]]:
     """Chunk size at which transformers does this work fastest, and the seconds of all that were tried.
 
-    One pass each, after one that counts for nothing; of one size none is timed.
+    One pass each, after one that counts for nothing. Where that one takes LONG, its size is kept: it is the smallest,
+    which was the fastest of long prompts on every processor so far.
     """
-    timed = {}
-    if len(row.chunks) == 1:
-        return row.chunks[0], timed
+    smallest, *others = row.chunks
+    set_chunk(model, smallest)
+    if not others:
+        return smallest, {}
     work = model_pass(model, row)
-    set_chunk(model, row.chunks[0])
-    work()
+    if (cold := seconds(work)) > LONG:
+        return smallest, {smallest: cold}
+    timed = {}
     for chunk in row.chunks:
         set_chunk(model, chunk)
-        started = time.perf_counter()
-        work()
-        timed[chunk] = time.perf_counter() - started
+        timed[chunk] = seconds(work)
     return min(timed, key=timed.get), timed
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

@@ -141,6 +141,8 @@ def test_the_peers_chunk_is_its_fastest(checkpoint, monkeypatch):
     assert fastest_chunk(model, row) == (32, seconds)
     assert clock == [3.0 + 6.0]
     assert fastest_chunk(model, replace(row, chunks=(16,))) == (16, {})
+    seconds[16] = 12.0
+    assert fastest_chunk(model, row) == (16, {16: 12.0})
 
 
 @pytest.mark.parametrize("name", benchmark_width.MODELS)
