@@ -38,8 +38,8 @@ class Comparison:
 def in_turn(sides: Mapping[str, Callable[[], int]], repetitions: int) -> dict[str, list[float]]:
     """Seconds a unit of each side, after one unmeasured pass of each.
 
-    Where a pass is long there are fewer samples than `repetitions`; where one pass of all sides takes longer than ENOUGH,
-    it is the only sample.
+    Where a pass is long there are fewer samples than `repetitions`; one of all sides that takes longer than ENOUGH is
+    the only sample.
     """
 
     def once() -> dict[str, float]:
