@@ -313,7 +313,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def add_bench(commands) -> None:
     text = "speed and memory beside the peers, as ratios within one run"
-    about = f"{text.capitalize()}: about twenty minutes on two cores. Run it alone: on a busy machine it says little."
+    about = f"{text.capitalize()}: about fifteen minutes on two cores. Run it alone: on a busy machine it says little."
     parser = commands.add_parser("bench", help=text, description=about)
     parser.set_defaults(run=bench)
     parser.add_argument("--cpu", action="store_true", required=True, help="the comparison on this machine's CPU")
@@ -322,12 +322,15 @@ def add_bench(commands) -> None:
         "--repetitions", type=int, default=5, help="samples of each side and row (default: %(default)s)"
     )
     parser.add_argument("--only", default="", help="measure only rows whose name contains this")
+    parser.add_argument("--llama-cpp", type=Path, metavar="DIR", help="also beside llama.cpp: its folder, built")
+    parser.add_argument("--causes", action="store_true", help="instead: ours with one cause of slowness switched")
+    parser.add_argument("--tables", action="store_true", help="instead: print the recorded runs in Markdown")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that everything runs")
     parser.add_argument(
         "--out",
         type=Path,
-        help="JSON to write, a PNG beside it (default: examples/results/benchmark_cpu.json; "
-        "none with --only or --smoke)",
+        help="JSON to write, a PNG beside it (default: examples/results/benchmark_cpu_<processor>.json; "
+        "none with --only, --causes or --smoke)",
     )
 
 
@@ -338,6 +341,9 @@ def bench(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         repetitions=arguments.repetitions,
         only=arguments.only,
+        llama_cpp=arguments.llama_cpp,
+        causes=arguments.causes,
+        tables=arguments.tables,
         smoke=arguments.smoke,
         out=arguments.out,
         command=arguments.line,

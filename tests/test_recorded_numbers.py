@@ -3,15 +3,20 @@
 import json
 import re
 from pathlib import Path
+from statistics import median
 
 import pytest
 
+from scrubjay.examples.benchmarks import benchmark_tables as tables
+from scrubjay.examples.measuring.processor import slug
 from scrubjay.examples.measuring.run_report import size
 
 ROOT = Path(__file__).parents[1]
 FIRST, EXAMPLES, KERNELS, CONVERSION = (
     (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in (".", "examples", "kernels", "conversion")
 )
+RUNS = tables.recorded()
+NAMED = {"benchmark_cpu_amd-epyc-avx512.json": "amd-epyc-avx512"}  # made before runs recorded what PyTorch may use
 
 
 def recorded(name):
@@ -70,45 +75,36 @@ def test_cache_of_the_long_demo():
     assert f"| cache after, in {cache['dtype']} |" in FIRST
 
 
-RATIOS = {
-    "prefill 2048 tokens, float32": "prefill 2048 float32",
-    "prefill 512 tokens, bfloat16": "prefill 512 bfloat16",
-    "prompt of one token": "prompt of 1 token float32",
-    "decode, float32": "decode after 512 float32, per token",
-    "decode, bfloat16": "decode after 512 bfloat16, per token",
-    "forward and backward, 512 tokens, float32": "forward + backward 512 float32",
-    "forward and backward, 512 tokens, bfloat16": "forward + backward 512 bfloat16",
-    "prefill 8192 tokens, float32": "prefill 8192 float32",
-    "prefill 8192 tokens, bfloat16": "prefill 8192 bfloat16",
-    "the same, peak memory": "memory, forward + backward 512 float32",
-    "prefill 2048 tokens, peak memory": "memory, prefill 2048 float32",
-    "Rodimus+ attention": "SW-SKA 8192, window 512 float32",
-    "Recycled Attention at 32K": "Recycled decode at 32768, K = 2048, S = 10 float32",
-    "the same, bfloat16": "Recycled decode at 32768, K = 2048, S = 10 bfloat16",
-    "ADORE at 8K": "ADORE decode, 7B width bfloat16, R = 8, batch 8",
-    "the same, R = 8 in every": "ADORE decode, 7B width bfloat16, R = 8 every 4th step, batch 8",
-    "the same, R = 0": "ADORE decode, 7B width bfloat16, R = 0, batch 8",
-    "the same in equal memory": "ADORE decode, 7B width bfloat16, R = 8, equal memory",
-    "ADORE in float32": "ADORE decode, 7B width float32, R = 8, batch 8",
-    "Taipan's selective layer": "Taipan's selective layer, prefill 8192, 15%",
-    "seven layers of Taipan": "Taipan's unit, prefill 8192, 15%",
-}
+@pytest.mark.parametrize("name", RUNS)
+def test_speed_on_each_processor(name):
+    assert tables.section(RUNS[name], name) in KERNELS
+    assert name == f"benchmark_cpu_{NAMED.get(name) or slug(RUNS[name]['machine'])}.json"
 
 
-@pytest.mark.parametrize("start", RATIOS)
-def test_ratios(start):
-    *_, shown = row(KERNELS, start)
-    ratio = next(line["ratio"] for line in recorded("benchmark_cpu.json")["rows"] if line["name"] == RATIOS[start])
-    assert shown.removesuffix(" less") == (f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x")
+def test_no_other_speeds_are_shown():
+    shown = re.findall(r"^### .*$", KERNELS, re.MULTILINE)
+    assert shown == [tables.section(result, name).splitlines()[0] for name, result in RUNS.items()]
 
 
-@pytest.mark.parametrize("line", recorded("benchmark_cpu.json")["rows"], ids=lambda line: line["name"])
+@pytest.mark.parametrize(
+    "line", [line for result in RUNS.values() for line in result["rows"]], ids=lambda line: line["name"]
+)
 def test_benchmark_rows_are_what_their_samples_say(line):
-    ratio = line["peer"] / line["scrubjay"]
-    assert line["ratio"] == pytest.approx(ratio)
-    for side in ("peer", "scrubjay"):
-        samples = sorted(line["samples"][side])
-        assert line[side] == pytest.approx((samples[(len(samples) - 1) // 2] + samples[len(samples) // 2]) / 2)
+    middle = {side: median(samples) for side, samples in line["samples"].items()}
+    assert {side: line[side] for side in middle} == pytest.approx(middle)
+    ours = middle["scrubjay"]
+    assert line["ratio"] == (pytest.approx(middle["peer"] / ours) if "peer" in middle else None)
+    for side, multiple in (("products", "of_products"), ("weights_once", "of_weights")):
+        assert (side in line) == (multiple in line)
+        assert side not in line or line[multiple] == pytest.approx(ours / line[side])
+
+
+def test_weights_are_read_at_the_bandwidth_of_the_run():
+    for result in RUNS.values():
+        for line in result["rows"]:
+            if "weights_once" in line:
+                read = result["ceilings"]["bytes_per_second"]["read"]
+                assert line["weights_once"] == pytest.approx(line["weight_bytes"] / read)
 
 
 def test_conversions():

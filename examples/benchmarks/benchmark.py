@@ -1,11 +1,14 @@
-"""Speed and memory beside the peers, as ratios within one run.
+"""Speed and memory beside the peers and beside what the machine can do at most, as ratios within one run.
 
-    python examples/benchmarks/benchmark.py --cpu        all of it: about twenty minutes on two cores
-        --only prefill    the rows whose name contains a word; kept only with --out
-        --smoke           all of it at tiny sizes in seconds; the numbers mean nothing
+    python examples/benchmarks/benchmark.py --cpu        all of it: about fifteen minutes on two cores
+        --only prefill       the rows whose name contains a word; kept only with --out
+        --llama-cpp DIR      also beside a llama.cpp that was built in DIR, once its greedy text equals ours
+        --causes             instead: ours with one thing switched that makes CPUs slow, such as subnormal numbers
+        --tables             instead: the recorded runs in Markdown, as kernels/README.md has them
+        --smoke              all of it at tiny sizes in seconds; the numbers mean nothing
 
-Prints one table and writes examples/results/benchmark_cpu.json (every sample) and .png. On a busy machine threads wait
-for each other, and the numbers say little: run it alone.
+Prints one table and writes examples/results/benchmark_cpu_<processor>.json (every sample) and .png. On a busy machine
+threads wait for each other, and the numbers say little: run it alone.
 """
 
 import argparse
@@ -19,14 +22,25 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from scrubjay.examples.benchmarks.benchmark_cpu import SMOKE, Shape, measure
+from scrubjay.examples.benchmarks.benchmark_cpu import measure
+from scrubjay.examples.benchmarks.benchmark_rows import SMOKE, Shape
+from scrubjay.examples.benchmarks.benchmark_tables import RESULTS, about, of_two_lengths, pages, recorded, shown, times
+from scrubjay.examples.measuring.processor import described, processor, slug
 from scrubjay.examples.measuring.run_report import GRAY, OURS, commit, machine, table, versions
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmark_cpu.json"
 BUSY = 0.5  # load average above which a run says that it was not alone
 
 
-def benchmark(shape: Shape, *, threads: int, repetitions: int, only: str, command: str) -> dict:
+def benchmark(
+    shape: Shape,
+    *,
+    threads: int,
+    repetitions: int,
+    only: str,
+    command: str,
+    llama_cpp: Path | None = None,
+    causes: bool = False,
+) -> dict:
     """Measure, with `threads` torch threads; returns everything that is printed, drawn and written."""
     load = os.getloadavg()[0]
     if load > BUSY:
@@ -34,8 +48,9 @@ def benchmark(shape: Shape, *, threads: int, repetitions: int, only: str, comman
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        where = machine() | {"load_average_at_start": load}
-        result = measure(shape, repetitions=repetitions, only=only)
+        where = machine() | processor() | {"load_average_at_start": load}
+        print(described(where))
+        result = measure(shape, repetitions=repetitions, only=only, llama_cpp=llama_cpp, causes=causes)
     finally:
         torch.set_num_threads(before)
     run = {"command": command, "commit": commit(), "machine": where, "versions": versions()}
@@ -43,30 +58,37 @@ def benchmark(shape: Shape, *, threads: int, repetitions: int, only: str, comman
 
 
 def summary(result: dict) -> str:
-    """The table: medians of both sides, their ratio, and the ratio promised."""
-    where, rows = result["machine"], []
+    """The table: medians of both sides, their ratio, what ours is of the products and of reading, what is promised."""
+    rows = []
     for row in result["rows"]:
-        floor, ratio = row["floor"], row["ratio"]
-        promise = [f">= {floor:g}x", "met" if ratio >= floor else "MISSED"] if floor else ["", ""]
-        chunk = str(row.get("chunk", ""))
-        rows.append([row["name"], *(shown(row[side], row["unit"]) for side in ("peer", "scrubjay")), chunk])
-        rows[-1] += [f"{ratio:.2f}x", *promise]
-    title = f"{where['cpu']}, {where['torch_threads']} threads, load {where['load_average_at_start']:.2f} at start"
+        sides = [shown(row[side], row["unit"]) if side in row else "" for side in ("peer", "scrubjay", "products")]
+        multiples = [times(row["ratio"], 2), times(row.get("of_products"), 2), times(row.get("of_weights"), 2)]
+        speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
+        rows.append([row["name"], *sides, str(row.get("chunk", "")), *multiples, speed, promised(row)])
     legend = [
-        f"Medians of {result['repetitions']} taken in turn. peer: transformers' Mamba2 with the same weights, at the",
-        "chunk size given (its fastest in prefill and training); for SW-SKA, torch's SDPA with a dense band mask; for",
-        "Recycled Attention, full attention on the same buffer with packed heads; for ADORE, full attention with a",
-        "preallocated cache (equal memory: ours of as many rows as fit into its bytes, at most 64); for Taipan, the",
-        "same weights with all tokens selected. Of two lengths, the first is peer.",
+        f"{about(result)}",
+        f"Medians of {result['repetitions']}, where passes are long of fewer, taken in turn. ratio: peer / scrubjay;",
+        "/products, /reading: scrubjay as a multiple of its matrix products alone and of reading its weights once.",
+        "peer: transformers' Mamba2 with the same weights, at the chunk size given (its fastest in prefill and",
+        "training); for SW-SKA, torch's SDPA with a dense band mask; for Recycled Attention, full attention on the",
+        "same buffer with packed heads; for ADORE, full attention with a preallocated cache (equal memory: ours of as",
+        "many rows as fit into its bytes, at most 64); for Taipan, the same weights with all tokens selected. Of two",
+        "lengths, the first is peer. With --causes, peer is ours with the switch.",
         f"memory: {result['memory']}.",
     ]
-    return "\n\n".join([table(title, ["peer", "scrubjay", "chunk", "ratio", "floor", ""], rows), "\n".join(legend)])
+    header = ["peer", "scrubjay", "products", "chunk", "ratio", "/products", "/reading", "tokens/s", "promised"]
+    return "\n\n".join([table(described(result["machine"]), header, rows), "\n".join(legend)])
 
 
-def shown(value: float, unit: str) -> str:
-    if unit == "bytes":
-        return f"{value / 2**20:,.0f} MiB" if value >= 2**20 else f"{value / 2**10:,.0f} KiB"
-    return f"{value * 1e3:,.1f} ms" if value >= 1e-3 else f"{value * 1e6:,.0f} us"
+def promised(row: dict) -> str:
+    """What the project promises of a row and whether the run kept it, "" where it promises nothing."""
+    words, floor, limit = [], row["floor"], row.get("limit")
+    if floor:
+        words.append(f">= {floor:g}x {'met' if row['ratio'] >= floor else 'MISSED'}")
+    multiple = row.get("of_weights", row.get("of_products"))
+    if limit and multiple is not None:
+        words.append(f"<= {limit:g}x {'met' if multiple <= limit else 'MISSED'}")
+    return ", ".join(words)
 
 
 def plot(result: dict, path: Path) -> None:
@@ -76,7 +98,7 @@ def plot(result: dict, path: Path) -> None:
     """
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    rows = [row for row in result["rows"][::-1] if (row["floor"] or 2) > 1]
+    rows = [row for row in result["rows"][::-1] if row["ratio"] is not None and not of_two_lengths(row)]
     figure = Figure(figsize=(10, 0.8 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh([row["name"] for row in rows], [row["ratio"] for row in rows], color=OURS, height=0.6)
@@ -87,7 +109,7 @@ def plot(result: dict, path: Path) -> None:
         axes.plot(*zip(*floors, strict=True), "|", color="black", markersize=16, label="floor")
         axes.legend(frameon=False, loc="lower right")
     axes.axvline(1, color=GRAY, linewidth=0.8)
-    axes.set(xlabel="peer / scrubjay", title=result["machine"]["cpu"])
+    axes.set(xlabel="peer / scrubjay", title=described(result["machine"]))
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
@@ -102,28 +124,48 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     parser.add_argument("--repetitions", type=int, default=5, help="samples of each side and row (default 5)")
     parser.add_argument("--only", default="", help="measure only rows whose name contains this")
+    parser.add_argument("--llama-cpp", type=Path, metavar="DIR", help="also beside llama.cpp: its folder, built")
+    parser.add_argument("--causes", action="store_true", help="instead: ours with one cause of slowness switched")
+    parser.add_argument("--tables", action="store_true", help="instead: print the recorded runs in Markdown")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that everything runs")
-    parser.add_argument("--out", type=Path, help="JSON to write, a PNG beside it (default: results/benchmark_cpu.json)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON to write, a PNG beside it (default: results/benchmark_cpu_<processor>.json)"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run what the arguments ask for; returns what is in the JSON."""
     argv = sys.argv[1:] if argv is None else argv
-    args = make_parser().parse_args(argv)
-    command = shlex.join(["python", "examples/benchmarks/benchmark.py", *argv])
-    asked = {"threads": args.threads, "repetitions": args.repetitions, "only": args.only, "smoke": args.smoke}
-    return run(**asked, out=args.out, command=command)
+    arguments = vars(make_parser().parse_args(argv))
+    del arguments["cpu"]
+    return run(**arguments, command=shlex.join(["python", "examples/benchmarks/benchmark.py", *argv]))
 
 
-def run(*, threads: int, repetitions: int, only: str, smoke: bool, out: Path | None, command: str) -> dict:
-    """Measure, print, write; returns what is in the JSON."""
+def run(
+    *,
+    threads: int,
+    repetitions: int,
+    only: str,
+    llama_cpp: Path | None,
+    causes: bool,
+    tables: bool,
+    smoke: bool,
+    out: Path | None,
+    command: str,
+) -> dict:
+    """Measure, print, write; returns what is in the JSON. With `tables`: print the recorded runs, return them."""
+    if tables:
+        print(pages())
+        return recorded()
     logging.disable_progress_bar()
     shape, repetitions = (SMOKE, 2) if smoke else (Shape(), repetitions)
-    result = benchmark(shape, threads=threads, repetitions=repetitions, only=only, command=command)
+    asked = {"threads": threads, "repetitions": repetitions, "only": only, "command": command}
+    result = benchmark(shape, **asked, llama_cpp=llama_cpp, causes=causes)
     print(f"\n{summary(result)}")
     # Part of the table must not replace all of it, nor tiny sizes the real ones.
-    out = out or (None if only or smoke else RESULTS)
+    part = only or smoke or causes
+    out = out or (None if part else RESULTS / f"benchmark_cpu_{slug(result['machine'])}.json")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,6 +1,6 @@
-"""A line of a benchmark: the same work done two ways.
+"""A line of a benchmark: the same work done in several ways.
 
-Times are taken in turn (peer, scrubjay, peer, ...), so that whatever else runs on the machine slows both.
+Times are taken in turn (peer, scrubjay, peer, ...), so that whatever else runs on the machine slows all.
 """
 
 import time
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from statistics import median
 
 SIDES = ("peer", "scrubjay")
+ENOUGH = 30.0  # seconds of samples of one line
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two ways to do one thing.
+    """Ways to do one thing: "scrubjay", and "peer" or "products" (the line's matrix products and nothing else) or both.
 
     Args:
         make: gives the work of each side, made only once the line is measured. A work returns how many units (tokens,
@@ -35,20 +36,39 @@ class Comparison:
 
 
 def in_turn(sides: Mapping[str, Callable[[], int]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds a unit of each side, after one unmeasured pass of each."""
-    for side in SIDES:
-        sides[side]()
-    samples: dict[str, list[float]] = {side: [] for side in SIDES}
-    for _ in range(repetitions):
-        for side in SIDES:
+    """Seconds a unit of each side, after one unmeasured pass of each.
+
+    Where a pass is long there are fewer samples than `repetitions`; one of all sides that takes longer than ENOUGH is
+    the only sample.
+    """
+
+    def once() -> dict[str, float]:
+        samples = {}
+        for side, work in sides.items():
             started = time.perf_counter()
-            units = sides[side]()
-            samples[side].append((time.perf_counter() - started) / units)
-    return samples
+            units = work()
+            samples[side] = (time.perf_counter() - started) / units
+        return samples
+
+    started = time.perf_counter()
+    first = once()
+    passes = int(ENOUGH / (time.perf_counter() - started))
+    taken = [once() for _ in range(min(repetitions, max(2, passes)))] if passes else [first]
+    return {side: [samples[side] for samples in taken] for side in sides}
 
 
 def summarized(name: str, samples: Mapping[str, list], floor: float | None, unit: str = "seconds") -> dict:
-    """A record of a line: every sample, the medians and their ratio."""
+    """A record of a line: every sample, the medians, and peer / scrubjay, scrubjay / products where it has those."""
     middle = {side: median(values) for side, values in samples.items()}
-    ratio = middle["peer"] / max(middle["scrubjay"], 1e-9)  # memory can be 0 at tiny sizes
-    return {"name": name, "unit": unit, **middle, "ratio": ratio, "floor": floor, "samples": samples}
+    ours = max(middle["scrubjay"], 1e-9)  # memory can be 0 at tiny sizes
+    ratio = middle["peer"] / ours if "peer" in middle else None
+    record = {"name": name, "unit": unit, **middle, "ratio": ratio, "floor": floor, "samples": samples}
+    return record | ({"of_products": middle["scrubjay"] / middle["products"]} if "products" in middle else {})
+
+
+def beside_weights(record: dict, read_bandwidth: float) -> dict:
+    """The record of a decode step with the seconds in which the weights are read once, at so many bytes a second."""
+    if "weight_bytes" not in record:
+        return record
+    once = record["weight_bytes"] / read_bandwidth
+    return record | {"weights_once": once, "of_weights": record["scrubjay"] / once}

@@ -2,15 +2,12 @@
 
 import json
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from scrubjay.examples.benchmarks import benchmark, benchmark_cpu
-from scrubjay.examples.benchmarks.benchmark_cpu import SIDES, SMOKE, checked, lines_of, rows_of, window_pass
 from scrubjay.examples.measuring.memory import high_water
 from scrubjay.examples.studies import mqar
 from scrubjay.examples.studies.mqar import IGNORED, MODELS, Run, accuracy, causal_labels, draw_distinct, mqar_batch
@@ -152,50 +149,6 @@ def test_mqar_sweep_continues_where_it_stopped(tmp_path, monkeypatch):
     assert len(seen) == len(set(seen)) == len(records) == 8
     cells = {(r["settings"]["model"], r["settings"]["pairs"], r["settings"]["state_size"]) for r in records}
     assert cells == {(m, p, s) for m in ("ssd", "rodimus") for p in (8, 32) for s in (16, 64)}
-
-
-@pytest.mark.slow
-def test_benchmark_smoke(tmp_path, capsys):
-    out = tmp_path / "results" / "benchmark_cpu.json"
-    threads = torch.get_num_threads()
-    result = benchmark.main(["--cpu", "--smoke", "--threads", "1", "--out", str(out)])
-    assert torch.get_num_threads() == threads
-    assert [row["name"] for row in result["rows"]] == [row.name for row in [*rows_of(SMOKE), *lines_of(SMOKE)]]
-    printed = capsys.readouterr().out
-    for row in result["rows"]:
-        assert row["name"] in printed
-        assert row["ratio"] > 0
-        assert all(len(row["samples"][side]) == (1 if row["unit"] == "bytes" else 2) for side in SIDES)
-    assert result["agreement"]["logits float32"] < 1e-5
-    assert json.loads(out.read_text())["rows"][0]["samples"] == result["rows"][0]["samples"]
-    assert out.with_suffix(".png").stat().st_size > 0
-
-
-def test_benchmark_measures_only_what_is_asked(tmp_path):
-    result = benchmark.main(["--cpu", "--smoke", "--threads", "1", "--only", "SW-SKA 256, window 32 float32"])
-    assert [row["name"] for row in result["rows"]] == ["SW-SKA 256, window 32 float32"]
-    assert list(result["agreement"]) == ["SW-SKA"]
-
-
-def test_benchmark_takes_samples_in_turn(monkeypatch):
-    seen = []
-    monkeypatch.setattr(benchmark_cpu, "window_pass", lambda side, shape: lambda: seen.append(side))
-    row = next(row for row in rows_of(SMOKE) if row.work == "window")
-    benchmark_cpu.time_row(row, SMOKE, {}, 3)
-    assert seen == [*SIDES, *SIDES * 3]  # one of each before, unmeasured
-
-
-@pytest.mark.parametrize("wrong", [1.1, math.nan])
-def test_benchmark_refuses_two_different_functions(wrong):
-    x = torch.ones(8)
-    with pytest.raises(RuntimeError, match=r"logits: the two sides differ by .* relative"):
-        checked("logits", wrong * x, x, 1e-4)
-
-
-def test_benchmark_notices_one_key_too_many():
-    one, other = window_pass("peer", SMOKE)(), window_pass("scrubjay", replace(SMOKE, window=SMOKE.window + 1))()
-    with pytest.raises(RuntimeError, match="SW-SKA"):
-        checked("SW-SKA", other, one, 1e-5)
 
 
 def test_high_water_sees_what_was_freed():
