@@ -10,16 +10,18 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_export import BOUND, shallow
+from test_export import BOUND, GRADIENT, shallow
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from zoo import ZOO, relative, tokens
 
 # torch's own compiler does
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
+]
 LENGTHS = (20, 23, 40, 70, 150)  # from the second on one program serves them all
-GRADIENT = 1e-5  # five times the worst error of a gradient that was measured, 1.4e-6
 ENTRIES = {entry.name: entry for entry in ZOO}
 
 

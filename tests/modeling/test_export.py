@@ -13,6 +13,7 @@ from zoo import ZOO, relative, tokens
 from scrubjay import DecodeStep, Prefill, export_decoding
 
 BOUND = 3e-6  # five times the worst error against eager that was measured, 6.4e-7; the decoders of transformers: 0
+GRADIENT = 2e-5  # the same of a gradient, 3.4e-6
 ANY = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
 STEPS = 12  # beyond the window of 9
 # Reads programs, decodes greedily, writes logits and states: torch alone.
@@ -100,7 +101,7 @@ def test_a_compiled_model_has_the_gradients_of_eager(recurrent):
         logits = call(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
         grads.append(torch.autograd.grad(logits.square().sum(), list(model.parameters()), materialize_grads=True))
     for eager, compiled in zip(*grads, strict=True):
-        assert (compiled - eager).abs().max() <= BOUND * eager.abs().max()
+        assert (compiled - eager).abs().max() <= GRADIENT * eager.abs().max()
 
 
 def prompts():
