@@ -237,8 +237,9 @@ def test_a_folder_with_its_own_code_compiles_beside_the_library(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor writes C++: g++ is missing")
-def test_inductor_gives_what_eager_gives(recurrent):
-    model, ids = shallow(recurrent), tokens(2, 40)
+def test_inductor_gives_what_eager_gives():
+    """Of one model: what it is given differs in the operators alone, which the other tests of this file run."""
+    model, ids = shallow(ENTRIES["ssd"]), tokens(2, 40)
     program = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         got, want = program(ids), model(ids)
