@@ -1,4 +1,4 @@
-"""Layers whose weights have 8 or 4 bits (`kernels/few_bits.py` says how): projections, embedding, tied head.
+"""Layers whose weights have 8 or 4 bits (`kernels/bits.py` says how): projections, embedding, tied head.
 
 For inference: nothing in them learns, and a gradient passes to their input by the dequantized weight.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from scrubjay.kernels.dispatch import traced
-from scrubjay.kernels.few_bits import GROUPS, dequantize_weight, has_product, multiply, pack, quantize_weight
+from scrubjay.kernels.bits import GROUPS, dequantize_weight, has_product, multiply, pack, quantize_weight
 
 logger = logging.get_logger(__name__)
 

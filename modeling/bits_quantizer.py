@@ -12,12 +12,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from scrubjay.kernels.few_bits import check_bits
+from scrubjay.kernels.bits import check_bits
 from scrubjay.modeling.bits_layers import SMALLEST, FewBits, FewBitsEmbedding, FewBitsLinear, TiedHead
-from scrubjay.modeling.training.adapters import WholeLinear, adapts
+from scrubjay.modeling.training.adapters import adapts
 
 METHOD = "scrubjay_few_bits"
-LINEAR = (nn.Linear, WholeLinear)
 
 
 class FewBitsConfig(QuantizationConfigMixin):
@@ -122,13 +121,13 @@ def _replace(model, settings, empty=False):
     count = 0
     for name, module in list(model.named_modules()):
         vocabulary = module is head or module is embedding
-        if type(module) not in (*LINEAR, nn.Embedding) or module in own or not (vocabulary or _is_large(module)):
+        if type(module) not in (nn.Linear, nn.Embedding) or module in own or not (vocabulary or _is_large(module)):
             continue
         if type(module) is nn.Embedding and module is not embedding:
             continue
         if any(name == end or name.endswith(f".{end}") for end in kept) or (module is head and tied):
             continue
-        kind = FewBitsLinear if type(module) in LINEAR else FewBitsEmbedding
+        kind = FewBitsLinear if type(module) is nn.Linear else FewBitsEmbedding
         model.set_submodule(name, kind(module, settings.width(vocabulary), settings.group_size, empty))
         count += 1
     if tied and isinstance(model.get_input_embeddings(), FewBitsEmbedding):

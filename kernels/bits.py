@@ -35,6 +35,7 @@ STEPS = 63  # of a row's largest value in `high`, which FBGEMM takes as unsigned
 PARTS = 2 * STEPS  # of one of them in `low`
 SMALLEST = 1e-30  # a row below is taken for zeros: its steps would have no reciprocal
 ROWS = 1024  # of x at a time, which bounds what is kept beside it
+AT_A_TIME = 2**18  # weights that are quantized together: what is computed of them stays in a processor's cache
 FACTOR, CODE = 15, 8  # largest magnitudes
 TRIED = 3  # factors of a group: the one that reaches its largest value, and those that clip it
 
@@ -70,16 +71,18 @@ def quantize_weight(weight: Tensor, bits: int, group_size: int = 32) -> tuple[Te
     scales = torch.where(scales > 0, scales, 1.0)
     if bits == 8:
         return (w / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8), None, scales
-    padded = F.pad(w / scales[:, None], (0, -w.shape[1] % group_size))
-    codes, factors = _in_groups(padded.unflatten(1, (-1, group_size)))
+    rows = max(1, AT_A_TIME // w.shape[1])
+    parts = [_in_groups(w[i : i + rows] / scales[i : i + rows, None], group_size) for i in range(0, len(w), rows)]
+    codes, factors = (torch.cat(held) for held in zip(*parts, strict=True))
     return codes, factors, scales
 
 
-def _in_groups(x):
-    """Packed codes and factors of x (O, G, group), in scales."""
-    largest = x.gather(2, x.abs().argmax(2, keepdim=True))
-    sign = torch.where(largest > 0, -1.0, 1.0)  # the code of the largest value is -8, of which there is no +8
-    reaching = (largest.abs() / CODE).ceil().clamp(1, FACTOR)
+def _in_groups(x, group_size):
+    """Packed codes and factors of x (O, I), in scales."""
+    x = F.pad(x, (0, -x.shape[1] % group_size)).unflatten(1, (-1, group_size))  # (O, G, group)
+    low, high = x.aminmax(dim=2, keepdim=True)
+    sign = torch.where(high > -low, -1.0, 1.0)  # the code of the largest value is -8, of which there is no +8
+    reaching = (torch.maximum(high, -low) / CODE).ceil().clamp(1, FACTOR)
     best = error = None
     for less in range(TRIED):
         factor = sign * (reaching - less).clamp(min=1)
