@@ -55,9 +55,9 @@ def check_bits(bits, group_size) -> None:
 def quantize_weight(weight: Tensor, bits: int, group_size: int = 32) -> tuple[Tensor, Tensor | None, Tensor]:
     """codes, factors and scales of a weight (O, I).
 
-    Error of a weight: in 8 bits half a scale, max|row| / 254. In 4 bits, of a factor that reaches the group's largest
-    value, half of |factor| * scale, and |factor| * scale <= max|group| / 8 + max|row| / 120; a smaller factor is taken
-    where the sum of squares over the group is less.
+    Error of a weight in 8 bits: half a scale, max|row| / 254. Root mean square of a group's errors in 4 bits: at most
+    max|group| / 8 + max|row| / 120, where a value sits at every edge; of normal weights 8.4 % of the weights' own in
+    groups of 32, 9.1 % in 64, 9.8 % in 128.
 
     Raises:
         ValueError: numbers that are not finite, or see `check_bits`.
