@@ -49,7 +49,9 @@ def check_bits(bits, group_size) -> None:
     if bits not in BITS or isinstance(bits, bool):
         raise ValueError(f"Weights have 8 or 4 bits here; got bits = {bits!r}.")
     if bits == 4 and group_size not in GROUPS:
-        raise ValueError(f"group_size, the inputs that share a factor in 4 bits, is one of {GROUPS}; got {group_size!r}.")
+        raise ValueError(
+            f"group_size, the inputs that share a factor in 4 bits, is one of {GROUPS}; got {group_size!r}."
+        )
 
 
 def quantize_weight(weight: Tensor, bits: int, group_size: int = 32) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -65,7 +67,9 @@ def quantize_weight(weight: Tensor, bits: int, group_size: int = 32) -> tuple[Te
     check_bits(bits, group_size)
     w = weight.detach().float()
     if not bool(w.isfinite().all()):
-        raise ValueError(f"A weight of shape {tuple(w.shape)} holds numbers that are not finite: no few bits hold those.")
+        raise ValueError(
+            f"A weight of shape {tuple(w.shape)} holds numbers that are not finite: no few bits hold those."
+        )
     top = 127 if bits == 8 else FACTOR * CODE
     scales = w.abs().amax(1) / top
     scales = torch.where(scales > 0, scales, 1.0)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from scrubjay.kernels.bits import GROUPS, dequantize_weight, multiply, pack, quantize_weight
 from scrubjay.kernels.dispatch import traced
-from scrubjay.kernels.bits import GROUPS, dequantize_weight, has_product, multiply, pack, quantize_weight
 
 logger = logging.get_logger(__name__)
 
@@ -92,8 +92,8 @@ class FewBits(nn.Module):
 def _say_slow(device):
     why = f"The model is on {device.type}" if device.type != "cpu" else "This PyTorch has no FBGEMM for this processor"
     logger.warning_once(
-        f"{why}: weights of few bits are held in float32 as well, and are as slow and large as those. Only what is saved "
-        "is small."
+        f"{why}: weights of few bits are held in float32 as well, and are as slow and large as those. Only what is "
+        "saved is small."
     )
 
 

@@ -9,7 +9,7 @@ from scrubjay import quantize
 STRANGER = """
 import torch
 from transformers import AutoModelForCausalLM
-for name in sys.argv[2:]:
+for name in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
     quantizer = type(model.hf_quantizer)
     assert quantizer.__module__.startswith("transformers_modules."), quantizer
@@ -27,7 +27,9 @@ def test_folders_in_few_bits_load_where_scrubjay_is_absent(tmp_path):
     ids = tokens(2, 9)
     torch.save(ids, tmp_path / "ids.pt")
     for place, entry in enumerate(ZOO):
-        model = quantize(entry.build(hidden_size=64, **{"n_groups": 2} if entry.name == "ssd" else {}), (4, 8)[place % 2])
+        model = quantize(
+            entry.build(hidden_size=64, **{"n_groups": 2} if entry.name == "ssd" else {}), (4, 8)[place % 2]
+        )
         model.save_pretrained(tmp_path / entry.name)
         with torch.no_grad():
             torch.save(model(ids).logits, tmp_path / f"{entry.name}.pt")

@@ -157,7 +157,7 @@ def test_copies_pickles_and_casts_compute_the_same(entry):
     narrow = copy.deepcopy(model).to(torch.bfloat16)
     assert torch.equal(narrow.model.embed_tokens.scales, model.model.embed_tokens.scales)
     assert narrow.model.embed_tokens(ids).dtype == torch.bfloat16
-    assert torch.equal(logits(narrow.float().eval(), ids).isfinite(), torch.ones_like(want, dtype=torch.bool))
+    assert relative(logits(narrow, ids), want) < 0.2  # bfloat16: 0.04 was the most seen
 
 
 def test_a_gradient_reaches_the_input(entry):
