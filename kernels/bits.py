@@ -127,7 +127,7 @@ def pack(codes: Tensor, factors: Tensor | None, scales: Tensor, inputs: int) -> 
 def multiply(x: Tensor, packed: Any) -> Tensor:
     """x (..., I) times a packed weight, (..., O) in x's dtype. A row's result depends on no other row. No gradients.
 
-    Error against the float32 product with the dequantized weight, of each output: max|row of x| * sum|row of w| / 15876,
+    Error of each output against the float32 product with the dequantized weight: max|row of x| * sum|row of w| / 15876,
     which is half a part of `low`; and rounding of float32.
     """
     rows = x.reshape(-1, x.shape[-1]).float()
