@@ -16,6 +16,7 @@ from scrubjay.configuration.configuration_recycled import RecycledConfig
 from scrubjay.configuration.configuration_rodimus import RodimusConfig
 from scrubjay.configuration.configuration_ssd import SSDConfig
 from scrubjay.configuration.configuration_taipan import TaipanConfig
+from scrubjay.modeling.bits_quantizer import FewBitsConfig, quantize
 from scrubjay.modeling.caches.cache_adore import AdoreCache
 from scrubjay.modeling.caches.cache_recycled import RecycledCache
 from scrubjay.modeling.caches.cache_rodimus import RodimusCache
@@ -85,6 +86,7 @@ __all__ = [
     "AdoreForTokenClassification",
     "AdoreModel",
     "DecodeStep",
+    "FewBitsConfig",
     "Prefill",
     "RecycledCache",
     "RecycledConfig",
@@ -113,6 +115,7 @@ __all__ = [
     "adapter_report",
     "average_gradients",
     "export_decoding",
+    "quantize",
     "save_adapter",
     "shard_model",
     "shard_sequence",

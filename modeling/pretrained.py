@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
+from scrubjay.modeling.bits_quantizer import METHOD
 from scrubjay.modeling.hub.publishing import Published
 from scrubjay.modeling.inputs.columns import Columns, Marks, read_columns
 from scrubjay.modeling.training.adapters import NO_PREFIX, adapts, give_own_weight, keep_unpacked, make_replaceable
@@ -28,15 +29,17 @@ class ZooPreTrainedModel(Published):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers. A `quantization_config` is for every projection; embedding and head stay as they are."""
+        """As in transformers. A `quantization_config` is for every projection; embedding and head stay as they are, but
+        of a `FewBitsConfig`."""
         loaded = super().from_pretrained(*args, **kwargs)
         keep_unpacked(loaded[0] if isinstance(loaded, tuple) else loaded)  # a tuple: with output_loading_info
         return loaded
 
     def post_init(self):
         """As in transformers, which has put the quantizer's settings into the configuration by now."""
-        if getattr(self.config, "quantization_config", None) is not None:
-            make_replaceable(self, self.config.quantization_config)
+        settings = getattr(self.config, "quantization_config", None)
+        if settings is not None and dict(settings).get("quant_method") != METHOD:  # which chooses by itself
+            make_replaceable(self, settings)
         super().post_init()
 
     def __setattr__(self, name, value):
