@@ -22,7 +22,9 @@ class FewBits(nn.Module):
     Buffers: `codes`, `factors` (4 bits alone) and `scales`, which stays float32 in a model of any dtype.
     """
 
+    codes: Tensor
     factors: Tensor | None
+    scales: Tensor
 
     def __init__(self, weight: Tensor, bits: int, group_size: int, empty: bool = False):
         """`weight`: what to quantize, or if `empty`, the shape, dtype and device of what will be loaded."""
@@ -125,6 +127,8 @@ class FewBitsEmbedding(FewBits):
 
 class TiedHead(nn.Module):
     """The head that has the embedding's matrix: one set of codes serves lookup and product."""
+
+    embedding: FewBitsEmbedding
 
     def __init__(self, embedding: FewBitsEmbedding, bias: nn.Parameter | None = None):
         super().__init__()
