@@ -5,14 +5,19 @@ B batch, T time. Times in seconds, memory in bytes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedModel
 
+from scrubjay import quantize
 from scrubjay.examples.benchmarks import benchmark_adore, benchmark_recycled, benchmark_taipan
 
 # Other forms of the SSD model (fewer bits, compiled), each made of the float32 model as it was loaded: a name and the
 # function. A line here gives it rows of prefill and decode beside the model that it was made of.
-VARIANTS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {}
+VARIANTS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
+    "8 bits": partial(quantize, bits=8),
+    "4 bits": partial(quantize, bits=4),
+}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scrubjay.kernels.linear import linear
+from scrubjay.modeling.bits_layers import FewBits, TiedHead
 
 FEW_ROWS = 64  # up to these a product is bound by reading its weight, and all weights of a shape are timed
 TRIED = 2  # weights of a shape on which libraries are compared at more rows
@@ -152,4 +153,9 @@ class Alone:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes that a decode step cannot but read: all parameters, of an embedding that is no head only its row."""
     embedding, head = (getattr(f(), "weight", None) for f in (model.get_input_embeddings, model.get_output_embeddings))
-    return sum(p.nbytes // len(p) if p is embedding and p is not head else p.nbytes for p in model.parameters())
+    matrices = [m for m in model.modules() if isinstance(m, FewBits)]
+    if not isinstance(model.get_output_embeddings(), TiedHead):
+        matrices = [m for m in matrices if m is not model.get_input_embeddings()]
+    packed = sum(m.in_features * m.out_features for m in matrices)  # a byte each, in 4 bits too
+    whole = (p.nbytes // len(p) if p is embedding and p is not head else p.nbytes for p in model.parameters())
+    return packed + sum(whole)

@@ -1,5 +1,6 @@
 """The benchmark on a CPU: its rows, what it measures, prints and records, and the causes that it switches."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from scrubjay import SSDConfig, SSDForCausalLM, quantize
 from scrubjay.examples.benchmarks import (
     benchmark,
     benchmark_causes,
@@ -19,8 +21,10 @@ from scrubjay.examples.benchmarks.benchmark_causes import CAUSES, flushed, measu
 from scrubjay.examples.benchmarks.benchmark_cpu import checked, lines_of, measure, time_row
 from scrubjay.examples.benchmarks.benchmark_rows import SMOKE, Row, rows_of
 from scrubjay.examples.benchmarks.benchmark_tables import group_of, section, shown, times
+from scrubjay.examples.benchmarks.ceilings import weight_bytes
 from scrubjay.examples.benchmarks.comparison import SIDES
-from scrubjay.examples.benchmarks.model_work import fastest_chunk, load, window_pass, write_checkpoint
+from scrubjay.examples.benchmarks.model_work import fastest_chunk, load, tokens, window_pass, write_checkpoint
+from scrubjay.kernels import conv, linear, recurrence, ssd
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,9 @@ def test_every_promise_stands_on_a_row_that_has_what_it_is_about():
         3.0,
         1.7,
     )
-    batches = [row.batch for row in rows.values() if row.work == "decode" and row.dtype == "float32"]
+    batches = [
+        row.batch for row in rows.values() if row.work == "decode" and row.dtype == "float32" and not row.variant
+    ]
     assert batches == [1, 8, 32, 64]
 
 
@@ -190,7 +196,35 @@ def test_a_cause_is_timed_with_its_switch_beside_ours_as_it_is(checkpoint, monke
 def test_causes_stand_instead_of_all_other_rows():
     argv = ["--cpu", "--smoke", "--threads", "1", "--causes", "--only", "prefill 64 float32"]
     names = [row["name"] for row in benchmark.main(argv)["rows"]]
-    assert names == [f"prefill 64 float32: {cause.name}" for cause in CAUSES]
+    wanted = [cause.name for cause in CAUSES if "prefill" in cause.works and "float32" in cause.dtypes]
+    assert len(wanted) == 7
+    assert names == [f"prefill 64 float32: {name}" for name in wanted]
+
+
+@pytest.mark.parametrize("cause", CAUSES, ids=lambda cause: cause.name)
+def test_a_switch_changes_no_result_beyond_rounding_and_is_put_back(cause):
+    model = SSDForCausalLM(SSDConfig(hidden_size=32, num_hidden_layers=2, vocab_size=50, state_size=8))
+    ids = tokens(50, 80)
+    settings = (vars(linear) | vars(recurrence) | vars(conv) | vars(ssd)).copy()
+    with torch.no_grad():
+        plain = model.eval()(ids).logits
+        with cause.switch():
+            switched = model(ids).logits
+    assert benchmark_cpu.relative_error(switched, plain) < 1e-5
+    assert settings == vars(linear) | vars(recurrence) | vars(conv) | vars(ssd)
+
+
+def test_a_model_in_few_bits_reads_a_byte_of_each_weight():
+    tied, own = (
+        SSDForCausalLM(SSDConfig(hidden_size=64, num_hidden_layers=1, vocab_size=96, tie_word_embeddings=tie)).eval()
+        for tie in (True, False)
+    )
+    for model in (tied, own):
+        mixer = model.model.layers[0].mixer
+        matrices = mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel() + 96 * 64
+        small = sum(p.numel() for p in model.parameters() if p.ndim != 2)
+        for bits in (8, 4):
+            assert weight_bytes(quantize(copy.deepcopy(model), bits=bits)) == matrices + 4 * small
 
 
 ROWS = [
