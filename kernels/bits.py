@@ -133,7 +133,7 @@ def multiply(x: Tensor, packed: Any) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).float()
     parts = [_multiply(part, packed) for part in rows.split(ROWS)] if len(rows) > ROWS else [_multiply(rows, packed)]
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return y.view(*x.shape[:-1], -1).to(x.dtype)
+    return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
 
 def _multiply(x, packed):
@@ -142,8 +142,8 @@ def _multiply(x, packed):
     in_steps = x / step
     torch.round(in_steps, out=halves[0])
     torch.sub(in_steps, halves[0], out=halves[1]).mul_(PARTS)
-    y = _fbgemm(halves.view(-1, x.shape[1]), packed).view(2, len(x), -1)
-    return torch.add(y[0], y[1], alpha=1 / PARTS).mul_(step)
+    y = _fbgemm(halves.view(2 * len(x), x.shape[1]), packed)
+    return torch.add(y[: len(x)], y[len(x) :], alpha=1 / PARTS).mul_(step)
 
 
 def _packed(whole, scales):

@@ -4,6 +4,7 @@ Registered with transformers, so that `from_pretrained(folder, quantization_conf
 were saved in few bits work, with this library and with the code that travels with a folder.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -65,14 +66,14 @@ class FewBitsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
-            _replace(model, self.quantization_config, empty=True)
+            _of(model).replace(model, self.quantization_config, empty=True)
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
-            _replace(model, self.quantization_config)
+            _of(model).replace(model, self.quantization_config)
             self.pre_quantized = True
-        _settle(model)
+        _of(model).settle(model)
         return model
 
 
@@ -160,6 +161,11 @@ def _untie(model):
         part._tied_weights_keys = {}
 
 
+def _of(model):
+    """The copy of this file that came with the model's code: transformers knows one quantizer of a name, the last."""
+    return getattr(model, "few_bits", FEW_BITS)
+
+
 def _settle(model):
     """Freeze, and make what products take."""
     model.requires_grad_(False)
@@ -170,3 +176,6 @@ def _settle(model):
 
 def _is_tied(model, embedding):
     return isinstance(model.get_output_embeddings(), TiedHead) and model.get_output_embeddings().embedding is embedding
+
+
+FEW_BITS = SimpleNamespace(replace=_replace, settle=_settle)

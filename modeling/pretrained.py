@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
-from scrubjay.modeling.bits_quantizer import METHOD
+from scrubjay.modeling.bits_quantizer import FEW_BITS, METHOD
 from scrubjay.modeling.hub.publishing import Published
 from scrubjay.modeling.inputs.columns import Columns, Marks, read_columns
 from scrubjay.modeling.training.adapters import NO_PREFIX, adapts, give_own_weight, keep_unpacked, make_replaceable
@@ -24,6 +24,7 @@ class ZooPreTrainedModel(Published):
     _supports_attention_backend = False
     _is_stateful = True  # assisted decoding would have to take tokens back from a sum
     cache_class: type
+    few_bits = FEW_BITS
     no_weight_decay: tuple[str, ...] = ()
     no_weight_decay_on_embedding = False  # where it is not a language model's head as well
 

@@ -1,7 +1,7 @@
 """torch.compile of the recurrent models beside the models as they are: graphs, breaks, recompilations, equality, time.
 
     python examples/benchmarks/benchmark_compile.py                                inductor, the 130M shape, all models
-    python examples/benchmarks/benchmark_compile.py --model ssd --work step        one of them
+    python examples/benchmarks/benchmark_compile.py --model ssd --work step --layers 2      one of them, less of it
     python examples/benchmarks/benchmark_compile.py --backend aot_eager --smoke    tiny, without a C++ compiler
 
 Each work is done at several lengths, or places of a text, before it is timed: "graphs" counts the programs that were
@@ -126,12 +126,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--work", nargs="+", choices=WORKS, default=WORKS)
     parser.add_argument("--backend", default="inductor", help="of torch.compile (default inductor, needs a compiler)")
     parser.add_argument("--repetitions", type=int, default=5, help="samples of each side (default 5)")
+    parser.add_argument("--layers", type=int, default=24, help="fewer compile sooner (default 24)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that everything runs")
     chosen, records = parser.parse_args(argv), []
     print("model work: graphs (while timed), breaks, error, seconds to compile; ms eager, ms compiled, ratio")
     for name in chosen.model:
         for work in chosen.work:
-            sizes = SMOKE if chosen.smoke else Sizes()
+            sizes = SMOKE if chosen.smoke else Sizes(num_hidden_layers=chosen.layers)
             record = measure(name, work, chosen.backend, sizes, 1 if chosen.smoke else chosen.repetitions)
             records.append(record)
             print(

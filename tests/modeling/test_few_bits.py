@@ -1,6 +1,7 @@
 """Models in 8 and 4 bits: what is quantized, that they compute what their numbers say, saving, and refusals."""
 
 import copy
+import importlib.util
 import json
 import pickle
 
@@ -9,12 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
 from zoo import VOCAB, relative, tokens
 
 from scrubjay import FewBitsConfig, quantize
-from scrubjay.modeling import bits_layers
+from scrubjay.modeling import bits_layers, bits_quantizer
 from scrubjay.modeling.bits_layers import FewBits, FewBitsEmbedding, FewBitsLinear, TiedHead
+from scrubjay.modeling.bits_quantizer import METHOD
 from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
 WIDTHS = {
@@ -209,6 +212,20 @@ def test_what_is_named_stays_as_it_is(entry):
 def test_settings_that_there_are_none_of_are_refused(settings):
     with pytest.raises(ValueError, match=str(next(iter(settings.values()))) + "|width"):
         FewBitsConfig(**settings)
+
+
+def test_the_code_of_another_folder_leaves_these_classes(entry, tmp_path, monkeypatch):
+    """transformers keeps one quantizer of a name: the last that was imported, with whatever model came before it."""
+    for table in (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.setitem(table, METHOD, table[METHOD])
+    spec = importlib.util.spec_from_file_location("copy_of_a_folder", bits_quantizer.__file__)
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    copied.FEW_BITS.replace = copied.FEW_BITS.settle = None  # not asked
+    assert AUTO_QUANTIZER_MAPPING[METHOD] is copied.FewBitsQuantizer
+    quantize(build(entry), 4).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(model.model.embed_tokens, FewBitsEmbedding)
 
 
 def test_a_head_with_scores_stays_as_it_is(entry, tmp_path):
