@@ -21,6 +21,7 @@ def on_triton(monkeypatch):
     taken = set()
 
     def fused_wherever_possible(backend, op, *tensors, fused=False):
+        fused = fused() if callable(fused) else fused
         taken.update([op] if fused else [])
         return choose("triton" if fused else backend, op, *tensors, fused=fused)
 
@@ -30,6 +31,8 @@ def on_triton(monkeypatch):
         for name, module in list(sys.modules.items()):
             if name.startswith("scrubjay.kernels.") and vars(module).get("choose") is choose and "dispatch" not in name:
                 monkeypatch.setattr(module, "choose", fused_wherever_possible)
+                if "one_token" in vars(module):  # a CPU's own short way
+                    monkeypatch.setattr(module, "one_token", lambda x: False)
         return copy.deepcopy(model), taken
 
     return use
