@@ -56,7 +56,8 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
     """
     _check(x, weight, bias)
     simple = backend is None and cu_seqlens is None and lengths is None and initial_state is not None
-    if simple and one_token(x) and x.dtype == initial_state.dtype == weight.dtype:
+    fits = simple and tuple(initial_state.shape) == (x.shape[0], weight.shape[1] - 1, x.shape[2])
+    if fits and one_token(x) and x.dtype == initial_state.dtype == weight.dtype:
         return _one_token(x, weight, bias, initial_state)
     if lengths is not None and cu_seqlens is not None:
         raise ValueError("causal_conv takes lengths of rows or packed documents (cu_seqlens), not both.")

@@ -82,6 +82,10 @@ class FewBits(nn.Module):
         self._packed = None
         return self
 
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._packed = None  # the numbers change, the tensors stay
+
     def __getstate__(self):
         """Copies and pickles make their own packed matrix."""
         return self.__dict__ | {"_packed": None}

@@ -196,3 +196,10 @@ def test_packed_documents_need_a_state_each(kernel):
     inputs = draw(kernel, 6, batch=1, states=1)
     with pytest.raises(ValueError, match=r"initial_state must have shape \(2, .*; got \(1, "):
         KERNELS[kernel].fast(**inputs, cu_seqlens=torch.tensor([0, 2, 6]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [0, 2])
+def test_one_token_refuses_a_state_of_another_length(steps):
+    with pytest.raises(ValueError, match=r"initial_state must have shape \(2, 3, 4\)"):
+        causal_conv(torch.ones(2, 1, 4), torch.ones(4, 4), initial_state=torch.ones(2, steps, 4))

@@ -214,6 +214,17 @@ def test_settings_that_there_are_none_of_are_refused(settings):
         FewBitsConfig(**settings)
 
 
+def test_a_state_dict_replaces_what_products_take(entry):
+    one, other, ids = quantize(build(entry), 8), build(entry), tokens(2, 9)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    other = quantize(other, 8)
+    assert relative(logits(one, ids), logits(other, ids)) > 1e-3
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(logits(one, ids), logits(other, ids))
+
+
 def test_the_code_of_another_folder_leaves_these_classes(entry, tmp_path, monkeypatch):
     """transformers keeps one quantizer of a name: the last that was imported, with whatever model came before it."""
     for table in (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING):
