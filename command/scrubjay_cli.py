@@ -313,7 +313,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def add_bench(commands) -> None:
     text = "speed and memory beside the peers, as ratios within one run"
-    about = f"{text.capitalize()}: about fifteen minutes on two cores. Run it alone: on a busy machine it says little."
+    about = (
+        f"{text.capitalize()}: an hour on two cores without bfloat16. Run it alone: on a busy machine it says little."
+    )
     parser = commands.add_parser("bench", help=text, description=about)
     parser.set_defaults(run=bench)
     parser.add_argument("--cpu", action="store_true", required=True, help="the comparison on this machine's CPU")

@@ -6,8 +6,7 @@
 
 Prints nats per token of held-out text in float32, bfloat16, 8 bits and 4 bits with the embedding in 8 and in 4, and the
 bytes of each folder; then, of the 130M shape of Mamba-2 with random weights, tokens a second at several batches, with
-widths in turn and the best of several rounds. Twelve minutes on two cores. Close other programs: a step takes
-milliseconds.
+widths in turn and the best of several rounds. Close other programs: a step takes milliseconds.
 """
 
 import argparse

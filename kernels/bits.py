@@ -11,10 +11,8 @@ weights, which is what a row costs, is shared:
 
     x = step * (high + low / 126)       step = max|x| / 63, high and low in -63..63
 
-Other products of PyTorch were slower. On an AMD EPYC with AVX2, two threads, all weights of a model of 130M parameters
-and one row: float32 22.4 ms, bfloat16 9.0, `_weight_int8pack_mm` 11.2 and `_weight_int4pack_mm_for_cpu` 10.7 (both need
-bfloat16 there: in float32 they take 3 and 5 times as long as float32 itself), FBGEMM 7.0. torchao 0.18 calls the same
-operators, and takes 636 us in 8 bits of a (3360, 768) where float32 takes 532.
+PyTorch's other packed products (`_weight_int8pack_mm`, `_weight_int4pack_mm_for_cpu`, which torchao calls too) are made
+for inputs in bfloat16.
 
 O outputs, I inputs, G = ceil(I / group) groups of a row, M rows of x.
 8 bits: codes int8 (O, I), factors none. 4 bits: codes uint8 (O, G * group / 2), the code + 8 of an even place in the

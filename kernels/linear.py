@@ -1,9 +1,9 @@
 """Products of matrices, by the library of PyTorch's that is faster for them on this CPU.
 
-In float32 PyTorch calls Intel's MKL, which takes its slow path on processors of other makers: on an AMD EPYC oneDNN,
-which PyTorch carries too, was 2.2 times faster with AVX-512; with AVX2 alone it is on vectors, and as fast on matrices.
-On an Intel Xeon MKL was the faster by a tenth. A processor without products in bfloat16 (no AVX-512, no AMX) takes 64
-rows three times as long in bfloat16 as it takes to widen the weight, block by block, and multiply in float32.
+In float32 PyTorch calls Intel's MKL, which on processors of other makers leaves AVX-512 unused and is slow with few
+rows: there oneDNN, which PyTorch carries too, is the faster. On a processor without products in bfloat16 (no AVX-512,
+no AMX) the weight is widened, block by block, and multiplied in float32. What each choice gains on a processor:
+`python examples/benchmarks/benchmark.py --cpu --causes`.
 
 linear: x (..., I), weight (O, I), bias (O,) -> x weight^T + bias (..., O).
 """
@@ -13,16 +13,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from scrubjay.kernels.dispatch import exported, traced
 
 # Multiplications below which MKL's lower cost per call wins: about 10 microseconds.
 WORTH_IT = 2**20
-LONG = 2**14  # sums over more terms (gradients through a head of many words) are taken in blocks: 104 ms, not 125
+LONG = 2**14  # sums over more terms (gradients through a head of many words) are taken in blocks
 BLOCK = 1024  # rows of a transposed operand; 512 to 4096 were tried on gradients of weights of 3352 and 50288 rows
 WIDENED = 2**20  # numbers of a bfloat16 operand that are held in float32 at a time
-FEW_ROWS = 32  # up to here oneDNN is the faster with AVX2 too: 1.3 times at 8 rows, 1.2 at 16, 1.0 at 64
-MANY_ROWS = 8  # from here on widening pays: 1.2 times at 8 rows, 2.7 at 64; at 1 row bfloat16 halves what is read
+FEW_ROWS = 32  # up to here oneDNN is the faster with AVX2 too; from 64 on they are alike
+MANY_ROWS = 8  # from here on widening pays; at one row bfloat16 halves what is read
 
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -83,7 +84,7 @@ def _onednn_wins(rows):
 
 
 def _one_of_16_bits(rows):
-    """One row of bfloat16, of which oneDNN makes a matrix: 485 microseconds where `torch.mv` took 292."""
+    """One row of bfloat16, of which oneDNN makes a matrix, and `torch.mv` reads the weight at the speed of memory."""
     return len(rows) == 1 and rows.dtype == torch.bfloat16 and not torch.is_grad_enabled()
 
 
@@ -108,6 +109,8 @@ def _plain(a, b):
     if type(a) not in _TENSORS or type(b) not in _TENSORS or not a.device.type == b.device.type == "cpu":
         return False
     if a.dtype != b.dtype or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
+        return False
+    if torch.jit.is_tracing() or forward_ad._current_level >= 0:  # PyTorch's product is known to both, oneDNN's is not
         return False
     return not torch._C._are_functorch_transforms_active()  # torch.func: its tensors hide behind the plain type
 

@@ -48,8 +48,9 @@ def documents(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[
 
 
 def _numbers(cu_seqlens: torch.Tensor) -> list[int]:
-    """`cu_seqlens.tolist()`, once for all layers of a model: reading a GPU's tensor waits for all that it has to do."""
-    if cu_seqlens.is_inference():  # has no version: may have changed
+    """`cu_seqlens.tolist()`, of a GPU's tensor once for all layers of a model: reading it waits for all that it has to
+    do. A CPU's may share its memory with an array that others write, of which its version does not tell."""
+    if cu_seqlens.device.type == "cpu" or cu_seqlens.is_inference():  # that has no version
         return cu_seqlens.tolist()
     version, numbers = _read.get(cu_seqlens, (None, []))
     if version != cu_seqlens._version:

@@ -27,7 +27,8 @@ class FewBitsConfig(QuantizationConfigMixin):
         bits: 8, a scale for each row; or 4, a factor of 8 bits for `group_size` inputs beside it.
         group_size: 32, 64, 128 or 256. Smaller groups have smaller errors; 32 takes 4.25 bits a weight, 128 4.06.
         embedding_bits: of the embedding and the head, 8 or 4; None: `bits`.
-        modules_to_not_convert: names, or their ends, of layers that stay as they are.
+        modules_to_not_convert: names, or their ends, of layers that stay as they are; of an embedding and a head that
+            are one matrix, either name keeps both.
 
     Raises:
         ValueError: another width or size.
@@ -117,7 +118,12 @@ def _replace(model, settings, empty=False):
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is embedding.weight
     tied = tied or (head is not None and empty and bool(model.config.tie_word_embeddings))
+    if head is not None and not empty:
+        model.config.tie_word_embeddings = tied  # by which a folder says whether one set of codes serves both
+    names = {id(module): name for name, module in model.named_modules()}
     kept = tuple(settings.modules_to_not_convert or ())
+    if tied and any(_ends(names[id(module)], kept) for module in (head, embedding)):
+        kept += (names[id(head)], names[id(embedding)])  # they are one matrix
     own = _heads_of_others(model, head)
     count = 0
     for name, module in list(model.named_modules()):
@@ -126,20 +132,24 @@ def _replace(model, settings, empty=False):
             continue
         if type(module) is nn.Embedding and module is not embedding:
             continue
-        if any(name == end or name.endswith(f".{end}") for end in kept) or (module is head and tied):
+        if _ends(name, kept) or (module is head and tied):
             continue
         kind = FewBitsLinear if type(module) is nn.Linear else FewBitsEmbedding
         model.set_submodule(name, kind(module, settings.width(vocabulary), settings.group_size, empty))
         count += 1
     if tied and isinstance(model.get_input_embeddings(), FewBitsEmbedding):
-        name = next(name for name, module in model.named_modules() if module is head)
-        model.set_submodule(name, TiedHead(model.get_input_embeddings(), head.bias))
+        model.set_submodule(names[id(head)], TiedHead(model.get_input_embeddings(), head.bias))
         _untie(model)
     if not count:
         raise ValueError(
             f"{type(model).__name__} has no matrix to quantize: each is named in modules_to_not_convert, or has a side "
             f"below {SMALLEST}."
         )
+
+
+def _ends(name, ends):
+    """Whether a module's name is one of `ends`, or ends in one."""
+    return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
 def _heads_of_others(model, head):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
+from scrubjay.modeling.bits_layers import FewBits
 from scrubjay.modeling.bits_quantizer import FEW_BITS, METHOD
 from scrubjay.modeling.hub.publishing import Published
 from scrubjay.modeling.inputs.columns import Columns, Marks, read_columns
@@ -42,6 +43,16 @@ class ZooPreTrainedModel(Published):
         if settings is not None and dict(settings).get("quant_method") != METHOD:  # which chooses by itself
             make_replaceable(self, settings)
         super().post_init()
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: a model whose vocabulary is in few bits.
+        """
+        if isinstance(self.get_input_embeddings(), FewBits):
+            raise ValueError("A vocabulary in few bits cannot be resized: resize the float model, then quantize it.")
+        return super().resize_token_embeddings(*args, **kwargs)
 
     def __setattr__(self, name, value):
         """As in torch; an adapter on the embedding or the head gets a weight that the other one does not share."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_cases import error
+from torch.autograd import forward_ad
 
 from scrubjay.kernels import linear as module
 from scrubjay.kernels.linear import linear, matmul, product_dtype
@@ -190,3 +191,16 @@ def test_other_dtypes_and_modes_are_left_to_torch(monkeypatch, as_on):
     assert linear(x.to("meta"), weight.to("meta")).shape == (4, 6)
     with pytest.raises(RuntimeError):
         linear(x, weight.bfloat16())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tangents_and_traces_are_pytorchs(as_on, monkeypatch):
+    """Of both oneDNN's operator knows nothing: the tangent would be lost, in silence."""
+    monkeypatch.setattr(module, "WORTH_IT", 0)
+    as_on(slow_vectors=True, slow_matrices=True)
+    x, weight, tangent = torch.randn(4, 8), torch.randn(6, 8), torch.randn(4, 8)
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, tangent), weight)).tangent
+    assert error(got, tangent @ weight.t()) <= BOUND
+    program = torch.jit.trace(lambda x: linear(x, weight), x)
+    assert error(program(x), x @ weight.t()) <= BOUND

@@ -1,5 +1,6 @@
 """Several documents in one row, and rows of several lengths."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,3 +86,15 @@ def test_offsets_that_are_changed_in_place_are_read_again():
     moved = ssd(**inputs, cu_seqlens=offsets)[1]
     assert not torch.equal(moved, first)
     assert torch.equal(moved, ssd(**inputs, cu_seqlens=torch.tensor([0, 7, 9]))[1])
+
+
+@pytest.mark.parametrize("kernel", SEQUENCE)
+def test_offsets_that_an_array_lends_are_read_anew(kernel):
+    """A loader writes the next batch into the array that a tensor shares memory with."""
+    cuts = np.array([0, 3, 9])
+    offsets, inputs = torch.from_numpy(cuts), draw(kernel, 9, F64, batch=1, states=2 * (kernel in RECURRENT))
+    before = all_of(kernel, inputs, cu_seqlens=offsets)
+    cuts[1] = 6
+    after, fresh = (all_of(kernel, inputs, cu_seqlens=given) for given in (offsets, torch.tensor([0, 6, 9])))
+    assert all(torch.equal(after[name], fresh[name]) for name in fresh)
+    assert not torch.equal(after["y"], before["y"])

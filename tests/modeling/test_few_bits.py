@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils import logging
 from zoo import VOCAB, relative, tokens
 
-from scrubjay import FewBitsConfig, quantize
+from scrubjay import FewBitsConfig, SSDConfig, SSDForCausalLM, quantize
 from scrubjay.modeling import bits_layers, bits_quantizer
 from scrubjay.modeling.bits_layers import FewBits, FewBitsEmbedding, FewBitsLinear, TiedHead
 from scrubjay.modeling.bits_quantizer import METHOD
@@ -223,6 +223,29 @@ def test_a_state_dict_replaces_what_products_take(entry):
     assert relative(logits(one, ids), logits(other, ids)) > 1e-3
     one.load_state_dict(other.state_dict())
     assert torch.equal(logits(one, ids), logits(other, ids))
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "model.embed_tokens"])
+def test_one_matrix_is_kept_by_either_name(name):
+    model = SSDForCausalLM(SSDConfig(hidden_size=64, num_hidden_layers=1, vocab_size=96, tie_word_embeddings=True))
+    quantize(model, modules_to_not_convert=[name])
+    assert type(model.lm_head) is nn.Linear
+    assert type(model.model.embed_tokens) is nn.Embedding
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert isinstance(model.model.layers[0].mixer.in_proj, FewBitsLinear)
+
+
+def test_a_head_that_was_untied_is_saved(tmp_path):
+    model = SSDForCausalLM(SSDConfig(hidden_size=64, num_hidden_layers=1, vocab_size=96, tie_word_embeddings=True))
+    model.lm_head.weight = nn.Parameter(torch.randn(96, 64))
+    quantize(model).save_pretrained(tmp_path)
+    again, ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.arange(9)[None]
+    assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_a_vocabulary_in_few_bits_is_not_resized(entry):
+    with pytest.raises(ValueError, match="resize the float model"):
+        quantize(build(entry)).resize_token_embeddings(VOCAB + 3)
 
 
 def test_the_code_of_another_folder_leaves_these_classes(entry, tmp_path, monkeypatch):
