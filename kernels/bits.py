@@ -129,9 +129,20 @@ def multiply(x: Tensor, packed: Any) -> Tensor:
     which is half a part of `low`; and rounding of float32.
     """
     rows = x.reshape(-1, x.shape[-1]).float()
+    if len(rows) == 1:
+        return _multiply_row(rows, packed).view(*x.shape[:-1], -1).to(x.dtype)
     parts = [_multiply(part, packed) for part in rows.split(ROWS)] if len(rows) > ROWS else [_multiply(rows, packed)]
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+
+
+def _multiply_row(x, packed):
+    """`_multiply` of one row, whose step is a number: calls cost what products do."""
+    step = max(float(torch.linalg.vector_norm(x, torch.inf)), SMALLEST) / STEPS
+    in_steps = x / step
+    high = torch.round(in_steps)
+    y, low = _fbgemm(torch.cat([high, in_steps.sub_(high).mul_(PARTS)]), packed).unbind()
+    return torch.add(y, low, alpha=1 / PARTS).mul_(step)
 
 
 def _multiply(x, packed):

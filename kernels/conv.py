@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from scrubjay.kernels.conv_triton import causal_conv_triton, conv_fits
 from scrubjay.kernels.dispatch import choose, compiled, exported, one_token, without_autocast
 from scrubjay.kernels.linear import product_dtype
+from scrubjay.kernels.one_token import causal_conv_token
 from scrubjay.kernels.operators import Operator
 from scrubjay.kernels.recurrence import by_steps, chunks, documents, num_states, wants_gradient
 
@@ -56,9 +57,9 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
     """
     _check(x, weight, bias)
     simple = backend is None and cu_seqlens is None and lengths is None and initial_state is not None
-    fits = simple and tuple(initial_state.shape) == (x.shape[0], weight.shape[1] - 1, x.shape[2])
-    if fits and one_token(x) and x.dtype == initial_state.dtype == weight.dtype:
-        return _one_token(x, weight, bias, initial_state)
+    fits = simple and initial_state.shape == (x.shape[0], weight.shape[1] - 1, x.shape[2])
+    if fits and one_token(x) and x.dtype == weight.dtype == initial_state.dtype:
+        return causal_conv_token(x, weight, bias, initial_state)
     if lengths is not None and cu_seqlens is not None:
         raise ValueError("causal_conv takes lengths of rows or packed documents (cu_seqlens), not both.")
     fused = partial(conv_fits, x, weight, bias, initial_state)
@@ -78,13 +79,6 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
         return y, _end(state, x)
     ends = lengths[:, None] + torch.arange(state.shape[1], device=x.device)  # step t of x is step t + K - 1 there
     return y, torch.cat([state, x], 1).gather(1, ends[..., None].expand(-1, -1, x.shape[2]))
-
-
-def _one_token(x, weight, bias, state):
-    """`causal_conv_step` of x (B, 1, C)."""
-    window = torch.cat([state, x], 1)
-    y = (window * weight.T).sum(1, keepdim=True)
-    return F.silu(y if bias is None else y.add_(bias), inplace=True), window[:, 1:]
 
 
 def _run(tensors, integers, floats):

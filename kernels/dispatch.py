@@ -4,10 +4,12 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from scrubjay.kernels.triton_tools import interpreted, triton, works
 
 BACKENDS = ("torch", "triton")
+NARROW = (torch.float32, torch.bfloat16, torch.float16)  # computed in float32
 
 
 def traced() -> bool:
@@ -67,10 +69,17 @@ def choose(backend: str | None, op: str, *tensors: torch.Tensor, fused: bool | C
 
 
 def one_token(x: torch.Tensor) -> bool:
-    """Whether `x` (B, 1, ...) is one token of each row, on a CPU and without a gradient: there every call of PyTorch
-    costs as much as its arithmetic, so kernels take the fewest."""
-    alone = x.shape[1] == 1 and not torch.is_grad_enabled() and x.device.type == "cpu"
-    return alone and not traced() and not torch.is_autocast_enabled("cpu")
+    """Whether `x` (B, 1, ...) is one token of each row, on a CPU, without a gradient, and nothing watches: there every
+    call of PyTorch costs as much as its arithmetic, so layers take the fewest (one_token.py)."""
+    if x.shape[1] != 1 or torch.is_grad_enabled() or type(x) is not torch.Tensor or x.dtype not in NARROW:
+        return False
+    return x.device.type == "cpu" and not (watched() or traced() or torch.is_autocast_enabled("cpu"))
+
+
+def watched() -> bool:
+    """Whether a trace, a forward-mode derivative or torch.func takes part in calls. PyTorch's own are known to all
+    three, those that write into a given memory or belong to another library are not."""
+    return torch.jit.is_tracing() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def without_autocast(function):

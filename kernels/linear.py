@@ -1,21 +1,22 @@
 """Products of matrices, by the library of PyTorch's that is faster for them on this CPU.
 
 In float32 PyTorch calls Intel's MKL, which on processors of other makers leaves AVX-512 unused and is slow with few
-rows: there oneDNN, which PyTorch carries too, is the faster. On a processor without products in bfloat16 (no AVX-512,
-no AMX) the weight is widened, block by block, and multiplied in float32. What each choice gains on a processor:
-`python examples/benchmarks/benchmark.py --cpu --causes`.
+rows: there oneDNN, which PyTorch carries too, is the faster. Its products of one or two rows run in one thread, and
+reach the speed of memory where the weight is given to it in pieces. On a processor without products in bfloat16 (no
+AVX-512, no AMX) the weight is widened, block by block, and multiplied in float32. What each choice gains on a
+processor: `python examples/benchmarks/benchmark.py --cpu --causes`.
 
 linear: x (..., I), weight (O, I), bias (O,) -> x weight^T + bias (..., O).
 """
 
+import math
 import platform
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 
-from scrubjay.kernels.dispatch import exported, traced
+from scrubjay.kernels.dispatch import exported, traced, watched
 
 # Multiplications below which MKL's lower cost per call wins: about 10 microseconds.
 WORTH_IT = 2**20
@@ -23,6 +24,9 @@ LONG = 2**14  # sums over more terms (gradients through a head of many words) ar
 BLOCK = 1024  # rows of a transposed operand; 512 to 4096 were tried on gradients of weights of 3352 and 50288 rows
 WIDENED = 2**20  # numbers of a bfloat16 operand that are held in float32 at a time
 FEW_ROWS = 32  # up to here oneDNN is the faster with AVX2 too; from 64 on they are alike
+PIECES = 16  # of a weight at most, for MKL's threads; 2 to 8 measured alike
+ROWS_IN_PIECES = 2  # up to here, with short sums up to 5, MKL in pieces is faster than oneDNN
+SHORT_ROWS, SHORT = 5, 1024
 MANY_ROWS = 8  # from here on widening pays; at one row bfloat16 halves what is read
 
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -64,8 +68,13 @@ def linear(x, weight, bias=None):
     in 16 bits it is as near to the product of the same numbers in float32."""
     if not wins(x, weight):
         return F.linear(x, weight, bias)
+    return multiplied(x, weight, bias)
+
+
+def multiplied(x, weight, bias=None):
+    """`linear` of operands for which `wins` has been asked."""
     rows = x.reshape(-1, x.shape[-1])
-    y = (torch.mv(weight, rows[0]) if _one_of_16_bits(rows) else _product(rows, weight)).view(*x.shape[:-1], -1)
+    y = (torch.mv(weight, rows[0]) if _one_of_16_bits(x, len(rows)) else _product(rows, weight)).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
@@ -73,19 +82,19 @@ def wins(x, weight) -> bool:
     """Whether `linear` does not leave these operands to PyTorch."""
     if x.ndim < 2 or traced() or x.numel() * weight.shape[0] < WORTH_IT or not _plain(x, weight):
         return False
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.numel() // x.shape[-1]
     if x.dtype == torch.float32:
         return _onednn_wins(rows)
-    return _one_of_16_bits(rows) or (x.dtype in WITHOUT_PRODUCTS and len(rows) >= MANY_ROWS)
+    return _one_of_16_bits(x, rows) or (x.dtype in WITHOUT_PRODUCTS and rows >= MANY_ROWS)
 
 
 def _onednn_wins(rows):
-    return SLOW_MATRICES or (SLOW_VECTORS and len(rows) <= FEW_ROWS)
+    return SLOW_MATRICES or (SLOW_VECTORS and rows <= FEW_ROWS)
 
 
-def _one_of_16_bits(rows):
+def _one_of_16_bits(x, rows):
     """One row of bfloat16, of which oneDNN makes a matrix, and `torch.mv` reads the weight at the speed of memory."""
-    return len(rows) == 1 and rows.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    return rows == 1 and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
 
 
 def matmul(a, b, out=None):
@@ -110,9 +119,7 @@ def _plain(a, b):
         return False
     if a.dtype != b.dtype or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
         return False
-    if torch.jit.is_tracing() or forward_ad._current_level >= 0:  # PyTorch's product is known to both, oneDNN's is not
-        return False
-    return not torch._C._are_functorch_transforms_active()  # torch.func: its tensors hide behind the plain type
+    return not watched()  # tensors of torch.func hide behind the plain type
 
 
 def _product(a, b):
@@ -124,12 +131,28 @@ def _product(a, b):
 
 def _multiply(a, b):
     if a.dtype == torch.float32:
-        return _by_onednn(a, b) if _onednn_wins(a) else torch.mm(a, b.t())
+        if not _onednn_wins(len(a)):
+            return torch.mm(a, b.t())
+        pieces = _pieces(len(a), b)
+        return _in_pieces(a, b, pieces) if pieces else _by_onednn(a, b)
     product, a = a.new_empty(len(a), len(b)), a.float()
     rows = max(1, WIDENED // b.shape[1])
     for start in range(0, len(b), rows):
         product[:, start : start + rows] = _multiply(a, b[start : start + rows].float())
     return product
+
+
+def _pieces(rows, b):
+    """Into how many pieces of rows to cut b for MKL, which then multiplies them in as many threads; 0: not at all."""
+    if not SLOW_VECTORS or rows > (SHORT_ROWS if b.shape[1] <= SHORT else ROWS_IN_PIECES) or not b.is_contiguous():
+        return 0
+    pieces = math.gcd(len(b), PIECES)
+    return pieces if pieces >= max(2, torch.get_num_threads()) else 0
+
+
+def _in_pieces(a, b, pieces):
+    y = torch.bmm(b.view(pieces, -1, b.shape[1]), a.t().expand(pieces, -1, -1)).view(len(b), len(a))
+    return y.t() if len(a) == 1 else y.t().contiguous()
 
 
 def _by_onednn(a, b):

@@ -21,14 +21,13 @@ from functools import partial
 import torch
 from torch.autograd.function import once_differentiable
 
-from scrubjay.kernels.dispatch import choose, one_token, without_autocast
+from scrubjay.kernels.dispatch import choose, without_autocast
 from scrubjay.kernels.linear import matmul, product_dtype
 from scrubjay.kernels.recurrence import (
     LOG2_E,
     OuterSum,
     by_steps,
     chunked,
-    chunks,
     crossing,
     decay,
     decay_to_end,
@@ -41,8 +40,6 @@ from scrubjay.kernels.recurrence import (
 )
 from scrubjay.kernels.recurrence_operator import as_operator
 from scrubjay.kernels.ssd_triton import ssd_fits, ssd_step_triton, ssd_triton
-
-TILE = 2**21  # numbers of the states that one token is added to at a time on a CPU: they stay in cache
 
 
 @without_autocast
@@ -87,9 +84,6 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
     """
     sequences = q, k, v, a, g
     _check(*sequences, chunk)
-    if backend is None and q.shape[2] == 1 and cu_seqlens is None and one_token(q):
-        state = _initial(q, v, initial_state, None)
-        return _one_token(*sequences, state, overwrite or initial_state is None)
     fused = choose(backend, "ssd", *sequences, fused=partial(ssd_fits, *sequences)) == "triton"
     single = q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(*sequences, initial_state)
     if fused and initial_state is not None:
@@ -107,18 +101,6 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
     state = _grouped(_initial(q, v, initial_state, cu_seqlens), q.shape[2])
     y, state = chunked(_Chunk, chunk, state, cu_seqlens, *sequences)
     return y, _per_head(state, v.shape[3])
-
-
-def _one_token(q, k, v, a, g, state, overwrite):
-    """`ssd_step` of sequences (B, 1, ...) with one group: heads are a batch over which q and k are broadcast."""
-    wide, y = state.dtype, torch.empty_like(v)
-    keep, given = a.to(wide).exp().mT[..., None], (v.to(wide) * g.to(wide)[..., None]).transpose(1, 2)
-    state = state if overwrite and not locked(state) else state.clone()
-    q, k = q.to(wide), k.to(wide).mT
-    for rows in chunks(0, len(state), max(1, TILE // max(1, math.prod(state.shape[1:])))):
-        s = state[rows].mul_(keep[rows]).addcmul_(k[rows], given[rows])
-        y[rows] = torch.matmul(q[rows], s).transpose(1, 2)
-    return y, state
 
 
 def ssd_change_reference(k, v, a, g):

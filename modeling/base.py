@@ -13,7 +13,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from scrubjay.kernels.dispatch import traced
+from scrubjay.kernels.dispatch import one_token, traced
 from scrubjay.modeling.inputs.arguments import given, refuse_unknown
 from scrubjay.modeling.inputs.cache_argument import (
     CACHE,
@@ -116,7 +116,7 @@ class ZooModel(ZooPreTrainedModel):
         marks = Marks(attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx)
         columns = self.read(x.shape[:2], x.device, marks, held) if columns is None else columns.to(x.device)
         cache = None if columns.packed else cache  # documents that end in a row have no state to hand on
-        plan = arrange(columns, counts)
+        plan = arrange(columns, counts, shard is None and one_token(x))
         layout = plan.layout if shard is None else _slice(plan.layout, shard, x.shape, seen, cache)
         layout = self.locate(layout, x.dtype)
         x = plan.enter(self.embed(x))
@@ -177,8 +177,8 @@ class ZooModel(ZooPreTrainedModel):
         A block gives its output, or a pair: the output, and sums over tokens that are kept in `notes`.
         """
         T = x.shape[1]
-        whole = traced() or layout.cu_seqlens is not None or layout.shard is not None
-        if whole or T <= SEGMENT or torch.is_grad_enabled() or x.device.type != "cpu":
+        whole = T <= SEGMENT or torch.is_grad_enabled() or x.device.type != "cpu"
+        if whole or traced() or layout.cu_seqlens is not None or layout.shard is not None:
             pieces = [(x, layout)]
         else:
             cache = cache if cache is not None else self.cache_class(self.config)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import initialization as init
 
 from scrubjay.kernels.conv import causal_conv
-from scrubjay.kernels.linear import linear, wins
+from scrubjay.kernels.linear import multiplied, wins
 from scrubjay.kernels.norm import gated_rms_norm, rms_norm
 from scrubjay.modeling.training.adapters import hooked
 
@@ -20,7 +20,7 @@ def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     call (a hook, an adapter, another class in its place) acts here too: then the layer is called.
     """
     if type(layer) is nn.Linear and wins(x, layer.weight) and not hooked(layer):
-        return linear(x, layer.weight, layer.bias)
+        return multiplied(x, layer.weight, layer.bias)
     return layer(x)
 
 

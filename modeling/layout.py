@@ -27,6 +27,7 @@ class Layout:
 
     positions: (B, T) int64, of real tokens in their row or document. rotary: cos, sin of shape (B, T, R / 2), or None.
     shard: which slice of a plain layout over several ranks the T columns are, or None.
+    one_token: whether the layout is plain, T is 1, and blocks may take the calls of kernels/one_token.py.
     """
 
     positions: torch.Tensor
@@ -34,6 +35,7 @@ class Layout:
     cu_seqlens: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     shard: SequenceShard | None = None
+    one_token: bool = False
 
     @property
     def real(self) -> torch.Tensor | None:
@@ -51,7 +53,9 @@ class Layout:
         """The same on another device, as accelerate asks of a block's arguments when blocks lie on several."""
         lengths, offsets = (None if x is None else x.to(device) for x in (self.lengths, self.cu_seqlens))
         rotary = None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device))
-        return Layout(self.positions.to(device), lengths, offsets, rotary, self.shard)
+        positions = self.positions.to(device)
+        one_token = self.one_token and positions.device.type == "cpu"
+        return Layout(positions, lengths, offsets, rotary, self.shard, one_token)
 
     def segment(self, start: int, stop: int) -> "Layout":
         """The columns [start, stop) of a plain or ragged layout."""
@@ -82,8 +86,9 @@ class Arrangement:
         return self.columns.spread(x[0]) if self.columns.packed else x
 
 
-def arrange(columns: Columns, counts: torch.Tensor | None = None) -> Arrangement:
-    """Arrange a call's columns. `counts`: (B,) real tokens that the cache has seen, or None."""
+def arrange(columns: Columns, counts: torch.Tensor | None = None, one_token: bool = False) -> Arrangement:
+    """Arrange a call's columns. `counts`: (B,) real tokens that the cache has seen, or None. `one_token`: whether
+    blocks may take the short way of one, where the layout is plain."""
     shape, device, real = columns.shape, columns.device, columns.real
     if columns.packed:
         positions = columns.located()[1]
@@ -91,5 +96,5 @@ def arrange(columns: Columns, counts: torch.Tensor | None = None) -> Arrangement
     base = torch.zeros(shape[0], dtype=torch.int64, device=device) if counts is None else counts
     positions = base[:, None] + torch.arange(shape[1], device=device)
     if real is None:
-        return Arrangement(Layout(positions), columns)
+        return Arrangement(Layout(positions, one_token=one_token), columns)
     return Arrangement(Layout(positions, lengths=real.sum(1)), columns, tokens_first(real))

@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_rodimus import RodimusConfig
 from scrubjay.kernels.ddts import ddts, ddts_change
+from scrubjay.kernels.one_token import ddts_token, rodimus_gates_token
 from scrubjay.kernels.rodimus_gates import rodimus_gates
 from scrubjay.kernels.rotary import rotary_table, rotate
 from scrubjay.kernels.window import window_attention, window_attention_step
@@ -153,6 +154,8 @@ class RodimusMixer(nn.Module):
 
     def forward(self, h, layout, state=None):
         """`state`: the block's `StateLayer`, advanced in place, or None."""
+        if layout.one_token and state is not None:
+            return self._one_token(h, layout, state)
         x, z = project(self.fc, h).chunk(2, -1)  # (B, T, M) twice
         conv, s = (None, None) if state is None else state.read(x)
         if layout.shard is not None:
@@ -171,6 +174,19 @@ class RodimusMixer(nn.Module):
         if state is not None:
             state.write(conv, s)
         return project(self.out_proj, self.act_dropout(self.act_norm(y, z, seen, self.residual_weight)))
+
+    def _one_token(self, h, layout, state):
+        """`forward` of (B, 1, D) in fewer calls."""
+        x, z = project(self.fc, h).chunk(2, -1)
+        conv, s = state.read(x)
+        seen, conv = self.conv1d(x, conv, layout)
+        gates = (project(self.in_proj, seen), project(self.mem_gate_proj, seen), self.mem_gate_bias)
+        q, k, keep = rodimus_gates_token(*gates, self.k_norm_eps)
+        v = project(self.ch_gate_up, project(self.ch_gate_down, x)).sigmoid_().mul_(x)
+        y, s = ddts_token(q, k, v.float(), keep, s)
+        state.write(conv, s)
+        u = self.act_norm(y, z, seen.float(), self.residual_weight).to(z.dtype)
+        return project(self.out_proj, self.act_dropout(u))
 
 
 class SharedKeyWindow(nn.Module):
@@ -194,7 +210,8 @@ class SharedKeyWindow(nn.Module):
             q, k = (rotate(t, layout.rotary, self.interleaved) for t in (q, k))
         if state is not None and x.shape[1] == 1 and layout.lengths is None and layout.shard is None:
             state.append(k, v, None)
-            o = window_attention_step(q[:, 0], state.keys, state.values, state.held(1))[:, None]
+            ring = state.written(1) if layout.one_token else (state.keys, state.values, state.held(1))
+            o = window_attention_step(q[:, 0], *ring)[:, None]
         else:
             past = self.past(k, v, layout, state)
             dropout = self.dropout if self.training else 0.0

@@ -18,6 +18,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_ssd import SSDConfig
+from scrubjay.kernels.one_token import decay_token, ssd_token
 from scrubjay.kernels.ssd import log_decay, ssd, ssd_change
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel
 from scrubjay.modeling.caches.cache_ssd import SSDCache
@@ -28,6 +29,7 @@ from scrubjay.modeling.pretrained import ZooPreTrainedModel
 from scrubjay.modeling.training.adapters import heads_of
 from scrubjay.modeling.training.sharding import spread
 
+NO_LIMIT = (0.0, float("inf"))  # of a step size, which is positive
 LEAVES = (
     "norm.weight",
     "mixer.in_proj.weight",
@@ -82,6 +84,8 @@ class SSDMixer(nn.Module):
 
     def forward(self, x, layout, state=None):
         """`state`: the block's `StateLayer`, advanced in place, or None."""
+        if layout.one_token and state is not None:
+            return self._one_token(x, layout, state)
         B, T, _ = x.shape
         z, vkq, dt = project(self.in_proj, x).split([self.inner, self.inner + 2 * self.keys, self.heads], -1)
         conv, s = (None, None) if state is None else state.read(vkq)
@@ -107,8 +111,26 @@ class SSDMixer(nn.Module):
         y, s = ssd(q, *steps, s, layout.cu_seqlens, chunk=self.chunk, overwrite=True)
         if state is not None:
             state.write(conv, s)
-        skip = self.D[:, None].expand(-1, self.inner // self.heads).reshape(-1)
-        return project(self.out_proj, self.norm(y.flatten(2), z, v, skip))
+        return project(self.out_proj, self.norm(y.flatten(2), z, v, self._skip()))
+
+    def _one_token(self, x, layout, state):
+        """`forward` of (B, 1, D) in fewer calls."""
+        z, vkq, dt = project(self.in_proj, x).split([self.inner, self.inner + 2 * self.keys, self.heads], -1)
+        conv, s = state.read(vkq)
+        vkq, conv = self.conv1d(vkq, conv, layout)
+        v, k, q = vkq.float().split([self.inner, self.keys, self.keys], -1)
+        step = F.softplus(dt.float() + self.dt_bias.float())
+        if tuple(self.limit) != NO_LIMIT:
+            step = step.clamp_(*self.limit)
+        parts = ((q, self.groups), (k, self.groups), (v, self.heads))
+        qkv = (t.view(len(x), heads, -1) for t, heads in parts)
+        y, s = ssd_token(*qkv, decay_token(step, self.A_log.float()), step, s)
+        state.write(conv, s)
+        return project(self.out_proj, self.norm(y.view(z.shape), z, v, self._skip()).to(z.dtype))
+
+    def _skip(self):
+        """D of each channel, (I,)."""
+        return self.D[:, None].expand(-1, self.inner // self.heads).reshape(-1)
 
 
 class SSDBlock(GradientCheckpointingLayer):

@@ -6,7 +6,7 @@ What stays switched stays so for the line's own samples alone, in this process.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from scrubjay.examples.benchmarks.benchmark_rows import Row, Shape
 from scrubjay.examples.benchmarks.comparison import in_turn, summarized
 from scrubjay.examples.benchmarks.model_work import model_pass
-from scrubjay.kernels import conv, linear, recurrence, ssd
+from scrubjay.kernels import conv, linear, norm, recurrence
+from scrubjay.modeling import base
 
 
 @contextmanager
@@ -73,7 +74,9 @@ def onednn_for_none() -> AbstractContextManager:
 @contextmanager
 def many_calls() -> Iterator[None]:
     """One token takes the way of a sequence."""
-    with patch.object(conv, "one_token", lambda x: False), patch.object(ssd, "one_token", lambda x: False):
+    with ExitStack() as stack:
+        for module in (base, conv, norm):
+            stack.enter_context(patch.object(module, "one_token", lambda x: False))
         yield
 
 

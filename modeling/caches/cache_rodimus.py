@@ -50,6 +50,11 @@ class WindowStateLayer(StateLayer):
 
     def append(self, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Write the last W real steps of k (B, T, K, P) and v (B, T, V, P); `lengths` (B,) are real, None: all T."""
+        if k.shape[1] == 1 and lengths is None:
+            slots = (self.counts % self.window)[:, None]
+            self.keys = put_slots(self.keys, slots, k.transpose(1, 2), None)
+            self.values = put_slots(self.values, slots, v.transpose(1, 2), None)
+            return
         steps, real = last_steps(k, lengths, self.window)
         slots = (self.counts[:, None] + steps) % self.window
         self.keys = put_slots(self.keys, slots, take_slots(k.transpose(1, 2), steps.clamp(min=0)), real)
@@ -58,6 +63,11 @@ class WindowStateLayer(StateLayer):
     def held(self, new: int = 0) -> torch.Tensor:
         """(B, W): slots that hold a token once `new` more have been written."""
         return torch.arange(self.window, device=self.counts.device) < self.counts[:, None] + new
+
+    def written(self, new: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """keys, values and `held` of the slots, first ones first, that may hold a token once `new` more are written."""
+        slots = slice(min(self.seen + new, self.window))
+        return self.keys[:, :, slots], self.values[:, :, slots], self.held(new)[:, slots]
 
 
 class RodimusCache(StateCache):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from zoo import relative, tokens
 
-from scrubjay.kernels import triton_tools
+from scrubjay.kernels import conv, norm, triton_tools
 from scrubjay.kernels.dispatch import choose
+from scrubjay.modeling import base
 
 # float32: worst seen 3e-6; gradients are relative to the largest of each parameter
 BOUND = 2e-5
@@ -31,8 +32,8 @@ def on_triton(monkeypatch):
         for name, module in list(sys.modules.items()):
             if name.startswith("scrubjay.kernels.") and vars(module).get("choose") is choose and "dispatch" not in name:
                 monkeypatch.setattr(module, "choose", fused_wherever_possible)
-                if "one_token" in vars(module):  # a CPU's own short way
-                    monkeypatch.setattr(module, "one_token", lambda x: False)
+        for module in (base, conv, norm):  # a CPU's own short way
+            monkeypatch.setattr(module, "one_token", lambda x: False)
         return copy.deepcopy(model), taken
 
     return use

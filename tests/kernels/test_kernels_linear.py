@@ -36,6 +36,7 @@ def taken(request, monkeypatch, as_on):
     as_on(slow_vectors=True, slow_matrices=True)
     calls, multiply = [], module._by_onednn
     monkeypatch.setattr(module, "_by_onednn", lambda a, b: calls.append((a, b)) or multiply(a, b))
+    monkeypatch.setattr(module, "_pieces", lambda rows, b: 0)
     yield calls
     assert request.param == "large products" or calls, "no product went to oneDNN"
 
@@ -125,11 +126,32 @@ def test_with_avx2_alone_only_few_rows_leave_mkl(rows, as_on, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "_by_onednn", lambda a, b: calls.append(len(a)) or a @ b.t())
     as_on(slow_vectors=True)
-    x, weight = torch.randn(rows, 8), torch.randn(6, 8)
+    x, weight = torch.randn(rows, 8), torch.randn(7, 8)
     assert error(linear(x, weight), F.linear(x.double(), weight.double())) <= BOUND
     assert calls == [rows] * (rows <= module.FEW_ROWS)
     as_on()
     assert not module.wins(x, weight)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("terms", [module.SHORT, module.SHORT + 1])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6])
+def test_few_rows_are_multiplied_in_pieces_of_the_weight(rows, terms, threads, as_on, monkeypatch):
+    """As many for each thread, where that many divide it, and where MKL is slow with few rows alone."""
+    as_on(slow_vectors=True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    few = rows <= (module.SHORT_ROWS if terms == module.SHORT else module.ROWS_IN_PIECES)
+    for outputs, pieces in ((96, 16), (1024, 16), (1026, 2), (1025, 0)):
+        x, weight = torch.randn(rows, terms), torch.randn(outputs, terms)
+        cut = module._pieces(rows, weight)
+        assert cut == (pieces if few and pieces >= threads else 0)
+        assert module._pieces(rows, torch.randn(terms, outputs).t()) == 0
+        y = module._in_pieces(x, weight, cut or 1)
+        assert y.is_contiguous()
+        assert error(y, F.linear(x.double(), weight.double())) <= BOUND
+        assert torch.equal(module._multiply(x, weight), y) or not cut
+    as_on()
+    assert module._pieces(rows, weight) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -54,7 +54,7 @@ def test_what_acts_on_a_layers_call_acts_on_its_projection(monkeypatch):
         pytest.skip("this torch has no oneDNN")
     called = []
     monkeypatch.setattr(
-        "scrubjay.modeling.layers.linear", lambda *operands: called.append(1) or products.linear(*operands)
+        "scrubjay.modeling.layers.multiplied", lambda *operands: called.append(1) or products.linear(*operands)
     )
     x = torch.randn(4, 8, requires_grad=True)
     for layer, seen in plain_and_hooked():

@@ -1,0 +1,114 @@
+"""Models give the same on the short way of one token as on the long one, and what acts on a layer acts there too."""
+
+import pytest
+import torch
+from torch import nn
+from zoo import VOCAB, ZOO
+
+from scrubjay.kernels import conv, norm
+from scrubjay.modeling import base, modeling_rodimus, modeling_ssd
+
+PROMPTS = {"none": 0, "shorter than the window": 5, "longer": 14}
+
+
+@pytest.fixture
+def mixers(monkeypatch):
+    """Names of the mixers that took the short way."""
+    taken = []
+    for kind in (modeling_ssd.SSDMixer, modeling_rodimus.RodimusMixer):
+        short = kind._one_token
+        monkeypatch.setattr(
+            kind, "_one_token", lambda self, *args, short=short: taken.append(self) or short(self, *args)
+        )
+    return taken
+
+
+@pytest.fixture
+def long_way(monkeypatch):
+    def choose():
+        for module in (base, conv, norm):
+            monkeypatch.setattr(module, "one_token", lambda x: False)
+
+    return choose
+
+
+@torch.no_grad()
+def decoded(model, ids, prompt, mask=None):
+    """Logits of the steps after a prompt, and the cache's tensors after them."""
+    cache, logits = type(model).cache_class(model), []
+    if prompt:
+        model(ids[:, :prompt], attention_mask=mask, cache=cache, logits_to_keep=1)
+    for t in range(prompt, ids.shape[1]):
+        logits.append(model(ids[:, t : t + 1], cache=cache).logits)
+    return [torch.cat(logits, 1)] + [t for layer in cache.layers for t in layer.tensors().values()]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2.5e-2)], ids=str)
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_steps_equal_those_of_the_long_way(recurrent, mixers, long_way, batch, prompt, dtype, bound):
+    model, ids = recurrent.build(dtype), torch.randint(VOCAB, (batch, prompt + 12))
+    mask = torch.ones(batch, prompt, dtype=torch.long) if prompt and batch > 1 else None
+    if mask is not None:
+        mask[1, : prompt // 2] = 0
+    short = decoded(model, ids, prompt, mask)
+    assert len(mixers) >= 12
+    mixers.clear()
+    long_way()
+    for got, want in zip(short, decoded(model, ids, prompt, mask), strict=True):
+        assert got.dtype == want.dtype
+        assert (got.double() - want.double()).norm() <= bound * want.double().norm()
+    assert not mixers
+
+
+def hooked(model, mixer):
+    mixer.conv1d.register_forward_hook(lambda module, args, out: (torch.zeros_like(out[0]), out[1]))
+
+
+def own_forward(model, mixer):
+    mixer.conv1d.forward = lambda x, *args: (
+        torch.zeros_like(x),
+        mixer.conv1d.__class__.forward(mixer.conv1d, x, *args)[1],
+    )
+
+
+def replaced(model, mixer):
+    class Other(type(mixer.conv1d)):
+        def forward(self, *args):
+            y, state = super().forward(*args)
+            return torch.zeros_like(y), state
+
+    mixer.conv1d.__class__ = Other
+
+
+@pytest.mark.parametrize("change", [hooked, own_forward, replaced])
+def test_a_changed_layer_acts_in_steps_too(recurrent, mixers, long_way, change):
+    model, ids = recurrent.build(), torch.randint(VOCAB, (1, 4))
+    mixer = next(m for m in model.modules() if hasattr(m, "conv1d"))
+    plain = decoded(model, ids, 0)[0]
+    change(model, mixer)
+    mixers.clear()
+    changed = decoded(model, ids, 0)[0]
+    assert mixers.count(mixer) == 4
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    long_way()
+    assert torch.allclose(changed, decoded(model, ids, 0)[0], atol=1e-5)
+
+
+def test_a_step_with_a_gradient_takes_the_long_way(recurrent, mixers):
+    model, ids = recurrent.build(), torch.randint(VOCAB, (1, 3))
+    cache = type(model).cache_class(model)
+    model(ids[:, :2], cache=cache)
+    model(ids[:, 2:], cache=cache).logits.sum().backward()
+    assert not mixers
+    assert any(isinstance(p, nn.Parameter) and p.grad is not None for p in model.parameters())
+
+
+def test_the_step_size_has_its_limits(mixers):
+    entry = next(entry for entry in ZOO if entry.name == "ssd")
+    ids = torch.randint(VOCAB, (1, 6))
+    free, limited = (entry.build(time_step_limit=limit) for limit in ((0.0, float("inf")), (0.2, 0.3)))
+    whole = limited(ids, use_cache=False).logits
+    assert not torch.allclose(whole, free(ids, use_cache=False).logits, atol=1e-3)
+    assert torch.allclose(decoded(limited, ids, 0)[0], whole, atol=1e-5)
+    assert len(mixers) == 12
