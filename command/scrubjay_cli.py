@@ -314,7 +314,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def add_bench(commands) -> None:
     text = "speed and memory beside the peers, as ratios within one run"
     about = (
-        f"{text.capitalize()}: an hour on two cores without bfloat16. Run it alone: on a busy machine it says little."
+        f"{text.capitalize()}: half an hour on two cores without bfloat16. Run it alone: on a busy machine it says "
+        "little. One that was stopped goes on where it was."
     )
     parser = commands.add_parser("bench", help=text, description=about)
     parser.set_defaults(run=bench)
@@ -328,6 +329,7 @@ def add_bench(commands) -> None:
     parser.add_argument("--causes", action="store_true", help="instead: ours with one cause of slowness switched")
     parser.add_argument("--tables", action="store_true", help="instead: print the recorded runs in Markdown")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that everything runs")
+    parser.add_argument("--fresh", action="store_true", help="do not go on with a run that was stopped")
     parser.add_argument(
         "--out",
         type=Path,
@@ -347,6 +349,7 @@ def bench(arguments: argparse.Namespace) -> None:
         causes=arguments.causes,
         tables=arguments.tables,
         smoke=arguments.smoke,
+        fresh=arguments.fresh,
         out=arguments.out,
         command=arguments.line,
     )

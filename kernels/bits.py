@@ -20,6 +20,7 @@ lower half of a byte; factors int8 (O, G). scales float32 (O,).
 """
 
 import functools
+import math
 import warnings
 from typing import Any
 
@@ -126,7 +127,8 @@ def multiply(x: Tensor, packed: Any) -> Tensor:
     """x (..., I) times a packed weight, (..., O) in x's dtype. A row's result depends on no other row. No gradients.
 
     Error of each output against the float32 product with the dequantized weight: max|row of x| * sum|row of w| / 15876,
-    which is half a part of `low`; and rounding of float32.
+    which is half a part of `low`; and rounding of float32. A row that holds inf or NaN gives inf and NaN where that
+    product does.
     """
     rows = x.reshape(-1, x.shape[-1]).float()
     if len(rows) == 1:
@@ -152,7 +154,20 @@ def _multiply(x, packed):
     torch.round(in_steps, out=halves[0])
     torch.sub(in_steps, halves[0], out=halves[1]).mul_(PARTS)
     y = _fbgemm(halves.view(2 * len(x), x.shape[1]), packed)
-    return torch.add(y[: len(x)], y[len(x) :], alpha=1 / PARTS).mul_(step)
+    y = torch.add(y[: len(x)], y[len(x) :], alpha=1 / PARTS).mul_(step)
+    if not math.isfinite(float(step.sum())):  # or the sum alone overflows
+        for row in (~step[:, 0].isfinite()).nonzero()[:, 0].tolist():
+            y[row] = _not_finite(x[row], packed)
+    return y
+
+
+def _not_finite(x, packed):
+    """The product of a row (I,) that holds inf or NaN, (O,): NaN of any NaN; else the sum of each inf times its weight,
+    beside which all finite numbers are nothing."""
+    places = x.isinf().nonzero()[:, 0]
+    alone = x.new_zeros(len(places), len(x))
+    alone[torch.arange(len(places)), places] = 1.0
+    return (_fbgemm(alone, packed) * x[places, None]).sum(0) + x[x.isnan()].sum()
 
 
 def _packed(whole, scales):

@@ -126,7 +126,7 @@ class _Convolution(torch.autograd.Function):
         by_tap, dwindow = weight.T.to(wide).contiguous(), dy.new_zeros(B, T + K - 1, C, dtype=wide)
         dweight, dbias = torch.zeros_like(by_tap), by_tap.new_zeros(C)
         start = by_tap.new_zeros(C) if bias is None else bias.to(wide)
-        rows = max(MIN_ROWS, TILE // (B * C)) if dy.device.type == "cpu" else T
+        rows = max(MIN_ROWS, TILE // max(1, B * C)) if dy.device.type == "cpu" else T
         for tile in chunks(0, T, rows):
             seen = _window(history, x, tile, K).to(wide)
             taps = [seen[:, i : i + tile.stop - tile.start] for i in range(K)]

@@ -91,7 +91,8 @@ def without_autocast(function):
     @functools.wraps(function)
     def exact(*args, **kwargs):
         device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-        if not torch.is_autocast_enabled(device):  # entering and leaving a context costs more than one token's norm
+        # entering and leaving a context costs more than one token's norm; "meta", which computes nothing, has none
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)

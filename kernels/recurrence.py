@@ -343,11 +343,11 @@ class OuterSum(torch.autograd.Function):
     def backward(ctx, dtotal):
         k, v, w = ctx.saved_tensors
         (B, T, H, P), (G, N), wide = v.shape, k.shape[2:], dtotal.dtype
-        dtotal = dtotal.view(B, G, H // G, N, P).transpose(2, 3).reshape(B, G, N, -1)
+        dtotal = dtotal.view(B, G, H // G, N, P).transpose(2, 3).reshape(B, G, N, H // G * P)
         dk, dv, dw = torch.empty_like(k), torch.empty_like(v), None if w is None else torch.empty_like(w)
         for c in chunks(0, T, OUTER_BLOCK):
             returned = torch.matmul(k[:, c].transpose(1, 2).to(wide), dtotal)  # (B, G, Q, R * P): of w v
-            returned = returned.transpose(1, 2).reshape(B, -1, H, P)
+            returned = returned.transpose(1, 2).reshape(B, returned.shape[2], H, P)
             dk[:, c] = torch.matmul(_by_group(_weighted(v, w, c, wide), G), dtotal.mT).transpose(1, 2)
             if dw is not None:
                 dw[:, c] = (v[:, c] * returned).sum(-1)
@@ -362,4 +362,5 @@ def _weighted(v, w, c, wide):
 
 def _by_group(v, groups):
     """(B, Q, H, P) -> (B, G, Q, R * P)."""
-    return v.reshape(*v.shape[:2], groups, -1).transpose(1, 2)
+    B, Q, H, P = v.shape
+    return v.reshape(B, Q, groups, H // groups * P).transpose(1, 2)

@@ -259,7 +259,7 @@ class _Chunk:
         da[:, 1:] += leaving[:, :-1].cumsum(1)
         kept = (
             torch.mul(s, ds, out=reuse(self.memory, tuple(s.shape), s.dtype, s.device))
-            .view(self.B, self.G, -1, self.R, self.P)
+            .view(self.B, self.G, s.shape[2], self.R, self.P)
             .sum((2, 4))
             .view(self.B, 1, self.H)
         )
@@ -272,13 +272,14 @@ class _Chunk:
 def _grouped(state, groups):
     """(B, H, N, P) -> (B, G, N, R * P)."""
     B, H, N, P = state.shape
-    return state.view(B, groups, H // groups, N, P).transpose(2, 3).reshape(B, groups, N, -1)
+    return state.view(B, groups, H // groups, N, P).transpose(2, 3).reshape(B, groups, N, H // groups * P)
 
 
 def _per_head(state, head_dim):
     """(B, G, N, R * P) -> (B, H, N, P)."""
-    B, G, N, _ = state.shape
-    return state.view(B, G, N, -1, head_dim).transpose(2, 3).reshape(B, -1, N, head_dim).contiguous()
+    B, G, N, width = state.shape
+    heads = state.view(B, G, N, width // head_dim, head_dim).transpose(2, 3)
+    return heads.reshape(B, width // head_dim * G, N, head_dim).contiguous()
 
 
 def _initial(q, v, state, cu_seqlens):

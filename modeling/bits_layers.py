@@ -123,6 +123,27 @@ class FewBitsEmbedding(FewBits):
         super().__init__(layer.weight, bits, group_size, empty)
         self.num_embeddings, self.embedding_dim, self.padding_idx = *layer.weight.shape, layer.padding_idx
 
+    def successor(self, new: nn.Module) -> nn.Module:
+        """`new` in the place of this embedding: an `nn.Embedding` in as many bits, and the tied head goes with it. An
+        adapter around this embedding is left as it is.
+
+        Raises:
+            ValueError: another shape, or a module of another kind.
+        """
+        if self in new.modules():
+            return new
+        if isinstance(new, nn.Embedding) and new.weight.shape == (self.num_embeddings, self.embedding_dim):
+            new = type(self)(new, self.bits, self.group_size)
+        if not isinstance(new, FewBits) or (new.out_features, new.in_features) != (self.out_features, self.in_features):
+            raise ValueError(
+                f"In the place of an embedding of {self.bits} bits goes an Embedding({self.num_embeddings}, "
+                f"{self.embedding_dim}); got {new}. Put another into the float model, then quantize it."
+            )
+        head = self.__dict__.get("head")
+        if head is not None:
+            head.share(new)
+        return new
+
     def forward(self, ids: Tensor) -> Tensor:
         """(...) int -> (..., I) in the model's dtype."""
         factors = None if self.factors is None else self.factors[ids]
@@ -136,8 +157,12 @@ class TiedHead(nn.Module):
 
     def __init__(self, embedding: FewBitsEmbedding, bias: nn.Parameter | None = None):
         super().__init__()
-        self.__dict__["embedding"] = embedding  # not as a module: its buffers are the embedding's, and saved once
         self.in_features, self.out_features, self.bias = embedding.in_features, embedding.out_features, bias
+        self.share(embedding)
+
+    def share(self, embedding: FewBitsEmbedding) -> None:
+        """Have this embedding's matrix. Neither is the other's module: the buffers are the embedding's, saved once."""
+        self.__dict__["embedding"], embedding.__dict__["head"] = embedding, self
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""

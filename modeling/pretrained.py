@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
-from scrubjay.modeling.bits_layers import FewBits
+from scrubjay.modeling.bits_layers import FewBits, FewBitsEmbedding
 from scrubjay.modeling.bits_quantizer import FEW_BITS, METHOD
 from scrubjay.modeling.hub.publishing import Published
 from scrubjay.modeling.inputs.columns import Columns, Marks, read_columns
@@ -55,7 +55,11 @@ class ZooPreTrainedModel(Published):
         return super().resize_token_embeddings(*args, **kwargs)
 
     def __setattr__(self, name, value):
-        """As in torch; an adapter on the embedding or the head gets a weight that the other one does not share."""
+        """As in torch; an adapter on the embedding or the head gets a weight that the other one does not share, and
+        what replaces an embedding in few bits goes into as many."""
+        held = self.__dict__.get("_modules", {}).get(name) if name == "embed_tokens" else None
+        if isinstance(held, FewBitsEmbedding) and value is not held:
+            value = held.successor(value)
         if name in ("embed_tokens", "lm_head") and adapts(value):
             give_own_weight(self, value)
         super().__setattr__(name, value)

@@ -54,7 +54,7 @@ class ZooWrapperModel(ZooWrapperPreTrainedModel):
         super().__setattr__(name, value)
         decoder = self.__dict__.get("decoder")
         if decoder is not None and name in decoder._modules:
-            setattr(decoder, name, value)
+            setattr(decoder, name, getattr(self, name))
 
     def get_decoder(self):
         """transformers' own model."""

@@ -1,22 +1,26 @@
 """Speed and memory beside the peers and beside what the machine can do at most, as ratios within one run.
 
-    python examples/benchmarks/benchmark.py --cpu        all of it: about fifteen minutes on two cores
+    python examples/benchmarks/benchmark.py --cpu        all of it: half an hour on two cores without bfloat16
         --only prefill       the rows whose name contains a word; kept only with --out
+        --fresh              all anew, where a run that was stopped would go on
         --llama-cpp DIR      also beside a llama.cpp that was built in DIR, once its greedy text equals ours
         --causes             instead: ours with one thing switched that makes CPUs slow, such as subnormal numbers
         --tables             instead: the recorded runs in Markdown, as kernels/README.md has them
         --smoke              all of it at tiny sizes in seconds; the numbers mean nothing
 
-Prints one table and writes examples/results/benchmark_cpu_<processor>.json (every sample) and .png. On a busy machine
-threads wait for each other, and the numbers say little: run it alone.
+Prints one table and writes examples/results/benchmark_cpu_<processor>.json (every sample) and .png. Until all is
+measured, what is stands in benchmark_cpu_<processor>.partial.json; the same command goes on from there, at the same
+commit and versions on the same machine. On a busy machine threads wait for each other, and the numbers say little: run
+it alone.
 """
 
 import argparse
-import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +29,7 @@ from transformers.utils import logging
 from scrubjay.examples.benchmarks.benchmark_cpu import measure
 from scrubjay.examples.benchmarks.benchmark_rows import SMOKE, Shape
 from scrubjay.examples.benchmarks.benchmark_tables import RESULTS, about, of_two_lengths, pages, recorded, shown, times
+from scrubjay.examples.benchmarks.saved_run import SavedRun
 from scrubjay.examples.measuring.processor import described, processor, slug
 from scrubjay.examples.measuring.run_report import GRAY, OURS, commit, machine, table, versions
 
@@ -40,8 +45,15 @@ def benchmark(
     command: str,
     llama_cpp: Path | None = None,
     causes: bool = False,
+    place: Callable[[dict], Path | None] = lambda where: None,
+    fresh: bool = False,
 ) -> dict:
-    """Measure, with `threads` torch threads; returns everything that is printed, drawn and written."""
+    """Measure, with `threads` torch threads; returns everything that is printed and drawn.
+
+    Args:
+        place: the file of the result on a machine, None for none; a run that was stopped is continued there.
+        fresh: not even then.
+    """
     load = os.getloadavg()[0]
     if load > BUSY:
         print(f"warning: the load average is {load:.2f}: other work is running, and the numbers below suffer from it.")
@@ -50,11 +62,14 @@ def benchmark(
     try:
         where = machine() | processor() | {"load_average_at_start": load}
         print(described(where))
-        result = measure(shape, repetitions=repetitions, only=only, llama_cpp=llama_cpp, causes=causes)
+        run = {"command": command, "commit": commit(), "machine": where, "versions": versions()}
+        run |= {"shape": asdict(shape), "repetitions": repetitions}
+        saved = SavedRun(place(where), run, fresh=fresh)
+        asked = {"repetitions": repetitions, "only": only, "llama_cpp": llama_cpp, "causes": causes}
+        log = partial(print, flush=True)  # row by row into a file too
+        return saved.finish(measure(shape, **asked, saved=saved, log=log))
     finally:
         torch.set_num_threads(before)
-    run = {"command": command, "commit": commit(), "machine": where, "versions": versions()}
-    return run | {"shape": asdict(shape), "repetitions": repetitions} | result
 
 
 def summary(result: dict) -> str:
@@ -64,11 +79,13 @@ def summary(result: dict) -> str:
         sides = [shown(row[side], row["unit"]) if side in row else "" for side in ("peer", "scrubjay", "products")]
         multiples = [times(row["ratio"], 2), times(row.get("of_products"), 2), times(row.get("of_weights"), 2)]
         speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
-        rows.append([row["name"], *sides, str(row.get("chunk", "")), *multiples, speed, promised(row)])
+        count = str(len(row["samples"]["scrubjay"]))
+        rows.append([row["name"], *sides, count, str(row.get("chunk", "")), *multiples, speed, promised(row)])
     legend = [
         f"{about(result)}",
-        f"Medians of {result['repetitions']}, where passes are long of fewer, taken in turn. ratio: peer / scrubjay;",
-        "/products, /reading: scrubjay as a multiple of its matrix products alone and of reading its weights once.",
+        f"Medians of n samples a side, taken in turn: {result['repetitions']}, of long passes fewer, at least two;",
+        "of memory one. ratio: peer / scrubjay; /products, /reading: scrubjay as a multiple of its matrix products",
+        "alone and of reading its weights once.",
         "peer: transformers' Mamba2 with the same weights, at the chunk size given (its fastest in prefill and",
         "training); for SW-SKA, torch's SDPA with a dense band mask; for Recycled Attention, full attention on the",
         "same buffer with packed heads; for ADORE, full attention with a preallocated cache (equal memory: ours of as",
@@ -76,7 +93,7 @@ def summary(result: dict) -> str:
         "lengths, the first is peer. With --causes, peer is ours with the switch.",
         f"memory: {result['memory']}.",
     ]
-    header = ["peer", "scrubjay", "products", "chunk", "ratio", "/products", "/reading", "tokens/s", "promised"]
+    header = ["peer", "scrubjay", "products", "n", "chunk", "ratio", "/products", "/reading", "tokens/s", "promised"]
     return "\n\n".join([table(described(result["machine"]), header, rows), "\n".join(legend)])
 
 
@@ -128,6 +145,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--causes", action="store_true", help="instead: ours with one cause of slowness switched")
     parser.add_argument("--tables", action="store_true", help="instead: print the recorded runs in Markdown")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that everything runs")
+    parser.add_argument("--fresh", action="store_true", help="do not go on with a run that was stopped")
     parser.add_argument(
         "--out", type=Path, help="JSON to write, a PNG beside it (default: results/benchmark_cpu_<processor>.json)"
     )
@@ -151,6 +169,7 @@ def run(
     causes: bool,
     tables: bool,
     smoke: bool,
+    fresh: bool,
     out: Path | None,
     command: str,
 ) -> dict:
@@ -161,14 +180,19 @@ def run(
     logging.disable_progress_bar()
     shape, repetitions = (SMOKE, 2) if smoke else (Shape(), repetitions)
     asked = {"threads": threads, "repetitions": repetitions, "only": only, "command": command}
-    result = benchmark(shape, **asked, llama_cpp=llama_cpp, causes=causes)
-    print(f"\n{summary(result)}")
-    # Part of the table must not replace all of it, nor tiny sizes the real ones.
     part = only or smoke or causes
-    out = out or (None if part else RESULTS / f"benchmark_cpu_{slug(result['machine'])}.json")
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+
+    def place(where: dict) -> Path | None:
+        """Part of the table must not replace all of it, nor tiny sizes the real ones."""
+        return out or (None if part else RESULTS / f"benchmark_cpu_{slug(where)}.json")
+
+    try:
+        result = benchmark(shape, **asked, llama_cpp=llama_cpp, causes=causes, place=place, fresh=fresh)
+    except KeyboardInterrupt:
+        print("\nStopped. Where a file was to be written, the same command goes on after the last row above.")
+        raise
+    print(f"\n{summary(result)}")
+    if out := place(result["machine"]):
         plot(result, out.with_suffix(".png"))
         print(f"\nIn {out.parent}: {out.name} (every sample) and {out.with_suffix('.png').name}.")
     return result

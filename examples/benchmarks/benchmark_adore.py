@@ -9,6 +9,7 @@ R rebuilt, m budget, n tokens before the clock starts. Times in seconds, memory 
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -22,6 +23,7 @@ from scrubjay.modeling.decoder.controller import Controller
 from scrubjay.modeling.inputs.cache_argument import named
 
 PIECE = 1024  # tokens of a call that reads the context
+NEVER = 10**9  # steps from one that rebuilds to the next
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,22 @@ def full_cache(sizes: Sizes) -> StaticCache:
     return cache
 
 
+def adore_cache(sizes: Sizes, every: int = 1) -> AdoreCache:
+    """One row that has read n tokens, and rebuilds R in every so many steps. Reading takes longer than all steps: what
+    has read is kept, and this is its copy."""
+    cache = deepcopy(has_read(sizes))
+    cache.settings = replace(cache.settings, rebuild_every=every)
+    return cache
+
+
+@lru_cache(maxsize=1)
 @torch.no_grad()
-def adore_cache(sizes: Sizes, rebuild: int, every: int = 1) -> AdoreCache:
-    """One row that has read n tokens."""
+def has_read(sizes: Sizes) -> AdoreCache:
+    """A cache after n tokens."""
     model = decoder(sizes)
     torch.manual_seed(0)
     controller = Controller(model.config.hidden_size).eval()
-    settings = {"cache_size": sizes.cache_size, "rebuild": rebuild, "rebuild_every": every, "prefill": "chunked"}
+    settings = {"cache_size": sizes.cache_size, "rebuild": sizes.rebuild, "prefill": "chunked"}
     cache = AdoreCache(model, controller=controller, **settings)
     for piece in torch.randint(sizes.vocab_size, (1, sizes.context)).split(PIECE, 1):
         model(piece, **named(cache), logits_to_keep=1)
@@ -98,12 +109,12 @@ def steps(sizes: Sizes, cache, batch: int) -> Callable[[], int]:
     return run
 
 
-def decode(sizes: Sizes, rebuild: int, every: int, equal_memory: bool) -> dict[str, Callable[[], int]]:
+def decode(sizes: Sizes, every: int, equal_memory: bool) -> dict[str, Callable[[], int]]:
     """Both sides with the same number of rows, or ours with as many as fit into the bytes of full attention's.
 
     All rows of ours are copies of one: the work is the same, and none of it is shared.
     """
-    full, ours, batch = full_cache(sizes), adore_cache(sizes, rebuild, every), sizes.batch
+    full, ours, batch = full_cache(sizes), adore_cache(sizes, every), sizes.batch
     if equal_memory:
         batch = min(max(cache_nbytes(full) // ours.nbytes, 1), sizes.most)
     ours.batch_repeat_interleave(batch)
@@ -114,7 +125,7 @@ def row_weights(sizes: Sizes) -> dict[str, Callable[[], int]]:
     """Bytes a row, with everything that a cache knows of its tokens."""
     return {
         "peer": lambda: cache_nbytes(full_cache(sizes)) // sizes.batch,
-        "scrubjay": lambda: adore_cache(sizes, sizes.rebuild).nbytes,
+        "scrubjay": lambda: has_read(sizes).nbytes,
     }
 
 
@@ -122,29 +133,30 @@ def growth(sizes: Sizes) -> dict[str, Callable[[], int]]:
     """Bytes of ADORE's keys and values after a quarter of the text (peer) and all of it."""
 
     def held(context: int) -> int:
-        cache = adore_cache(replace(sizes, context=context), sizes.rebuild)
+        cache = has_read(replace(sizes, context=context))
         return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
 
-    return {"peer": lambda: held(sizes.context // 4), "scrubjay": lambda: held(sizes.context)}
+    whole = held(sizes.context)  # first: what has read it may be kept
+    return {"peer": lambda: held(sizes.context // 4), "scrubjay": lambda: whole}
 
 
-def decode_line(sizes: Sizes, rebuild: int, every: int = 1, *, equal_memory: bool = False, floor=None) -> Comparison:
+def decode_line(sizes: Sizes, every: int = 1, *, equal_memory: bool = False, floor=None) -> Comparison:
     where = "equal memory" if equal_memory else f"batch {sizes.batch}"
-    how = f"R = {rebuild}" + (f" every {every}th step" if every > 1 else "")
-    make = partial(decode, sizes, rebuild, every, equal_memory)
+    how = f"R = {sizes.rebuild if every < NEVER else 0}" + (f" every {every}th step" if 1 < every < NEVER else "")
+    make = partial(decode, sizes, every, equal_memory)
     return Comparison(f"ADORE decode, {sizes.name} {sizes.dtype}, {how}, {where}", make, floor)
 
 
 def lines(sizes: Sizes, others: tuple[Sizes, ...] = ()) -> list[Comparison]:
     """What the benchmark shows of ADORE: one decoder in full, of others the step alone."""
-    n, R = sizes.context, sizes.rebuild
-    return [
-        decode_line(sizes, R, floor=2.2),
-        decode_line(sizes, R, 4),
-        decode_line(sizes, 0),
-        decode_line(sizes, R, equal_memory=True),
-        decode_line(sizes, 0, equal_memory=True),
-        *(decode_line(other, rebuild) for other in others for rebuild in (R, 0)),
+    n = sizes.context
+    return [  # those of one decoder together: one is held
+        decode_line(sizes, floor=2.2),
+        decode_line(sizes, 4),
+        decode_line(sizes, NEVER),
+        decode_line(sizes, equal_memory=True),
+        decode_line(sizes, NEVER, equal_memory=True),
         Comparison(f"memory, ADORE row, {sizes.name} {sizes.dtype}", partial(row_weights, sizes), None, "bytes"),
         Comparison(f"memory, ADORE's keys at {n // 4} and {n}", partial(growth, sizes), 1.0, "bytes"),
+        *(decode_line(other, every) for other in others for every in (1, NEVER)),
     ]

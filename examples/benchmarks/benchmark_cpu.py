@@ -32,7 +32,7 @@ from scrubjay.examples.benchmarks import (
 from scrubjay.examples.benchmarks.benchmark_rows import VARIANTS, Row, Shape, rows_of
 from scrubjay.examples.benchmarks.benchmark_tables import most
 from scrubjay.examples.benchmarks.ceilings import bandwidth, gemm_rates, weight_bytes
-from scrubjay.examples.benchmarks.comparison import SIDES, Comparison, beside_weights, in_turn, summarized
+from scrubjay.examples.benchmarks.comparison import SIDES, Comparison, in_turn, summarized
 from scrubjay.examples.benchmarks.model_work import (
     DEFAULT_CHUNK,
     counted,
@@ -45,6 +45,7 @@ from scrubjay.examples.benchmarks.model_work import (
     window_pass,
     write_checkpoint,
 )
+from scrubjay.examples.benchmarks.saved_run import Rows, SavedRun
 from scrubjay.examples.measuring.memory import high_water, memory_method
 
 DTYPES = ("float32", "bfloat16")
@@ -163,6 +164,7 @@ def measure(
     only: str = "",
     llama_cpp: Path | None = None,
     causes: bool = False,
+    saved: SavedRun | None = None,
     log: Callable[[str], None] = print,
 ) -> dict:
     """Measure the rows whose name contains `only`; returns ceilings, agreement of the sides and a record per row.
@@ -170,34 +172,39 @@ def measure(
     Args:
         llama_cpp: where it was built; its rows come last.
         causes: those of benchmark_causes.py instead of all others.
+        saved: takes what is measured after every row, and has the rows that need not be measured again.
     """
-    machine = ceilings(shape)
+    earlier = saved.found if saved else {}
+    machine = earlier.get("ceilings") or ceilings(shape)
     log(most(machine))
-    agreement: dict = {}
-    records: list[dict] = []
-
-    def add(record: dict) -> None:
-        records.append(beside_weights(record, machine["bytes_per_second"]["read"]))
-        log(f"  {said(records[-1])}")
-
+    measured = {"ceilings": machine, "agreement": earlier.get("agreement", {}), "memory": memory_method(), "rows": []}
+    rows = Rows(measured, earlier.get("rows", []), saved.save if saved else None, log)
     with tempfile.TemporaryDirectory() as folder:
         models = Pairs(shape, folder)
         if causes:
             for cause, row in benchmark_causes.lines(shape):
-                if only in row.name:
-                    add(benchmark_causes.measure_cause(cause, row, models(row.dtype)["scrubjay"], repetitions))
+                if only in row.name and not rows.keep(row.name):
+                    rows.add(benchmark_causes.measure_cause(cause, row, models(row.dtype)["scrubjay"], repetitions))
         else:
-            rows = [row for row in rows_of(shape) if only in row.name]
-            agreement |= agreements(rows, models, log)
-            measure_rows(rows, models, repetitions, add)
+            measure_rows([row for row in rows_of(shape) if only in row.name], models, repetitions, rows, log)
             for line in lines_of(shape):
-                if only in line.name:
-                    add(line.measure(repetitions))
+                if only in line.name and not rows.keep(line.name):
+                    rows.add(line.measure(repetitions))
         if llama_cpp:
-            agreement["llama.cpp"] = llama_cpp_peer.compare(
-                llama_cpp, models.checkpoint, shape, Path(folder), repetitions=repetitions, only=only, add=add
-            )
-    return {"ceilings": machine, "agreement": agreement, "memory": memory_method(), "rows": records}
+            measure_llama_cpp(llama_cpp, models, repetitions, only, rows)
+    return measured
+
+
+def measure_llama_cpp(place: Path, models: "Pairs", repetitions: int, only: str, rows: Rows) -> None:
+    """Add the rows of llama.cpp; what it needs is made for all of them together, so that they are kept together."""
+    names = [row.name for row in llama_cpp_peer.rows(models.shape) if only in row.name]
+    if rows.missing(names):
+        place_of = {"folder": Path(models.folder), "repetitions": repetitions, "only": only}
+        found = llama_cpp_peer.compare(place, models.checkpoint, models.shape, **place_of, add=rows.add)
+        rows.measured["agreement"]["llama.cpp"] = found
+    else:
+        for name in names:
+            rows.keep(name)
 
 
 class Pairs:
@@ -226,28 +233,27 @@ def agreements(rows: list[Row], models: Pairs, log: Callable[[str], None]) -> di
         found |= check_logits(models.checkpoint, models.shape)
     if any(row.work == "window" for row in rows):
         found |= check_window(models.shape)
-    log("relative difference of the two sides: " + ", ".join(f"{k} {v:.1e}" for k, v in found.items()))
+    if found:
+        log("relative difference of the two sides: " + ", ".join(f"{k} {v:.1e}" for k, v in found.items()))
     return found
 
 
-def measure_rows(rows: list[Row], models: Pairs, repetitions: int, add: Callable[[dict], None]) -> None:
+def measure_rows(
+    wanted: list[Row], models: Pairs, repetitions: int, rows: Rows, log: Callable[[str], None] = print
+) -> None:
     """Add a record for each row. Memory is taken at the chunk size at which the same work was fastest for the peer;
     where that was not timed, at the smallest."""
+    new = [row for row in wanted if rows.missing([row.name])]
+    rows.measured["agreement"] |= agreements(new, models, log)
     chunks: dict[str, int] = {}
-    for row in rows:
-        if row.memory:
+    for row in wanted:
+        record = rows.keep(row.name)
+        if not record and row.memory:
             chunk = chunks.get(row.name.removeprefix("memory, "), min(row.chunks, default=DEFAULT_CHUNK))
             checkpoint = "" if row.work == "window" else models.checkpoint
-            add(memory_row(row, models.shape, checkpoint, chunk, torch.get_num_threads()))
-            continue
-        record = time_row(row, models.shape, {} if row.work == "window" else models(row.dtype), repetitions)
+            record = rows.add(memory_row(row, models.shape, checkpoint, chunk, torch.get_num_threads()))
+        elif not record:
+            pair = {} if row.work == "window" else models(row.dtype)
+            record = rows.add(time_row(row, models.shape, pair, repetitions))
         if "chunk" in record:
             chunks[row.name] = record["chunk"]
-        add(record)
-
-
-def said(record: dict) -> str:
-    """A record in a line, as it comes."""
-    ratios = {"ratio": "", "of_products": " of its products", "of_weights": " of reading its weights"}
-    found = [f"{record[key]:.2f}x{what}" for key, what in ratios.items() if record.get(key) is not None]
-    return f"{record['name']}: {', '.join(found)}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from scrubjay.examples.measuring.processor import described
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+PARTIAL = ".partial.json"  # how the file of a run that has not ended is named
 CACHES = ("SW-SKA", "Recycled", "ADORE", "Taipan's", "Taipan decode")  # how their rows begin, also behind "memory, "
 GROUPS = {
     "ssd": ("SSD", "transformers' Mamba2"),
@@ -32,9 +33,10 @@ COLUMNS: dict[str, Callable[[Mapping], str]] = {
 
 
 def recorded() -> dict[str, dict]:
-    """Runs in examples/results by the name of their file, in its order."""
-    files = sorted(RESULTS.glob("benchmark_cpu_*.json"))
-    return {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    """Runs in examples/results that have ended, by the name of their file, in its order."""
+    files = [file for file in sorted(RESULTS.glob("benchmark_cpu_*.json")) if not file.name.endswith(PARTIAL)]
+    runs = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    return {name: run for name, run in runs.items() if run.get("complete", True)}
 
 
 def pages() -> str:

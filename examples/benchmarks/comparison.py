@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from statistics import median
 
 SIDES = ("peer", "scrubjay")
-ENOUGH = 30.0  # seconds of samples of one line
+ENOUGH = 20.0  # seconds of samples of one line, where two of each side do not take longer
+LEAST = 2  # samples of each side, however long one is
+WARM = 5.0  # seconds of a pass that starts cold and is slowed by nothing that shows
 
 
 @dataclass(frozen=True)
@@ -36,25 +38,31 @@ class Comparison:
 
 
 def in_turn(sides: Mapping[str, Callable[[], int]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds a unit of each side, after one unmeasured pass of each.
+    """Seconds a unit of each side, after one unmeasured pass of each; a pass of WARM seconds needs none before it.
 
-    Where a pass is long there are fewer samples than `repetitions`; one of all sides that takes longer than ENOUGH is
-    the only sample.
+    There are `repetitions` samples of each, fewer where those would take longer than ENOUGH, and always two.
     """
-
-    def once() -> dict[str, float]:
-        samples = {}
+    samples: dict[str, list[float]] = {side: [] for side in sides}
+    whole = 0.0
+    for side, work in sides.items():
+        seconds, units = timed(work)
+        whole += seconds
+        if seconds >= WARM:
+            samples[side].append(seconds / units)
+    count = min(repetitions, max(LEAST, int(ENOUGH / max(whole, 1e-9))))
+    for turn in range(count):
         for side, work in sides.items():
-            started = time.perf_counter()
-            units = work()
-            samples[side] = (time.perf_counter() - started) / units
-        return samples
+            if len(samples[side]) <= turn:
+                seconds, units = timed(work)
+                samples[side].append(seconds / units)
+    return samples
 
+
+def timed(work: Callable[[], int]) -> tuple[float, int]:
+    """Seconds of a pass, and how many units it did."""
     started = time.perf_counter()
-    first = once()
-    passes = int(ENOUGH / (time.perf_counter() - started))
-    taken = [once() for _ in range(min(repetitions, max(2, passes)))] if passes else [first]
-    return {side: [samples[side] for samples in taken] for side in sides}
+    units = work()
+    return time.perf_counter() - started, units
 
 
 def summarized(name: str, samples: Mapping[str, list], floor: float | None, unit: str = "seconds") -> dict:

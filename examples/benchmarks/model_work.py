@@ -14,10 +14,11 @@ from scrubjay import SSDForCausalLM
 from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.examples.benchmarks.benchmark_rows import Row, Shape
 from scrubjay.examples.benchmarks.ceilings import Alone, products_of
+from scrubjay.examples.benchmarks.comparison import WARM
 from scrubjay.kernels.window import window_attention
 
 DEFAULT_CHUNK = 256  # of transformers' Mamba2; a shorter prompt is padded to it
-LONG = 10.0  # seconds of a pass from which chunk sizes are not compared
+SEARCH = 20.0  # seconds in which chunk sizes are compared
 
 
 def write_checkpoint(shape: Shape, folder: str) -> None:
@@ -124,20 +125,22 @@ def counted(work: Callable[[], object], units: int) -> Callable[[], int]:
 def fastest_chunk(model: Mamba2ForCausalLM, row: Row) -> tuple[int, dict[int, float]]:
     """Chunk size at which transformers does this work fastest, and the seconds of all that were tried.
 
-    One pass each, after one that counts for nothing. Where that one takes LONG, its size is kept: it is the smallest,
-    which was the fastest of long prompts on every processor so far.
+    One pass each, from the smallest on, as many as SEARCH allows: the smallest was the fastest of long prompts on every
+    processor so far. A pass before them counts for nothing, unless it is so long (WARM) that it stands for the first.
     """
-    smallest, *others = row.chunks
+    smallest, *others = sorted(row.chunks)
     set_chunk(model, smallest)
     if not others:
         return smallest, {}
     work = model_pass(model, row)
-    if (cold := seconds(work)) > LONG:
-        return smallest, {smallest: cold}
-    timed = {}
-    for chunk in row.chunks:
+    spent = cold = seconds(work)
+    timed = {smallest: cold} if cold >= WARM else {}
+    for chunk in (smallest, *others)[len(timed) :]:
+        if timed and spent + max(timed.values()) > SEARCH:
+            break
         set_chunk(model, chunk)
         timed[chunk] = seconds(work)
+        spent += timed[chunk]
     return min(timed, key=timed.get), timed
 
 

@@ -191,10 +191,10 @@ def test_bench_passes_its_arguments_on(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(benchmark, "run", lambda **arguments: seen.update(arguments) or {"rows": []})
     argv = ["bench", "--cpu", "--threads", "1", "--only", "SW", "--smoke", "--out", str(tmp_path / "x.json")]
-    argv += ["--llama-cpp", str(tmp_path), "--causes", "--tables"]
+    argv += ["--llama-cpp", str(tmp_path), "--causes", "--tables", "--fresh"]
     assert scrubjay_cli.main(argv) == 0
     expected = {"threads": 1, "repetitions": 5, "only": "SW", "smoke": True, "out": tmp_path / "x.json"}
-    expected |= {"llama_cpp": tmp_path, "causes": True, "tables": True}
+    expected |= {"llama_cpp": tmp_path, "causes": True, "tables": True, "fresh": True}
     assert seen == expected | {"command": f"scrubjay {' '.join(argv)}"}
 
 

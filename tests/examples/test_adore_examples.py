@@ -1,6 +1,7 @@
 """What a controller is taught, against its definition, and the smoke runs of ADORE's examples."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -240,12 +241,25 @@ def test_what_cannot_be_measured_or_cut_is_refused(capsys):
 
 def test_benchmark_adore_measures_the_rows_it_names():
     sizes = benchmark_adore.SMALL
-    full, ours = benchmark_adore.full_cache(sizes), benchmark_adore.adore_cache(sizes, sizes.rebuild)
+    full, ours = benchmark_adore.full_cache(sizes), benchmark_adore.adore_cache(sizes)
     assert full.get_seq_length() == ours.get_seq_length() == sizes.context
     assert cache_nbytes(full) == 2 * 2 * sizes.batch * 4 * (sizes.context + sizes.steps * sizes.passes) * 8 * 4
     for equal_memory, rows in ((False, sizes.batch), (True, 1)):  # at this size ours weighs more
-        work = benchmark_adore.decode(sizes, sizes.rebuild, 1, equal_memory)
+        work = benchmark_adore.decode(sizes, 1, equal_memory)
         assert [work[side]() for side in SIDES] == [sizes.batch * sizes.steps, rows * sizes.steps]
+
+
+@pytest.mark.parametrize(("every", "rebuilt"), [(1, [3, 3, 3, 3]), (4, [3, 0, 0, 0]), (benchmark_adore.NEVER, [0] * 4)])
+def test_benchmark_adore_rebuilds_as_often_as_its_row_says(every, rebuilt):
+    sizes = replace(benchmark_adore.SMALL, steps=1)
+    cache, widths = benchmark_adore.adore_cache(sizes, every), []
+    step = benchmark_adore.steps(sizes, cache, 1)
+    for _ in range(8):
+        step()
+        widths.append(cache.last_rebuilt.shape[1])
+    first = widths.index(max(widths))
+    assert widths[first : first + 4] == rebuilt
+    assert benchmark_adore.has_read(sizes).get_seq_length() == sizes.context  # the copy alone has gone on
 
 
 def test_benchmark_adore_holds_a_constant_number_of_keys():

@@ -147,8 +147,14 @@ def test_the_peers_chunk_is_its_fastest(checkpoint, monkeypatch):
     assert fastest_chunk(model, row) == (32, seconds)
     assert clock == [3.0 + 6.0]
     assert fastest_chunk(model, replace(row, chunks=(16,))) == (16, {})
-    seconds[16] = 12.0
-    assert fastest_chunk(model, row) == (16, {16: 12.0})
+    assert fastest_chunk(model, replace(row, chunks=(64, 16, 32))) == (32, seconds)
+    for first, tried in ((12.0, (16,)), (7.0, (16, 32, 64)), (10.0, (16, 32))):
+        seconds[16] = first  # so long that it stands for itself, and what is left of SEARCH is tried
+        clock[0], before = 0.0, dict(seconds)
+        if first == 10.0:
+            before[32] = seconds[32] = 9.0
+        assert fastest_chunk(model, row)[1] == {chunk: before[chunk] for chunk in tried}
+        assert clock == [sum(before[chunk] for chunk in tried)]
 
 
 @pytest.mark.parametrize("name", benchmark_width.MODELS)

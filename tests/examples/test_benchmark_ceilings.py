@@ -115,7 +115,7 @@ def test_a_record_has_the_ratios_of_the_sides_it_has():
     assert beside_weights(alone | {"weight_bytes": 4}, 8.0).items() >= {"weights_once": 0.5, "of_weights": 4.0}.items()
 
 
-@pytest.mark.parametrize(("seconds", "count"), [(0.1, 5), (4.0, 3), (10.0, 2), (100.0, 1)])
+@pytest.mark.parametrize(("seconds", "count"), [(0.1, 5), (3.0, 3), (4.0, 2), (10.0, 2), (100.0, 2)])
 def test_long_passes_are_sampled_less(seconds, count, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(comparison.time, "perf_counter", lambda: clock[0])
@@ -126,6 +126,19 @@ def test_long_passes_are_sampled_less(seconds, count, monkeypatch):
 
     samples = in_turn({"peer": work, "scrubjay": work}, 5)
     assert samples == {side: [pytest.approx(seconds / 2)] * count for side in ("peer", "scrubjay")}
+    assert clock[0] == pytest.approx(2 * seconds * (count + (seconds < comparison.WARM)))
+
+
+def test_a_long_first_pass_of_one_side_counts_and_a_short_one_does_not(monkeypatch):
+    clock, takes = [0.0], {"peer": iter((30.0, 25.0)), "scrubjay": iter((3.0, 1.0, 2.0))}
+    monkeypatch.setattr(comparison.time, "perf_counter", lambda: clock[0])
+
+    def work(side):
+        clock[0] += next(takes[side])
+        return 1
+
+    samples = in_turn({side: lambda side=side: work(side) for side in takes}, 5)
+    assert samples == {"peer": [30.0, 25.0], "scrubjay": [1.0, 2.0]}
 
 
 def test_tokens_of_a_row():

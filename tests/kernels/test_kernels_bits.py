@@ -117,6 +117,28 @@ def test_rows_that_are_zeros_or_no_numbers():
     assert multiply(x[:0], packed).shape == (0, len(w))
 
 
+@pytest.mark.parametrize(("bits", "group"), KINDS)
+def test_what_is_no_number_is_that_of_the_float32_product(bits, group):
+    w = weight()
+    w[3] = 0
+    x = torch.randn(7, w.shape[1], generator=torch.Generator().manual_seed(4))
+    clean = multiply(x, pack(*quantize_weight(w, bits, group), w.shape[1]))
+    x[1, 5], x[2, 6], x[4, 7], x[4, 8], x[5, 9], x[5, 10] = torch.inf, -torch.inf, torch.inf, torch.inf, torch.nan, 1e38
+    got, want, _ = product(x, w, bits, group)
+    odd = [1, 2, 4, 5]
+    assert torch.equal(got[odd].isnan(), want[odd].isnan())
+    assert torch.equal(got[odd].nan_to_num(0, 1, -1), want[odd].nan_to_num(0, 1, -1).float())
+    assert not got[odd].isfinite().any()
+    assert torch.equal(got[[0, 3, 6]], clean[[0, 3, 6]])
+
+
+def test_rows_whose_sizes_add_up_beyond_float32_are_exact():
+    x = torch.full((200, 64), 3e38)
+    x[:, 1:] = 0
+    w = torch.eye(64)
+    assert torch.equal(multiply(x, pack(*quantize_weight(w, 8), 64))[:, 0], x[:, 0])
+
+
 def test_rows_of_weights_that_are_zeros():
     w = weight()
     w[3], w[4, 64:] = 0, 0

@@ -243,6 +243,47 @@ def test_a_head_that_was_untied_is_saved(tmp_path):
     assert torch.equal(logits(again, ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("where", ["", "model"])
+def test_other_embeddings_go_into_as_many_bits_and_the_tied_head_follows(entry, where, tied, tmp_path):
+    torch.manual_seed(0)
+    model, other = build(entry, tie_word_embeddings=tied), build(entry, tie_word_embeddings=tied)
+    ids, new = tokens(2, 9), nn.Embedding.from_pretrained(torch.randn(VOCAB, 64))
+    other.load_state_dict(model.state_dict())
+    other.set_input_embeddings(new)
+    other.tie_weights()
+    want = logits(quantize(other, 4), ids)
+    quantize(model, 4)
+    before, head = logits(model, ids), model.lm_head
+    model.get_submodule(where).set_input_embeddings(copy.deepcopy(new))
+    assert torch.equal(logits(model, ids), want)
+    assert not torch.equal(before, want)
+    assert model.lm_head is head
+    assert torch.equal(logits(copy.deepcopy(model), ids), want)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), want)
+    model.model.embed_tokens = other.model.embed_tokens  # in few bits already
+    assert model.get_input_embeddings() is other.get_input_embeddings()
+    assert not tied or model.lm_head.embedding is other.get_input_embeddings()
+
+
+def test_embeddings_that_do_not_fit_are_refused(entry):
+    model = quantize(build(entry), 4)
+    for wrong in (nn.Embedding(VOCAB, 32), nn.Embedding(VOCAB + 1, 64), nn.Linear(64, VOCAB)):
+        with pytest.raises(ValueError, match=rf"an Embedding\({VOCAB}, 64\); got {type(wrong).__name__}"):
+            model.set_input_embeddings(wrong)
+    assert isinstance(model.get_input_embeddings(), FewBitsEmbedding)
+
+
+def test_one_kept_matrix_comes_back_from_its_folder(entry, tmp_path):
+    for name in ("lm_head", "embed_tokens"):
+        model, ids = quantize(build(entry, tie_word_embeddings=True), modules_to_not_convert=[name]), tokens(2, 9)
+        model.save_pretrained(tmp_path / name)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert torch.equal(logits(again, ids), logits(model, ids))
+        assert again.lm_head.weight is again.get_input_embeddings().weight
+
+
 def test_a_vocabulary_in_few_bits_is_not_resized(entry):
     with pytest.raises(ValueError, match="resize the float model"):
         quantize(build(entry)).resize_token_embeddings(VOCAB + 3)
