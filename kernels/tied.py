@@ -33,7 +33,7 @@ def scores(h, weight):
 
 
 class _Shared(torch.autograd.Function):
-    """Where the gradients meet: rows of the embedding's, and the head's matrix, which `scores` made and nobody holds."""
+    """Where the gradients meet: rows of the embedding's, and the head's matrix, which nobody else holds."""
 
     @staticmethod
     def forward(ctx, weight):
