@@ -78,8 +78,9 @@ def ddts(q, k, v, a, initial_state=None, cu_seqlens=None, *, chunk=16, overwrite
     """
     _check(q, k, v, a, chunk)
     fused = choose(backend, "ddts", q, k, v, a, fused=partial(ddts_fits, q, k, v, a)) == "triton"
-    state = _initial(q, v, initial_state, cu_seqlens)
-    if q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(q, k, v, a, initial_state):
+    single = q.shape[1] == 1 and cu_seqlens is None and not wants_gradient(q, k, v, a, initial_state)
+    state = _initial(q, v, initial_state, cu_seqlens, read=not (fused or single))
+    if single:
         step = ddts_step_triton if fused else ddts_step
         y, state = step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], state, overwrite)
         return y[:, None], state
@@ -195,9 +196,9 @@ def _lower(size, like):
     return torch.ones(size, size, dtype=like.dtype, device=like.device).tril_()
 
 
-def _initial(q, v, state, cu_seqlens):
+def _initial(q, v, state, cu_seqlens, *, read=False):
     shape = (num_states(cu_seqlens, *v.shape[:2]), q.shape[2], v.shape[2])
-    return initial_or_zeros(state, shape, v, "ddts")
+    return initial_or_zeros(state, shape, v, "ddts", read=read)
 
 
 def _check(q, k, v, a, chunk):

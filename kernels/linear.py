@@ -74,13 +74,14 @@ def linear(x, weight, bias=None):
 def multiplied(x, weight, bias=None):
     """`linear` of operands for which `wins` has been asked."""
     rows = x.reshape(-1, x.shape[-1])
-    y = (torch.mv(weight, rows[0]) if _one_of_16_bits(x, len(rows)) else _product(rows, weight)).view(*x.shape[:-1], -1)
+    y = torch.mv(weight, rows[0]) if _one_of_16_bits(x, len(rows)) else plain_product(rows, weight)
+    y = y.view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
 def wins(x, weight) -> bool:
     """Whether `linear` does not leave these operands to PyTorch."""
-    if x.ndim < 2 or traced() or x.numel() * weight.shape[0] < WORTH_IT or not _plain(x, weight):
+    if x.ndim < 2 or traced() or x.numel() * weight.shape[0] < WORTH_IT or not plain(x, weight):
         return False
     rows = x.numel() // x.shape[-1]
     if x.dtype == torch.float32:
@@ -100,10 +101,10 @@ def _one_of_16_bits(x, rows):
 def matmul(a, b, out=None):
     """`torch.matmul` of few large matrices: (..., R, I) and (..., I, O) with the same leading axes -> (..., R, O)."""
     large = SLOW_MATRICES and a.shape[-2] * b.shape[-2] * b.shape[-1] >= WORTH_IT
-    if not large or traced() or a.dtype != torch.float32 or not _plain(a, b):
+    if not large or traced() or a.dtype != torch.float32 or not plain(a, b):
         return torch.matmul(a, b, out=out)
     pairs = zip(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), strict=True)
-    y = [_product(x, w.t()) for x, w in pairs]
+    y = [plain_product(x, w.t()) for x, w in pairs]
     if out is None:
         return (y[0] if len(y) == 1 else torch.stack(y)).view(*a.shape[:-1], -1)
     return torch.stack(y, out=out.view(-1, *out.shape[-2:])).view(out.shape)
@@ -113,7 +114,7 @@ def matmul(a, b, out=None):
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
-def _plain(a, b):
+def plain(a, b):
     """Whether both are nothing but tensors of one dtype on a CPU, which nothing watches or converts."""
     if type(a) not in _TENSORS or type(b) not in _TENSORS or not a.device.type == b.device.type == "cpu":
         return False
@@ -122,19 +123,20 @@ def _plain(a, b):
     return not watched()  # tensors of torch.func hide behind the plain type
 
 
-def _product(a, b):
-    """a b^T of (R, I) and (O, I)."""
+def plain_product(a, b):
+    """a b^T of (R, I) and (O, I), `plain` ones. Unlike those of torch's own product its gradients are no views, so that
+    autograd may add to them in place."""
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _Product.apply(a, b)
     return _multiply(a, b)
 
 
 def _multiply(a, b):
-    if a.dtype == torch.float32:
-        if not _onednn_wins(len(a)):
-            return torch.mm(a, b.t())
+    if a.dtype == torch.float32 and _onednn_wins(len(a)) and a.numel() * len(b) >= WORTH_IT:
         pieces = _pieces(len(a), b)
         return _in_pieces(a, b, pieces) if pieces else _by_onednn(a, b)
+    if a.dtype not in WITHOUT_PRODUCTS:
+        return torch.mm(a, b.t())
     product, a = a.new_empty(len(a), len(b)), a.float()
     rows = max(1, WIDENED // b.shape[1])
     for start in range(0, len(b), rows):
@@ -185,6 +187,6 @@ class _Product(torch.autograd.Function):
     def backward(ctx, grad):
         a, b = ctx.saved_tensors
         return (
-            _product(grad, b.t()) if ctx.needs_input_grad[0] else None,
-            _product(grad.t(), a.t()) if ctx.needs_input_grad[1] else None,
+            plain_product(grad, b.t()) if ctx.needs_input_grad[0] else None,
+            plain_product(grad.t(), a.t()) if ctx.needs_input_grad[1] else None,
         )

@@ -81,13 +81,20 @@ def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
         yield slice(t, min(t + size, stop))
 
 
-def initial_or_zeros(state: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor, op: str) -> torch.Tensor:
+def initial_or_zeros(
+    state: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor, op: str, *, read: bool = False
+) -> torch.Tensor:
     """`state`, or zeros, in the state's dtype: float32, or float64 where `like` is.
+
+    Args:
+        read: whether it will not be written to: zeros are then one number, which a backward pass keeps at no cost.
 
     Raises:
         ValueError: a state of another shape.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
+    if state is None and read and not traced():
+        return torch.zeros((), dtype=dtype, device=like.device).expand(shape)
     if state is None:
         return torch.zeros(shape, dtype=dtype, device=like.device)
     if tuple(state.shape) != shape:

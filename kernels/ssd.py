@@ -98,7 +98,7 @@ def ssd(q, k, v, a, g, initial_state=None, cu_seqlens=None, *, chunk=64, overwri
     if single:
         y, state = ssd_step(*(x[:, 0] for x in sequences), _initial(q, v, initial_state, None), overwrite)
         return y[:, None], state
-    state = _grouped(_initial(q, v, initial_state, cu_seqlens), q.shape[2])
+    state = _grouped(_initial(q, v, initial_state, cu_seqlens, read=True), q.shape[2])
     y, state = chunked(_Chunk, chunk, state, cu_seqlens, *sequences)
     return y, _per_head(state, v.shape[3])
 
@@ -282,9 +282,9 @@ def _per_head(state, head_dim):
     return heads.reshape(B, width // head_dim * G, N, head_dim).contiguous()
 
 
-def _initial(q, v, state, cu_seqlens):
+def _initial(q, v, state, cu_seqlens, *, read=False):
     shape = (num_states(cu_seqlens, *v.shape[:2]), v.shape[2], q.shape[3], v.shape[3])
-    return initial_or_zeros(state, shape, v, "ssd")
+    return initial_or_zeros(state, shape, v, "ssd", read=read)
 
 
 def _check(q, k, v, a, g, chunk):

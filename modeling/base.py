@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 
 from scrubjay.kernels.dispatch import one_token, traced
+from scrubjay.kernels.tied import looked_up, scores, shared
 from scrubjay.modeling.inputs.arguments import given, refuse_unknown
 from scrubjay.modeling.inputs.cache_argument import (
     CACHE,
@@ -30,7 +31,7 @@ from scrubjay.modeling.layers import RMSNorm, project
 from scrubjay.modeling.layout import arrange
 from scrubjay.modeling.losses import causal_lm_loss
 from scrubjay.modeling.pretrained import ZooPreTrainedModel
-from scrubjay.modeling.training.adapters import for_peft, refuse_prefix
+from scrubjay.modeling.training.adapters import for_peft, hooked, refuse_prefix
 from scrubjay.modeling.training.context_parallel import SequenceShard
 
 # Columns that a block takes at a time on a CPU when no gradient is wanted, which bounds the memory of its temporaries.
@@ -86,6 +87,7 @@ class ZooModel(ZooPreTrainedModel):
         seq_idx: torch.Tensor | None = None,
         shard: SequenceShard | None = None,
         columns: Columns | None = None,
+        words: torch.Tensor | None = None,
         **kwargs,
     ) -> ZooModelOutput:
         """(B, T) tokens to (B, T, D) hidden states.
@@ -103,13 +105,14 @@ class ZooModel(ZooPreTrainedModel):
             inputs_embeds: (B, T, D) instead of input_ids.
             shard: the T columns are one rank's slice of longer rows, as `shard_sequence` says.
             columns: what a head has read of these arguments already.
+            words: the embedding's weight as a head shares it; see kernels/tied.py.
 
         Raises:
             ValueError: inputs that do not fit each other or the cache, or that the model does not know; each says what
                 came and what was needed.
         """
         refuse_unknown(self, {"output_attentions": self.config.output_attentions} | kwargs)
-        x, held = self._embedded(input_ids, inputs_embeds), cache
+        x, held = self._embedded(input_ids, inputs_embeds, words), cache
         cache, use_cache = self._cache(held, use_cache, x)
         seen = 0 if cache is None else cache.get_seq_length()
         counts = cache.layers[0].counts.to(x.device) if seen else None
@@ -151,10 +154,12 @@ class ZooModel(ZooPreTrainedModel):
         """What forward returns. `notes`: what blocks gave beside their output, in order."""
         return ZooModelOutput(**fields)
 
-    def _embedded(self, input_ids, inputs_embeds):
+    def _embedded(self, input_ids, inputs_embeds, words):
         given(input_ids, inputs_embeds, self.config.hidden_size)
         if inputs_embeds is not None:
             return inputs_embeds
+        if words is not None:
+            return looked_up(input_ids, words, self.embed_tokens.padding_idx)
         return self.embed_tokens(input_ids)
 
     def _cache(self, cache, use_cache, x):
@@ -253,6 +258,9 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         """
         shard = kwargs.get("shard")
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
+        words, head_words = (None if input_ids is None else self._shared_words()) or (None, None)
+        if words is not None:
+            kwargs["words"] = words
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -267,7 +275,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         x = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         x = x if isinstance(keep, int) else x[:, keep]
-        logits, loss = self.head(x), None
+        logits, loss = self.head(x, head_words), None
         if labels is not None or loss_kwargs.get("shift_labels") is not None:
             compute = self.loss_function if shard is None else partial(shard.loss, self.loss_function)
             loss = compute(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
@@ -279,9 +287,20 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         out = ZooCausalLMOutput(loss=loss, logits=logits, **kept)
         return self.output(out, outputs, labels, shard=shard, **loss_kwargs)
 
-    def head(self, x):
-        """The logits (..., V) of hidden states (..., D), in float32 or wider."""
-        logits = project(self.lm_head, x)
+    def _shared_words(self):
+        """The weight of embedding and head where they share one and nothing acts on either, to save memory of its
+        gradient; else None."""
+        if not isinstance(self.model, ZooModel):
+            return None
+        embedding, head = self.model.embed_tokens, self.lm_head
+        if type(embedding) is not nn.Embedding or type(head) is not nn.Linear or head.weight is not embedding.weight:
+            return None
+        unusual = embedding.max_norm is not None or embedding.scale_grad_by_freq or head.bias is not None
+        return None if unusual or hooked(embedding) or hooked(head) else shared(head.weight)
+
+    def head(self, x, words=None):
+        """The logits (..., V) of hidden states (..., D), in float32 or wider. `words`: see `_shared_words`."""
+        logits = project(self.lm_head, x) if words is None else scores(x, words)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def output(self, out, outputs, labels, num_items_in_batch=None, shift_labels=None, shard=None):

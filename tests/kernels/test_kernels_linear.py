@@ -139,6 +139,7 @@ def test_with_avx2_alone_only_few_rows_leave_mkl(rows, as_on, monkeypatch):
 def test_few_rows_are_multiplied_in_pieces_of_the_weight(rows, terms, threads, as_on, monkeypatch):
     """As many for each thread, where that many divide it, and where MKL is slow with few rows alone."""
     as_on(slow_vectors=True)
+    monkeypatch.setattr(module, "WORTH_IT", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     few = rows <= (module.SHORT_ROWS if terms == module.SHORT else module.ROWS_IN_PIECES)
     for outputs, pieces in ((96, 16), (1024, 16), (1026, 2), (1025, 0)):

@@ -67,3 +67,19 @@ def test_inputs_are_left_as_they_are_and_results_own_their_memory(kernel, T):
     assert all(bool((c == 1).all()) for c in cotangents)
     taken = {x.untyped_storage().data_ptr() for x in inputs.values()}
     assert not taken & {x.untyped_storage().data_ptr() for x in (*outputs, *first)}
+
+
+@pytest.mark.parametrize("kernel", ["ssd", "ddts"])
+def test_a_recurrence_from_nothing_keeps_its_inputs_and_one_number(kernel):
+    """And the decays once more, of which none is stronger than what forgets everything."""
+    inputs, seen = draw(kernel, 40, states=0), {}
+
+    def see(x):
+        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda x: x):
+        outputs = KERNELS[kernel].fast(**leaves, **KERNELS[kernel].options)
+    assert sum(seen.values()) == sum(x.nbytes for x in inputs.values()) + inputs["a"].nbytes + 4
+    del outputs
