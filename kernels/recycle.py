@@ -8,6 +8,7 @@
 B batch, H query heads, G key heads, R = H / G (head h reads key head h // R), n keys, T queries, P head size, M budget.
 q: (B, H, P)   k, v: (B, G, n, P)   real: (B, n) bool, which keys are tokens; None: all of them.
 q, k and v may be of three dtypes, as autocast makes them: products are taken in the widest, o has q's.
+On a CPU without products in 16 bits (`linear.product_dtype`) k and v are widened block by block, where that is faster.
 The logarithm orders keys as the probability does, without a floor at which small ones become equal.
 """
 
