@@ -8,15 +8,18 @@
 B batch, H query heads, G key heads, R = H / G (head h reads key head h // R), n keys, T queries, P head size, M budget.
 q: (B, H, P)   k, v: (B, G, n, P)   real: (B, n) bool, which keys are tokens; None: all of them.
 q, k and v may be of three dtypes, as autocast makes them: products are taken in the widest, o has q's.
+On a CPU without products in 16 bits (`linear.product_dtype`) k and v are widened block by block, where that is faster.
 The logarithm orders keys as the probability does, without a floor at which small ones become equal.
 """
 
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 
-from scrubjay.kernels.dispatch import alike, choose, without_autocast
+from scrubjay.kernels.dispatch import alike, choose, traced, without_autocast
+from scrubjay.kernels.linear import WIDENED, product_dtype
 from scrubjay.kernels.recycle_triton import (
     decode_fits,
     decode_triton,
@@ -31,6 +34,7 @@ from scrubjay.kernels.recycle_triton import (
     scores_of_triton,
 )
 from scrubjay.kernels.release import COLUMN, ordered
+from scrubjay.kernels.slots import put_rows
 
 BLOCK = 64  # queries whose scores are held at a time by `received`
 REDUCTIONS = ("max", "mean", "first")
@@ -60,10 +64,18 @@ def decode(q, k, v, scale, real=None, *, backend=None):
     """
     if choose(backend, "decode", q, k, v, fused=decode_fits(q, k, v, real)) == "triton":
         return decode_triton(q, k, v, scale, real)
-    (B, H, P), dtype, (q, k, v) = q.shape, q.dtype, alike(q, k, v)
+    (B, H, P), G, dtype, (q, k, v) = q.shape, k.shape[1], q.dtype, alike(q, k, v)
+    slow = _widens(q, k, v)
+    if slow and q.dtype == torch.float16:  # PyTorch's attention takes four times as long
+        p = scores_of(q, k, scale, real, backend="torch").exp_()
+        if real is not None:
+            p.masked_fill_(~_by_head(real, H), 0.0)  # a row without tokens gives zeros, as there
+        return _products(p.view(B, G, H // G, -1), v).view(B, H, P).to(dtype)
     mask = None if real is None else (real[:, None, None] if real.ndim == 2 else real[:, :, None])
-    packed = q.reshape(B, k.shape[1], -1, P)
-    return F.scaled_dot_product_attention(packed, k, v, mask, scale=scale).reshape(B, H, P).to(dtype)
+    packed = q.reshape(B, G, -1, P)
+    if slow and H == G:  # of one row its products take three times as long as of two
+        packed = packed.expand(-1, -1, 2, -1)
+    return F.scaled_dot_product_attention(packed, k, v, mask, scale=scale)[:, :, : H // G].reshape(B, H, P).to(dtype)
 
 
 @without_autocast
@@ -73,7 +85,7 @@ def decode_with_scores(q, k, v, scale, real=None, *, backend=None):
         return decode_with_scores_triton(q, k, v, scale, real)
     (B, H, P), G, dtype, (q, k, v) = q.shape, k.shape[1], q.dtype, alike(q, k, v)
     logp = scores_of(q, k, scale, real, backend="torch")
-    o = _products(logp.exp().to(v.dtype).view(B, G, H // G, -1), v)
+    o = _products(logp.exp().view(B, G, H // G, -1), v)
     return o.view(B, H, P).to(dtype), logp
 
 
@@ -103,7 +115,8 @@ def received(q, k, scale, seen):
     seen, power = seen.expand(B, G, -1, -1)[:, :, None], _power(scale)
     for start in range(0, T, BLOCK):
         block = q[:, :, start : start + BLOCK].reshape(B, G, -1, P) * power
-        scores = torch.matmul(block, k.mT).to(wide).view(B, G, H // G, -1, k.shape[2]) * (scale / power)
+        scores = _widened(block, k, transposed=True) if _widens(block, k) else torch.matmul(block, k.mT).to(wide)
+        scores = scores.view(B, G, H // G, -1, k.shape[2]) * (scale / power)
         p = scores.masked_fill(~seen[:, :, :, start : start + BLOCK], -torch.inf).softmax(-1).nan_to_num(0.0)
         total += p.amax(2).sum(2)
     return total
@@ -228,10 +241,10 @@ def put_row(held, k, v, column, rank, real, filled, *, backend=None):
         new.append(torch.ones_like(at, dtype=torch.bool) if real is None else real[:, None, None].expand_as(at))
     for buffer, value in zip(held, new, strict=False):
         value = value.to(buffer.dtype)
-        rows = at[..., None].expand_as(value) if value.ndim == 4 else at
         if real is not None and not room:
+            rows = at[..., None].expand_as(value) if value.ndim == 4 else at
             value = torch.where(real.view(-1, *(1,) * (value.ndim - 1)), value, buffer.gather(2, rows))
-        buffer.scatter_(2, rows, value)
+        put_rows(buffer, at, value)
     return at
 
 
@@ -273,14 +286,40 @@ def attend_tail(q, k, v, scale, tail, budget, *, reduce="max", kernel=7, recent=
 def _products(rows, x, transposed=False):
     """rows (B, G, R, P) x^T -> (B, G, R, n), or rows (B, G, R, n) x -> (B, G, R, P), for x (B, G, n, P).
 
-    On a CPU head by head: a batched product of a narrow type takes twenty times as long when x is part of a larger
-    buffer.
+    In x's dtype, or in float32 where the CPU has no products in it. On a CPU head by head: a batched product of a
+    narrow type takes twenty times as long when x is part of a larger buffer.
     """
+    if _widens(rows, x) and not (transposed and rows.shape[2] == 1):  # sums of one row read x at the speed of memory
+        return _widened(rows, x, transposed)
+    rows = rows.to(x.dtype)
     if x.device.type != "cpu":
         return torch.matmul(rows, x.mT if transposed else x)
     B, G = x.shape[:2]
     heads = [(x[b, g] @ rows[b, g].t()).t() if transposed else rows[b, g] @ x[b, g] for b in range(B) for g in range(G)]
     return torch.stack(heads).view(B, G, *heads[0].shape)
+
+
+def _widens(*tensors):
+    """Whether products with the last of `tensors` are taken in float32, block by block, which has no gradient."""
+    x = tensors[-1]
+    if product_dtype(x) == x.dtype or traced():
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def _widened(rows, x, transposed):
+    """`_products` in float32, in which `WIDENED` numbers of x are held at a time."""
+    (B, G, n, P), rows = x.shape, rows.float()
+    out, block = rows.new_zeros(*rows.shape[:3], n if transposed else P), max(1, min(n, WIDENED // P))
+    wide = rows.new_empty(block, P)
+    for b, g, start in itertools.product(range(B), range(G), range(0, n, block)):
+        at = slice(start, min(n, start + block))
+        part = wide[: at.stop - start].copy_(x[b, g, at])
+        if transposed:
+            torch.mm(rows[b, g], part.t(), out=out[b, g, :, at])
+        else:
+            out[b, g].addmm_(rows[b, g, :, at], part)
+    return out
 
 
 def _power(scale):

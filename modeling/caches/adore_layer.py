@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.kernels.rotary import turned, unturned
+from scrubjay.kernels.slots import put_rows
 from scrubjay.modeling.caches.buffers import appended, roomy, writable
 from scrubjay.modeling.decoder.decoder_call import attendable, sizes_of
 
@@ -64,7 +65,7 @@ class AdoreLayer(CacheLayerMixin):
             values = appended(self.values[:, :, : step.width], value_states)
         if step.own is not None:
             key_states = unturned(key_states, *(x.to(key_states.device) for x in step.own))
-        at = step.target.to(key_states.device)[:, None, :, None]
+        at = step.target.to(key_states.device)[:, None]
         self.keys = self._stored(self.keys, at, key_states)
         self.values = self._stored(self.values, at, value_states)
         self.seen += step.new
@@ -75,10 +76,9 @@ class AdoreLayer(CacheLayerMixin):
         """Write the last entries to slots: in place, unless a gradient may need what was there."""
         held = roomy(held, entries)
         entries = entries[:, :, -at.shape[2] :].to(held.dtype)
-        at = at.expand(-1, entries.shape[1], -1, entries.shape[3])
         if torch.is_grad_enabled():
-            return held.scatter(2, at, entries)
-        return writable(held).scatter_(2, at, entries)
+            return held.scatter(2, at[..., None].expand_as(entries), entries)
+        return put_rows(writable(held), at, entries)
 
     def map(self, change) -> None:
         """Apply a change of rows."""

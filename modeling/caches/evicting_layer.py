@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from scrubjay.kernels.recycle import attend_seen, decode, decode_with_scores, received, top
 from scrubjay.kernels.rotary import turned
+from scrubjay.kernels.slots import put_rows
 from scrubjay.modeling.caches.buffers import appended, roomy, writable
 from scrubjay.modeling.caches.kept_keys import KeepingLayer, Kept, pick
 
@@ -146,7 +147,7 @@ class EvictingLayer(KeepingLayer):
         moved = turned(own.to(wide), cos / norm, sin / norm).to(own.dtype)
         is_sink = kept.rank.gather(2, slots) == torch.inf
         moved = torch.where(is_sink[..., None] & (self.evicted > 0).view(-1, 1, 1, 1), moved, now)
-        kept.keys = roomy(writable(kept.keys), moved).scatter_(2, rows, moved)
+        kept.keys = put_rows(roomy(writable(kept.keys), moved), slots, moved)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: evicted keys cannot come back."""

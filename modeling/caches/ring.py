@@ -6,6 +6,7 @@ B batch, W ring size, S slots of a row, K key heads, P head size.
 import torch
 
 from scrubjay.kernels.dispatch import exported, traced
+from scrubjay.kernels.slots import put_rows
 from scrubjay.modeling.caches.buffers import roomy, writable
 
 
@@ -38,4 +39,4 @@ def put_slots(ring: torch.Tensor, slots: torch.Tensor, new: torch.Tensor, real: 
         new = torch.where(real[:, None, :, None], new, take_slots(ring, slots))
     if torch.is_grad_enabled() or traced():
         return ring.scatter(2, _at(slots, ring), new)
-    return writable(ring).scatter_(2, _at(slots, ring), new)
+    return put_rows(writable(ring), slots[:, None], new)
