@@ -4,10 +4,11 @@
     8 bits:  integer = code                                          code in -127..127
     4 bits:  integer = factor[o, i // group] * code                  code in -8..7, factor in -15..15
 
-So 4 bits are integers of 8 bits as well (8 * 15 = 120), and both widths run in one product of integers. It is FBGEMM's,
-which PyTorch carries: it reads one byte a weight, at the speed of memory on processors with AVX2 already. Its other
-operand has 7 bits (more would overflow sums of 16 bits on AVX2), so each row of x goes in as two, and reading the
-weights, which is what a row costs, is shared:
+So 4 bits are integers of 8 bits as well (8 * 15 = 120), and both widths run in the same products, which are those of
+FBGEMM that PyTorch carries. A matrix of up to SMALL numbers is held as float16, in which the integers are exact, and
+multiplied with x in float32: one call. A larger one is held as integers, one byte a weight, which halves what a row
+reads and what the model takes. The other operand has 7 bits there (more would overflow sums of 16 bits on AVX2), so
+each row of x goes in as two, and reading the weights is shared:
 
     x = step * (high + low / 126)       step = max|x| / 63, high and low in -63..63
 
@@ -22,6 +23,7 @@ lower half of a byte; factors int8 (O, G). scales float32 (O,).
 import functools
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ from torch import Tensor
 
 BITS = (8, 4)
 GROUPS = (32, 64, 128, 256)
+SMALL = 2**23  # numbers of a matrix for which fewer calls are worth more than fewer bytes
+UNIT = 2**7  # more than any integer
 STEPS = 63  # of a row's largest value in `high`, which FBGEMM takes as unsigned numbers of 7 bits around 63
 PARTS = 2 * STEPS  # of one of them in `low`
 SMALLEST = 1e-30  # a row below is taken for zeros: its steps would have no reciprocal
@@ -116,24 +120,38 @@ def dequantize_weight(codes: Tensor, factors: Tensor | None, scales: Tensor, inp
     return integers(codes, factors, inputs).float() * scales[..., None]
 
 
-def pack(codes: Tensor, factors: Tensor | None, scales: Tensor, inputs: int) -> Any:
-    """What `multiply` takes: the weight as FBGEMM lays it out, one byte a weight; None where it cannot run."""
+@dataclass(frozen=True)
+class Packed:
+    """A weight as FBGEMM lays it out: numbers of float16 beside scales (O,), or of 8 bits, which hold theirs."""
+
+    matrix: Any
+    scales: Tensor | None = None
+
+
+def pack(codes: Tensor, factors: Tensor | None, scales: Tensor, inputs: int) -> Packed | None:
+    """What `multiply` takes, two bytes a weight or one; None where FBGEMM cannot run."""
     if codes.device.type != "cpu" or not has_product():
         return None
-    return _packed(integers(codes, factors, inputs).contiguous(), scales)
+    whole = integers(codes, factors, inputs).contiguous()
+    if whole.numel() <= SMALL:
+        return Packed(_packed_float16(whole), scales * UNIT)
+    return Packed(_packed(whole, scales))
 
 
-def multiply(x: Tensor, packed: Any) -> Tensor:
-    """x (..., I) times a packed weight, (..., O) in x's dtype. A row's result depends on no other row. No gradients.
+def multiply(x: Tensor, packed: Packed) -> Tensor:
+    """x (..., I) times a packed weight, (..., O) in x's dtype. No gradients.
 
-    Error of each output against the float32 product with the dequantized weight: max|row of x| * sum|row of w| / 15876,
-    which is half a part of `low`; and rounding of float32. A row that holds inf or NaN gives inf and NaN where that
-    product does.
+    Error of each output against the float32 product with the dequantized weight: rounding of float32, up to 1e-6 of
+    max|row of x| * sum|row of w|, and where the matrix is held in 8 bits 1 / 15876 of that, half a part of `low`; there
+    a row's result depends on no other row. A row that holds inf or NaN gives inf and NaN where that product does.
     """
-    rows = x.reshape(-1, x.shape[-1]).float()
+    if packed.scales is not None:
+        y = _fbgemm_float16(x.float(), packed.matrix) if x.numel() else x.new_zeros(*x.shape[:-1], len(packed.scales))
+        return y.mul_(packed.scales).to(x.dtype)
+    rows, matrix = x.reshape(-1, x.shape[-1]).float(), packed.matrix
     if len(rows) == 1:
-        return _multiply_row(rows, packed).view(*x.shape[:-1], -1).to(x.dtype)
-    parts = [_multiply(part, packed) for part in rows.split(ROWS)] if len(rows) > ROWS else [_multiply(rows, packed)]
+        return _multiply_row(rows, matrix).view(*x.shape[:-1], -1).to(x.dtype)
+    parts = [_multiply(part, matrix) for part in rows.split(ROWS)] if len(rows) > ROWS else [_multiply(rows, matrix)]
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
@@ -170,6 +188,15 @@ def _not_finite(x, packed):
     return (_fbgemm(alone, packed) * x[places, None]).sum(0) + x[x.isnan()].sum()
 
 
+def _packed_float16(whole):
+    """Below 1, so that a sum overflows no earlier than the one it stands for."""
+    return torch.ops.quantized.linear_prepack_fp16(whole / UNIT, None)
+
+
+def _fbgemm_float16(x, matrix):
+    return torch.ops.quantized.linear_dynamic_fp16.default(x, matrix)
+
+
 def _packed(whole, scales):
     zeros = torch.zeros(len(scales), dtype=torch.long)
     with warnings.catch_warnings():  # that tensors of quantized types will go: `has_product` will say no then
@@ -178,15 +205,20 @@ def _packed(whole, scales):
         return torch.ops.quantized.linear_prepack(weight, None)
 
 
-def _fbgemm(x, packed):
+def _fbgemm(x, matrix):
     """x of integers in -63..63: rounded, they are unsigned with 63 as their zero."""
-    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, STEPS, packed)
+    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(x, 1.0, STEPS, matrix)
 
 
 @functools.cache
 def has_product() -> bool:
-    """Whether this PyTorch has FBGEMM's product on this processor, and it is exact: it is asked for one."""
-    names = ("linear_prepack", "linear_with_input_q_dq_qweight_dq_output_fp32")
+    """Whether this PyTorch has FBGEMM's products on this processor, and they are exact: it is asked for one of each."""
+    names = (
+        "linear_prepack",
+        "linear_with_input_q_dq_qweight_dq_output_fp32",
+        "linear_prepack_fp16",
+        "linear_dynamic_fp16",
+    )
     if not all(hasattr(torch.ops.quantized, name) for name in names):
         return False
     if not hasattr(torch, "_make_per_channel_quantized_tensor"):
@@ -195,7 +227,7 @@ def has_product() -> bool:
     x = (torch.arange(3 * 64).view(3, 64) * 29 % 127 - STEPS).float()
     w[0], x[0] = 127, STEPS  # sums that overflow where a processor's instructions saturate
     try:
-        y = _fbgemm(x, _packed(w, torch.ones(24)))
-    except RuntimeError:  # an engine for other processors (`torch.backends.quantized.engine`) does not know it
+        products = _fbgemm(x, _packed(w, torch.ones(24))), _fbgemm_float16(x, _packed_float16(w)) * UNIT
+    except RuntimeError:  # an engine for other processors (`torch.backends.quantized.engine`) does not know them
         return False
-    return torch.equal(y, x @ w.float().t())
+    return all(torch.equal(y, x @ w.float().t()) for y in products)

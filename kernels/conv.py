@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from scrubjay.kernels.conv_triton import causal_conv_triton, conv_fits
-from scrubjay.kernels.dispatch import choose, compiled, exported, one_token, without_autocast
+from scrubjay.kernels.dispatch import choose, compiled, exported, without_autocast
 from scrubjay.kernels.linear import product_dtype
-from scrubjay.kernels.one_token import causal_conv_token
 from scrubjay.kernels.operators import Operator
 from scrubjay.kernels.recurrence import by_steps, chunks, documents, num_states, wants_gradient
 
@@ -56,10 +55,6 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
         ValueError: shapes that do not fit each other, a sequence of length 0, a backend that cannot run.
     """
     _check(x, weight, bias)
-    simple = backend is None and cu_seqlens is None and lengths is None and initial_state is not None
-    fits = simple and initial_state.shape == (x.shape[0], weight.shape[1] - 1, x.shape[2])
-    if fits and one_token(x) and x.dtype == weight.dtype == initial_state.dtype:
-        return causal_conv_token(x, weight, bias, initial_state)
     if lengths is not None and cu_seqlens is not None:
         raise ValueError("causal_conv takes lengths of rows or packed documents (cu_seqlens), not both.")
     fused = partial(conv_fits, x, weight, bias, initial_state)

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from scrubjay.kernels.dispatch import choose, one_token, traced, without_autocast
+from scrubjay.kernels.dispatch import choose, traced, without_autocast
 from scrubjay.kernels.norm_triton import gated_rms_norm_triton, norm_fits, rms_norm_triton
-from scrubjay.kernels.one_token import gated_rms_norm_token, rms_norm_token
 from scrubjay.kernels.recurrence import wants_gradient
 
 # Elements of one tile of rows on a CPU: a tile and what is computed from it stay in one core's second-level cache, so
@@ -35,9 +34,6 @@ def rms_norm(x, weight, eps, *, backend=None):
     Raises:
         ValueError: a backend that cannot run.
     """
-
-    if backend is None and x.ndim == 3 and one_token(x):
-        return rms_norm_token(x, weight, eps)
 
     def fused():
         return (x.dtype != weight.dtype or backend == "triton") and norm_fits(1, x, weight)
@@ -115,8 +111,6 @@ def gated_rms_norm(y, z, weight, eps, groups=1, x=None, skip=None, *, backend=No
         )
     if (x is None) != (skip is None) or (x is not None and (x.shape != y.shape or skip.shape != weight.shape)):
         raise ValueError("gated_rms_norm needs x in y's shape together with skip in weight's shape, or neither.")
-    if backend is None and y.ndim == 3 and one_token(y):
-        return gated_rms_norm_token(_skipped(y, x, skip), z, weight, eps, groups).to(y.dtype)
     fused = partial(norm_fits, groups, y, z, weight, x, skip)
     if choose(backend, "gated_rms_norm", y, z, fused=fused) == "triton":
         return gated_rms_norm_triton(y, z, weight, eps, groups, x, skip)

@@ -130,7 +130,7 @@ class ZooModel(ZooPreTrainedModel):
         x, states, notes = self._through(x, plan, layout, cache, output_hidden_states)
         if shard is not None:
             notes = [shard.sum(note) for note in notes]
-        x = plan.leave(self.norm(x))
+        x = plan.leave(self.norm(x, layout.one_token))
         hidden_states = (*states, x) if output_hidden_states else None
         return self.output(
             notes, last_hidden_state=x, hidden_states=hidden_states, **named(cache if use_cache else None)
@@ -184,7 +184,7 @@ class ZooModel(ZooPreTrainedModel):
         T = x.shape[1]
         whole = T <= SEGMENT or torch.is_grad_enabled() or x.device.type != "cpu"
         if whole or traced() or layout.cu_seqlens is not None or layout.shard is not None:
-            pieces = [(x, layout)]
+            pieces = ((x, layout),)
         else:
             cache = cache if cache is not None else self.cache_class(self.config)
             cuts = [(start, min(start + SEGMENT, T)) for start in range(0, T, SEGMENT)]

@@ -10,6 +10,7 @@ from transformers import initialization as init
 from scrubjay.kernels.conv import causal_conv
 from scrubjay.kernels.linear import multiplied, wins
 from scrubjay.kernels.norm import gated_rms_norm, rms_norm
+from scrubjay.kernels.one_token import causal_conv_token, gated_rms_norm_token, rms_norm_token
 from scrubjay.modeling.training.adapters import hooked
 
 
@@ -32,8 +33,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x, one_token=False):
+        """`one_token`: as `Layout` says."""
+        return rms_norm_token(x, self.weight, self.eps) if one_token else rms_norm(x, self.weight, self.eps)
 
 
 class GatedRMSNorm(nn.Module):
@@ -44,7 +46,10 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps, self.groups = eps, groups
 
-    def forward(self, y, z, x, skip):
+    def forward(self, y, z, x=None, skip=None):
+        """Without x and skip: of one token, as `Layout` says, whose y holds the sum already and is written over."""
+        if x is None:
+            return gated_rms_norm_token(y, z, self.weight, self.eps, self.groups)
         return gated_rms_norm(y, z, self.weight, self.eps, self.groups, x, skip)
 
 
@@ -68,6 +73,8 @@ class CausalConv(nn.Module):
             init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x, state, layout):
+        if layout.one_token and state is not None and x.dtype == state.dtype == self.weight.dtype:
+            return causal_conv_token(x, self.weight[:, 0], self.bias, state)
         return causal_conv(x, self.weight[:, 0], self.bias, state, layout.cu_seqlens, lengths=layout.lengths)
 
 

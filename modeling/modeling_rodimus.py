@@ -185,7 +185,7 @@ class RodimusMixer(nn.Module):
         v = project(self.ch_gate_up, project(self.ch_gate_down, x)).sigmoid_().mul_(x)
         y, s = ddts_token(q, k, v.float(), keep, s)
         state.write(conv, s)
-        u = self.act_norm(y, z, seen.float(), self.residual_weight).to(z.dtype)
+        u = self.act_norm(y.addcmul_(seen.float(), self.residual_weight.float()), z)
         return project(self.out_proj, self.act_dropout(u))
 
 
@@ -246,10 +246,10 @@ class RodimusBlock(GradientCheckpointingLayer):
             self.ffn = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x, layout, state=None):
-        x = x + self.dropout(self.mixer(self.mixer_norm(x), layout, state))
+        x = x + self.dropout(self.mixer(self.mixer_norm(x, layout.one_token), layout, state))
         if self.has_attention:
-            y = x + self.dropout(self.attn(self.attn_norm(x), layout, state))
-            x = x + self.dropout(self.ffn(self.ffn_norm(y)))
+            y = x + self.dropout(self.attn(self.attn_norm(x, layout.one_token), layout, state))
+            x = x + self.dropout(self.ffn(self.ffn_norm(y, layout.one_token)))
         return x
 
 

@@ -111,7 +111,8 @@ class SSDMixer(nn.Module):
         y, s = ssd(q, *steps, s, layout.cu_seqlens, chunk=self.chunk, overwrite=True)
         if state is not None:
             state.write(conv, s)
-        return project(self.out_proj, self.norm(y.flatten(2), z, v, self._skip()))
+        skip = self.D[:, None].expand(-1, self.inner // self.heads).reshape(-1)
+        return project(self.out_proj, self.norm(y.flatten(2), z, v, skip))
 
     def _one_token(self, x, layout, state):
         """`forward` of (B, 1, D) in fewer calls."""
@@ -122,15 +123,10 @@ class SSDMixer(nn.Module):
         step = F.softplus(dt.float() + self.dt_bias.float())
         if tuple(self.limit) != NO_LIMIT:
             step = step.clamp_(*self.limit)
-        parts = ((q, self.groups), (k, self.groups), (v, self.heads))
-        qkv = (t.view(len(x), heads, -1) for t, heads in parts)
-        y, s = ssd_token(*qkv, decay_token(step, self.A_log.float()), step, s)
+        q, k, v = q.view(len(x), self.groups, -1), k.view(len(x), self.groups, -1), v.view(len(x), self.heads, -1)
+        y, s = ssd_token(q, k, v, decay_token(step, self.A_log.float()), step, s)
         state.write(conv, s)
-        return project(self.out_proj, self.norm(y.view(z.shape), z, v, self._skip()).to(z.dtype))
-
-    def _skip(self):
-        """D of each channel, (I,)."""
-        return self.D[:, None].expand(-1, self.inner // self.heads).reshape(-1)
+        return project(self.out_proj, self.norm(y.addcmul_(v, self.D.float()[:, None]).view(z.shape), z))
 
 
 class SSDBlock(GradientCheckpointingLayer):
@@ -142,7 +138,7 @@ class SSDBlock(GradientCheckpointingLayer):
         self.mixer = SSDMixer(config)
 
     def forward(self, x, layout, state=None):
-        return x + self.mixer(self.norm(x), layout, state)
+        return x + self.mixer(self.norm(x, layout.one_token), layout, state)
 
 
 class SSDPreTrainedModel(ZooPreTrainedModel):

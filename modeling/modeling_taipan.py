@@ -95,7 +95,7 @@ class SelectiveBlock(GradientCheckpointingLayer):
 
     def forward(self, x, layout, state=None, threshold=0.5):
         x, sums = self.attn(x, layout, state, threshold)
-        return x + self.ffn(self.ffn_norm(x)), sums
+        return x + self.ffn(self.ffn_norm(x, layout.one_token)), sums
 
 
 class MixerBlock(SSDBlock):
@@ -110,7 +110,7 @@ class MixerBlock(SSDBlock):
 
     def forward(self, x, layout, state=None):
         x = super().forward(x, layout, state)
-        return x if self.ffn is None else x + self.ffn(self.ffn_norm(x))
+        return x if self.ffn is None else x + self.ffn(self.ffn_norm(x, layout.one_token))
 
 
 def _is_selective(block) -> bool:

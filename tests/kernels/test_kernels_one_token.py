@@ -39,15 +39,15 @@ def test_rms_norm(batch, dtype, bound):
 
 
 @BATCHES
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@DTYPES
 @pytest.mark.parametrize("groups", [1, 3])
-def test_gated_rms_norm(batch, dtype, groups):
+def test_gated_rms_norm(batch, dtype, bound, groups):
     y, x, skip = torch.randn(batch, 1, 36), torch.randn(batch, 1, 36), torch.randn(36)
     z, weight = torch.randn(batch, 1, 40).to(dtype)[..., 2:38], torch.rand(36, dtype=dtype)
     got = module.gated_rms_norm_token(torch.addcmul(y, x, skip), z, weight, 1e-3, groups)
     wide = (t.double() for t in (y, z, weight))
-    within(got, gated_rms_norm_reference(*wide, 1e-3, groups, x.double(), skip.double()), 1e-6)
-    assert got.dtype == F32
+    within(got, gated_rms_norm_reference(*wide, 1e-3, groups, x.double(), skip.double()), bound)
+    assert got.dtype == dtype
 
 
 @BATCHES

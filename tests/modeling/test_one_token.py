@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from zoo import VOCAB, ZOO
 
-from scrubjay.kernels import conv, norm
 from scrubjay.modeling import base, modeling_rodimus, modeling_ssd
 
 PROMPTS = {"none": 0, "shorter than the window": 5, "longer": 14}
@@ -15,19 +14,19 @@ PROMPTS = {"none": 0, "shorter than the window": 5, "longer": 14}
 def mixers(monkeypatch):
     """Names of the mixers that took the short way."""
     taken = []
+
+    def noted(short):
+        return lambda self, *args: taken.append(self) or short(self, *args)
+
     for kind in (modeling_ssd.SSDMixer, modeling_rodimus.RodimusMixer):
-        short = kind._one_token
-        monkeypatch.setattr(
-            kind, "_one_token", lambda self, *args, short=short: taken.append(self) or short(self, *args)
-        )
+        monkeypatch.setattr(kind, "_one_token", noted(kind._one_token))
     return taken
 
 
 @pytest.fixture
 def long_way(monkeypatch):
     def choose():
-        for module in (base, conv, norm):
-            monkeypatch.setattr(module, "one_token", lambda x: False)
+        monkeypatch.setattr(base, "one_token", lambda x: False)
 
     return choose
 
