@@ -27,7 +27,7 @@ from scrubjay.modeling.inputs.cache_argument import (
 )
 from scrubjay.modeling.inputs.columns import Columns, Marks, one_text_a_row
 from scrubjay.modeling.inputs.positions import without_positions
-from scrubjay.modeling.layers import RMSNorm, project
+from scrubjay.modeling.layers import RMSNorm, normed, project
 from scrubjay.modeling.layout import arrange
 from scrubjay.modeling.losses import causal_lm_loss
 from scrubjay.modeling.pretrained import ZooPreTrainedModel
@@ -130,7 +130,7 @@ class ZooModel(ZooPreTrainedModel):
         x, states, notes = self._through(x, plan, layout, cache, output_hidden_states)
         if shard is not None:
             notes = [shard.sum(note) for note in notes]
-        x = plan.leave(self.norm(x, layout.one_token))
+        x = plan.leave(normed(self.norm, x, layout))
         hidden_states = (*states, x) if output_hidden_states else None
         return self.output(
             notes, last_hidden_state=x, hidden_states=hidden_states, **named(cache if use_cache else None)

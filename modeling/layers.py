@@ -25,6 +25,11 @@ def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return layer(x)
 
 
+def normed(norm: nn.Module, x: torch.Tensor, layout) -> torch.Tensor:
+    """norm(x), told of a single token (`Layout.one_token`) where it is `RMSNorm` itself, which knows of that."""
+    return norm(x, True) if layout.one_token and type(norm) is RMSNorm else norm(x)
+
+
 class RMSNorm(nn.Module):
     """x * rsqrt(mean(x^2) + eps) * weight over the last axis, (..., D) -> (..., D) in weight's dtype."""
 
@@ -34,7 +39,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x, one_token=False):
-        """`one_token`: as `Layout` says."""
+        """`one_token`: see `normed`."""
         return rms_norm_token(x, self.weight, self.eps) if one_token else rms_norm(x, self.weight, self.eps)
 
 

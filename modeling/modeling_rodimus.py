@@ -38,6 +38,7 @@ from scrubjay.modeling.layers import (
     ends_branch,
     inverse_softplus,
     log_uniform,
+    normed,
     project,
 )
 from scrubjay.modeling.pretrained import ZooPreTrainedModel
@@ -154,7 +155,7 @@ class RodimusMixer(nn.Module):
 
     def forward(self, h, layout, state=None):
         """`state`: the block's `StateLayer`, advanced in place, or None."""
-        if layout.one_token and state is not None:
+        if layout.one_token and state is not None and type(self.act_norm) is GatedRMSNorm:
             return self._one_token(h, layout, state)
         x, z = project(self.fc, h).chunk(2, -1)  # (B, T, M) twice
         conv, s = (None, None) if state is None else state.read(x)
@@ -246,10 +247,10 @@ class RodimusBlock(GradientCheckpointingLayer):
             self.ffn = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x, layout, state=None):
-        x = x + self.dropout(self.mixer(self.mixer_norm(x, layout.one_token), layout, state))
+        x = x + self.dropout(self.mixer(normed(self.mixer_norm, x, layout), layout, state))
         if self.has_attention:
-            y = x + self.dropout(self.attn(self.attn_norm(x, layout.one_token), layout, state))
-            x = x + self.dropout(self.ffn(self.ffn_norm(y, layout.one_token)))
+            y = x + self.dropout(self.attn(normed(self.attn_norm, x, layout), layout, state))
+            x = x + self.dropout(self.ffn(normed(self.ffn_norm, y, layout)))
         return x
 
 

@@ -24,7 +24,7 @@ from scrubjay.modeling.base import ZooForCausalLM, ZooModel
 from scrubjay.modeling.caches.cache_ssd import SSDCache
 from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
 from scrubjay.modeling.key_names import Copy, Rename, as_mapping
-from scrubjay.modeling.layers import CausalConv, GatedRMSNorm, RMSNorm, inverse_softplus, log_uniform, project
+from scrubjay.modeling.layers import CausalConv, GatedRMSNorm, RMSNorm, inverse_softplus, log_uniform, normed, project
 from scrubjay.modeling.pretrained import ZooPreTrainedModel
 from scrubjay.modeling.training.adapters import heads_of
 from scrubjay.modeling.training.sharding import spread
@@ -84,7 +84,7 @@ class SSDMixer(nn.Module):
 
     def forward(self, x, layout, state=None):
         """`state`: the block's `StateLayer`, advanced in place, or None."""
-        if layout.one_token and state is not None:
+        if layout.one_token and state is not None and type(self.norm) is GatedRMSNorm:
             return self._one_token(x, layout, state)
         B, T, _ = x.shape
         z, vkq, dt = project(self.in_proj, x).split([self.inner, self.inner + 2 * self.keys, self.heads], -1)
@@ -138,7 +138,7 @@ class SSDBlock(GradientCheckpointingLayer):
         self.mixer = SSDMixer(config)
 
     def forward(self, x, layout, state=None):
-        return x + self.mixer(self.norm(x, layout.one_token), layout, state)
+        return x + self.mixer(normed(self.norm, x, layout), layout, state)
 
 
 class SSDPreTrainedModel(ZooPreTrainedModel):

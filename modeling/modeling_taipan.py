@@ -36,7 +36,7 @@ from scrubjay.modeling.caches.cache_taipan import TaipanCache
 from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification, asked
 from scrubjay.modeling.inputs.cache_argument import ZooCausalLMOutput, ZooClassifierOutput, ZooModelOutput
 from scrubjay.modeling.inputs.columns import Marks
-from scrubjay.modeling.layers import GatedMLP, RMSNorm
+from scrubjay.modeling.layers import GatedMLP, RMSNorm, normed
 from scrubjay.modeling.modeling_ssd import SSDBlock, SSDMixer, SSDPreTrainedModel
 from scrubjay.modeling.selective_layer import Gate, SelectiveAttention
 from scrubjay.modeling.training.sharding import spread
@@ -95,7 +95,7 @@ class SelectiveBlock(GradientCheckpointingLayer):
 
     def forward(self, x, layout, state=None, threshold=0.5):
         x, sums = self.attn(x, layout, state, threshold)
-        return x + self.ffn(self.ffn_norm(x, layout.one_token)), sums
+        return x + self.ffn(normed(self.ffn_norm, x, layout)), sums
 
 
 class MixerBlock(SSDBlock):
@@ -110,7 +110,7 @@ class MixerBlock(SSDBlock):
 
     def forward(self, x, layout, state=None):
         x = super().forward(x, layout, state)
-        return x if self.ffn is None else x + self.ffn(self.ffn_norm(x, layout.one_token))
+        return x if self.ffn is None else x + self.ffn(normed(self.ffn_norm, x, layout))
 
 
 def _is_selective(block) -> bool:

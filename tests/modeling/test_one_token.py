@@ -6,6 +6,7 @@ from torch import nn
 from zoo import VOCAB, ZOO
 
 from scrubjay.modeling import base, modeling_rodimus, modeling_ssd
+from scrubjay.modeling.layers import GatedRMSNorm, RMSNorm
 
 PROMPTS = {"none": 0, "shorter than the window": 5, "longer": 14}
 
@@ -92,6 +93,34 @@ def test_a_changed_layer_acts_in_steps_too(recurrent, mixers, long_way, change):
     assert not torch.allclose(changed, plain, atol=1e-3)
     long_way()
     assert torch.allclose(changed, decoded(model, ids, 0)[0], atol=1e-5)
+
+
+class OthersNorm(nn.Module):
+    """A norm that somebody put in place of ours, and that knows no other arguments than ours had."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return 2 * self.norm(x)
+
+
+class OthersGatedNorm(OthersNorm):
+    def forward(self, y, z, x, skip):
+        return 2 * self.norm(y, z, x, skip)
+
+
+def test_norms_of_others_act_in_steps_too(recurrent, mixers):
+    model, ids = recurrent.build(), torch.randint(VOCAB, (1, 6))
+    others = {RMSNorm: OthersNorm, GatedRMSNorm: OthersGatedNorm}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in others:
+                setattr(parent, name, others[type(child)](child))
+    whole = model(ids, use_cache=False).logits
+    assert torch.allclose(decoded(model, ids, 0)[0], whole, atol=1e-4)
+    assert not mixers
 
 
 def test_a_step_with_a_gradient_takes_the_long_way(recurrent, mixers):
