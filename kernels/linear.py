@@ -75,8 +75,13 @@ def multiplied(x, weight, bias=None):
     """`linear` of operands for which `wins` has been asked."""
     rows = x.reshape(-1, x.shape[-1])
     y = torch.mv(weight, rows[0]) if _one_of_16_bits(x, len(rows)) else plain_product(rows, weight)
-    y = y.view(*x.shape[:-1], -1)
+    y = shaped(y, x, weight)
     return y if bias is None else y + bias
+
+
+def shaped(y, x, weight):
+    """The product of x and a weight, in its shape and, like torch's own, no view, of which FSDP2 would warn."""
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(weight)])
 
 
 def wins(x, weight) -> bool:

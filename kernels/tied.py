@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from scrubjay.kernels.dispatch import traced
-from scrubjay.kernels.linear import plain, plain_product
+from scrubjay.kernels.linear import plain, plain_product, shaped
 from scrubjay.kernels.recurrence import wants_gradient
 
 
@@ -29,7 +29,7 @@ def looked_up(ids, weight, padding_idx=None):
 
 def scores(h, weight):
     """The logits, (..., V), in W's dtype. Error against `torch.nn.functional.linear`: 1e-6 of the largest value."""
-    return plain_product(h.reshape(-1, h.shape[-1]), weight).view(*h.shape[:-1], -1)
+    return shaped(plain_product(h.reshape(-1, h.shape[-1]), weight), h, weight)
 
 
 class _Shared(torch.autograd.Function):

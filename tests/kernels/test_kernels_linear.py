@@ -69,6 +69,8 @@ def test_linear_equals_torch(taken, shape, bias):
     if len(shape) == 1:
         taken.append("left to torch")
     assert_same(linear, F.linear, inputs)
+    if module.wins(*inputs[:2]):
+        assert not linear(*inputs[:2])._is_view()
 
 
 @pytest.mark.parametrize("batch", [(), (1, 1), (2, 3)], ids=str)

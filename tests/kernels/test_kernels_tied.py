@@ -66,7 +66,9 @@ def test_outputs_equal_torchs():
     weight, h, _ = drawn()
     rows, matrix = shared(weight)
     assert torch.equal(looked_up(IDS, rows), F.embedding(IDS, weight))
-    assert error(scores(h, matrix), F.linear(h.double(), weight.double())) <= 1e-6
+    logits = scores(h, matrix)
+    assert error(logits, F.linear(h.double(), weight.double())) <= 1e-6
+    assert not logits._is_view()
 
 
 def test_a_retained_graph_gives_the_same_gradient_again_and_sums_them():
