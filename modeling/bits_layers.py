@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from scrubjay.kernels.bits import GROUPS, dequantize_weight, multiply, pack, quantize_weight
+from scrubjay.kernels.bits import GROUPS, Packed, dequantize_weight, multiply, pack, quantize_weight
 from scrubjay.kernels.dispatch import traced
 
 logger = logging.get_logger(__name__)
@@ -59,7 +59,7 @@ class FewBits(nn.Module):
         """What products take: a matrix of FBGEMM, or where it cannot run, the dequantized weight."""
         held = (self.codes, self.scales)
         if self._packed is None or self._packed[0] is not held[0] or self._packed[1] is not held[1]:
-            packed = pack(self.codes, self.factors, self.scales, self.in_features)
+            packed: Packed | Tensor | None = pack(self.codes, self.factors, self.scales, self.in_features)
             if packed is None:
                 _say_slow(self.codes.device)
                 packed = self.dequantized()
