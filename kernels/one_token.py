@@ -72,7 +72,7 @@ def rodimus_gates_token(qk, gates, bias, eps):
 def ssd_token(q, k, v, keep, gain, state):
     """`ssd`: q, k (B, G, N), v (B, H, P), keep, gain (B, 1, H), all float32 -> y (B, H, P), and the state, in its own
     memory where that may be written."""
-    state = state.clone() if locked(state) else state
+    state = _own(state)
     (B, G, N), (H, P) = k.shape, v.shape[1:]
     given = (v * gain.view(B, H, 1)).view(B, G, H // G, 1, P)
     parts = q.view(B, G, 1, 1, N), k.view(B, G, 1, N, 1), given, keep.view(B, G, H // G, 1, 1)
@@ -82,8 +82,13 @@ def ssd_token(q, k, v, keep, gain, state):
 def ddts_token(q, k, v, keep, state):
     """`ddts`: q, k, keep (B, 1, N), v (B, 1, M), all float32 -> y (B, 1, M), and the state, in its own memory where
     that may be written."""
-    state = state.clone() if locked(state) else state
+    state = _own(state)
     return _advanced(q, k.mT, v, keep.mT, state), state
+
+
+def _own(state):
+    """A float32 state that may be written: a cache may come from a model of another dtype."""
+    return state.to(torch.float32, copy=locked(state))
 
 
 def _advanced(q, k, given, keep, state):

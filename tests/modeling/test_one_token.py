@@ -1,5 +1,7 @@
 """Models give the same on the short way of one token as on the long one, and what acts on a layer acts there too."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -121,6 +123,21 @@ def test_norms_of_others_act_in_steps_too(recurrent, mixers):
     whole = model(ids, use_cache=False).logits
     assert torch.allclose(decoded(model, ids, 0)[0], whole, atol=1e-4)
     assert not mixers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", [torch.float64, torch.bfloat16], ids=str)
+def test_a_cache_of_another_dtype_goes_on(recurrent, mixers, long_way, before):
+    ids = torch.randint(VOCAB, (2, 9))
+    first, model = recurrent.build(before), recurrent.build()
+    cache = type(model).cache_class(model)
+    first(ids[:, :6], cache=cache)
+    fork = copy.deepcopy(cache)
+    short = [model(ids[:, t : t + 1], cache=cache).logits for t in range(6, 9)]
+    assert mixers
+    long_way()
+    for t, got in enumerate(short, 6):
+        assert torch.allclose(got, model(ids[:, t : t + 1], cache=fork).logits, atol=1e-5)
 
 
 def test_a_step_with_a_gradient_takes_the_long_way(recurrent, mixers):
