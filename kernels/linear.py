@@ -143,7 +143,7 @@ def _multiply(a, b):
     if a.dtype not in WITHOUT_PRODUCTS:
         return torch.mm(a, b.t())
     product, a = a.new_empty(len(a), len(b)), a.float()
-    rows = max(1, WIDENED // b.shape[1])
+    rows = max(1, WIDENED // max(1, b.shape[1]))
     for start in range(0, len(b), rows):
         product[:, start : start + rows] = _multiply(a, b[start : start + rows].float())
     return product

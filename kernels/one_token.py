@@ -23,7 +23,7 @@ MANY = 4  # rows from which on the weight of a convolution is laid out anew for 
 
 @functools.cache
 def _number(value: float) -> torch.Tensor:
-    return torch.tensor(value, device="cpu")
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _scale(x, eps):

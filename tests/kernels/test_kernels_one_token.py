@@ -38,6 +38,16 @@ def test_rms_norm(batch, dtype, bound):
     assert got.dtype == dtype
 
 
+def test_a_norm_knows_no_default_dtype():
+    before, row = torch.get_default_dtype(), torch.zeros(1, 1, 4)
+    torch.set_default_dtype(torch.float16)  # in which this epsilon is zero
+    try:
+        norm = module.rms_norm_token(row, torch.ones(4, dtype=F32), 1.25e-8)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(norm, row)
+
+
 @BATCHES
 @DTYPES
 @pytest.mark.parametrize("groups", [1, 3])
