@@ -39,8 +39,8 @@ def rms_norm_token(x, weight, eps):
 
 
 def gated_rms_norm_token(u, z, weight, eps, groups=1):
-    """`gated_rms_norm` of u = y + skip * x, (B, 1, C) float32, which is written over: (B, 1, C) in z's dtype."""
-    u.mul_(F.silu(z.float()))
+    """`gated_rms_norm` of u = y + skip * x, (B, 1, C) float32: (B, 1, C) in z's dtype."""
+    u = u * F.silu(z.float())
     grouped = u if groups == 1 else u.unflatten(-1, (groups, -1))
     grouped.mul_(_scale(grouped, eps))
     return u.mul_(weight).to(z.dtype)

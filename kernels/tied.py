@@ -46,7 +46,7 @@ class _Shared(torch.autograd.Function):
             return matrix if rows is None else rows.to_dense()
         if torch.is_grad_enabled():
             return matrix + rows
-        # rows of one word first, one after the other, which are the sums of torch's own gradient bit for bit
+        # rows of one word first, one after the other: from float32 on the sums of torch's own gradient bit for bit
         words, place = rows._indices()[0].unique(return_inverse=True)
         sums = matrix.new_zeros(len(words), matrix.shape[1]).index_add_(0, place, rows._values())
         return matrix.index_add_(0, words, sums)

@@ -52,7 +52,7 @@ class GatedRMSNorm(nn.Module):
         self.eps, self.groups = eps, groups
 
     def forward(self, y, z, x=None, skip=None):
-        """Without x and skip: of one token, as `Layout` says, whose y holds the sum already and is written over."""
+        """Without x and skip: of one token, as `Layout` says, whose y holds the sum already."""
         if x is None:
             return gated_rms_norm_token(y, z, self.weight, self.eps, self.groups)
         return gated_rms_norm(y, z, self.weight, self.eps, self.groups, x, skip)

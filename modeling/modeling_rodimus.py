@@ -183,7 +183,7 @@ class RodimusMixer(nn.Module):
         seen, conv = self.conv1d(x, conv, layout)
         gates = (project(self.in_proj, seen), project(self.mem_gate_proj, seen), self.mem_gate_bias)
         q, k, keep = rodimus_gates_token(*gates, self.k_norm_eps)
-        v = project(self.ch_gate_up, project(self.ch_gate_down, x)).sigmoid_().mul_(x)
+        v = torch.sigmoid(project(self.ch_gate_up, project(self.ch_gate_down, x))) * x
         y, s = ddts_token(q, k, v.float(), keep, s)
         state.write(conv, s)
         u = self.act_norm(y.addcmul_(seen.float(), self.residual_weight.float()), z)

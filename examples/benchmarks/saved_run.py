@@ -18,7 +18,8 @@ LOAD = "load_average_at_start"
 
 def alike(run: dict) -> dict:
     """What must be the same, as a file holds it."""
-    same = {key: run[key] for key in ALIKE} | {"machine": {k: v for k, v in run["machine"].items() if k != LOAD}}
+    machine = {k: v for k, v in run.get("machine", {}).items() if k != LOAD}
+    same = {key: run.get(key) for key in ALIKE} | {"machine": machine}
     return json.loads(json.dumps(same))
 
 
@@ -57,8 +58,8 @@ class SavedRun:
 
     def _unlike(self, earlier: dict) -> str:
         """Why the rows of another run may not stand beside this one's; "" where they may."""
-        if str(self.run["commit"]).endswith("+"):
-            return "the code has changes that are not committed, so nothing says that it is the same"
+        if str(self.run["commit"] or "+").endswith("+"):
+            return "the code has changes that are not committed, or no history: nothing says that it is the same"
         mine, theirs = alike(self.run), alike(earlier)
         changed = [key for key in ALIKE if mine[key] != theirs[key]]
         return f"it has another {', '.join(changed)}" if changed else ""

@@ -108,7 +108,9 @@ def test_fresh_keeps_nothing(bench):
     assert bench.measured == NAMES
 
 
-@pytest.mark.parametrize("what", ["commit", "changes", "repetitions", "threads", "versions", "shape"])
+@pytest.mark.parametrize(
+    "what", ["commit", "changes", "no history", "repetitions", "threads", "versions", "shape", "older format"]
+)
 def test_rows_of_another_run_are_not_kept(what, bench, capsys, monkeypatch):
     bench.stopped_at("second")
     found = json.loads(bench.partial.read_text())
@@ -116,6 +118,10 @@ def test_rows_of_another_run_are_not_kept(what, bench, capsys, monkeypatch):
         bench.commit = "decaf"
     elif what == "changes":
         bench.commit = "c0ffee+"
+    elif what == "no history":
+        bench.commit = found["commit"] = None
+    elif what == "older format":
+        del found["shape"]
     elif what == "threads":
         found["machine"]["torch_threads"] = 3
     else:
@@ -123,7 +129,8 @@ def test_rows_of_another_run_are_not_kept(what, bench, capsys, monkeypatch):
     bench.partial.write_text(json.dumps(found))
     bench.run()
     assert bench.measured == NAMES
-    reason = {"changes": "changes that are not committed", "threads": "another machine"}.get(what, f"another {what}")
+    reasons = {"threads": "another machine", "older format": "another shape", "no history": "or no history"}
+    reason = reasons.get(what, "changes that are not committed" if what == "changes" else f"another {what}")
     assert reason in capsys.readouterr().out
 
 

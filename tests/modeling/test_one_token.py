@@ -97,6 +97,22 @@ def test_a_changed_layer_acts_in_steps_too(recurrent, mixers, long_way, change):
     assert torch.allclose(changed, decoded(model, ids, 0)[0], atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_step_leaves_what_its_layers_took_and_gave_as_it_was(recurrent, mixers):
+    """Hooks keep it, or give what is somebody else's."""
+    model, ids, seen = recurrent.build(), torch.randint(VOCAB, (2, 5)), []
+
+    def keep(module, args, out):
+        tensors = [t for t in (*args, *(out if isinstance(out, tuple) else (out,))) if isinstance(t, torch.Tensor)]
+        seen.extend((type(module).__name__, t, t.clone()) for t in tensors)
+
+    for module in model.model.layers.modules():
+        module.register_forward_hook(keep)
+    decoded(model, ids, 0)
+    assert mixers
+    assert not {name for name, now, then in seen if not torch.equal(now, then)}
+
+
 class OthersNorm(nn.Module):
     """A norm that somebody put in place of ours, and that knows no other arguments than ours had."""
 
