@@ -314,7 +314,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def add_bench(commands) -> None:
     text = "speed and memory beside the peers, as ratios within one run"
     about = (
-        f"{text.capitalize()}: half an hour on two cores without bfloat16. Run it alone: on a busy machine it says "
+        f"{text.capitalize()}: forty minutes on two cores without bfloat16. Run it alone: on a busy machine it says "
         "little. One that was stopped goes on where it was."
     )
     parser = commands.add_parser("bench", help=text, description=about)

@@ -1,6 +1,6 @@
 """Speed and memory beside the peers and beside what the machine can do at most, as ratios within one run.
 
-    python examples/benchmarks/benchmark.py --cpu        all of it: half an hour on two cores without bfloat16
+    python examples/benchmarks/benchmark.py --cpu        all of it: forty minutes on two cores without bfloat16
         --only prefill       the rows whose name contains a word; kept only with --out
         --fresh              all anew, where a run that was stopped would go on
         --llama-cpp DIR      also beside a llama.cpp that was built in DIR, once its greedy text equals ours
