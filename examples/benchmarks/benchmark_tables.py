@@ -79,8 +79,9 @@ def of_two_lengths(row: Mapping) -> bool:
 def about(result: Mapping) -> str:
     """The run in a sentence or two."""
     versions, load = result["versions"], result["machine"]["load_average_at_start"]
+    at = f" at commit {result['commit'][:9]}" if result["commit"] else ""  # an installed package has no history
     text = (
-        f"With `{arguments(result['command'])}` at commit {result['commit'][:9]}, PyTorch {versions['torch']}, "
+        f"With `{arguments(result['command'])}`{at}, PyTorch {versions['torch']}, "
         f"transformers {versions['transformers']}; load {load:.2f} at the start."
     )
     return f"{text} {most(result['ceilings'])}" if "ceilings" in result else text
