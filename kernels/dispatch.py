@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from scrubjay.kernels.triton_tools import interpreted, triton, works
 
 BACKENDS = ("torch", "triton")
-NARROW = (torch.float32, torch.bfloat16, torch.float16)  # computed in float32
+IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)  # what is computed in float32
 
 
 def traced() -> bool:
@@ -71,7 +71,7 @@ def choose(backend: str | None, op: str, *tensors: torch.Tensor, fused: bool | C
 def one_token(x: torch.Tensor) -> bool:
     """Whether `x` (B, 1, ...) is one token of each row, on a CPU, without a gradient, and nothing watches: there every
     call of PyTorch costs as much as its arithmetic, so layers take the fewest (one_token.py)."""
-    if x.shape[1] != 1 or torch.is_grad_enabled() or type(x) is not torch.Tensor or x.dtype not in NARROW:
+    if x.shape[1] != 1 or torch.is_grad_enabled() or type(x) is not torch.Tensor or x.dtype not in IN_FLOAT32:
         return False
     return x.device.type == "cpu" and not (watched() or traced() or torch.is_autocast_enabled("cpu"))
 
