@@ -78,7 +78,12 @@ def many_calls() -> AbstractContextManager:
 
 def as_matrix() -> AbstractContextManager:
     """One row of bfloat16 is a matrix."""
-    return patch.object(linear, "_one_of_16_bits", lambda rows: False)
+    return patch.object(linear, "_one_of_16_bits", lambda x, rows: False)
+
+
+def in_one_piece() -> AbstractContextManager:
+    """One row of float32 by oneDNN where it is MKL's in pieces of the weight."""
+    return patch.object(linear, "_pieces", lambda rows, b: 0)
 
 
 def in_16_bits() -> AbstractContextManager:
@@ -105,6 +110,7 @@ CAUSES = (
     Cause("PyTorch's choice for all products", onednn_for_none, ALL, ("float32",)),
     Cause("one chunk at a time", one_chunk, BOTH),
     Cause("the calls of a sequence", many_calls, ("decode",)),
+    Cause("weights in one piece", in_one_piece, ("decode",), ("float32",)),
     Cause("one row as a matrix", as_matrix, ("decode",), ("bfloat16",)),
     Cause("products in 16 bits", in_16_bits, BOTH, ("bfloat16",)),
     Cause("one thread", one_thread, ("prefill", "decode")),
