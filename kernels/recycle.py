@@ -66,14 +66,14 @@ def decode(q, k, v, scale, real=None, *, backend=None):
         return decode_triton(q, k, v, scale, real)
     (B, H, P), G, dtype, (q, k, v) = q.shape, k.shape[1], q.dtype, alike(q, k, v)
     slow = _widens(q, k, v)
-    if slow and q.dtype == torch.float16:  # PyTorch's attention takes four times as long
+    if slow and q.dtype == torch.float16:  # PyTorch's attention is the slower one there
         p = scores_of(q, k, scale, real, backend="torch").exp_()
         if real is not None:
             p.masked_fill_(~_by_head(real, H), 0.0)  # a row without tokens gives zeros, as there
         return _products(p.view(B, G, H // G, -1), v).view(B, H, P).to(dtype)
     mask = None if real is None else (real[:, None, None] if real.ndim == 2 else real[:, :, None])
     packed = q.reshape(B, G, -1, P)
-    if slow and H == G:  # of one row its products take three times as long as of two
+    if slow and H == G:  # its products of one row are slower than of two
         packed = packed.expand(-1, -1, 2, -1)
     return F.scaled_dot_product_attention(packed, k, v, mask, scale=scale)[:, :, : H // G].reshape(B, H, P).to(dtype)
 
