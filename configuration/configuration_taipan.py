@@ -153,7 +153,7 @@ class TaipanConfig(SSDConfig):
     attention_head_dim: int | None = None
     sliding_window: int = 2048
     intermediate_size: int | None = None
-    initializer_range: float | None = None
+    initializer_range: float | None = None  # type: ignore[assignment]  # a number once there is a configuration
     capacity: float = 0.15
     kv_scope: str = "all"
     window_axis: str = "position"

@@ -158,6 +158,14 @@ def test_exported_programs_decode_with_a_window_of_no_steps():
             assert relative(logits, model(ids, cache=cache).logits[:, -1]) < FLOAT32
 
 
+@with_nothing
+def test_the_plan_of_tensor_parallelism_names_what_there_is(name):
+    model = build(name)
+    planned = {key.replace("*", "0") for key in model.config.base_model_tp_plan}
+    assert planned <= {key for key, _ in model.model.named_modules()}
+    assert ("layers.0.mixer.ch_gate_up" in planned) == (model.config.input_gate == "full")
+
+
 def test_a_full_input_gate_goes_into_few_bits():
     model = build("full input gate")
     few = quantize(build("full input gate"), bits=8)
