@@ -67,7 +67,10 @@ OTHER_VALUES = {
         "expand": 1.5,
         "state_size": 16,
         "conv_kernel": 3,
+        "temperature_gate": False,
+        "input_gate": "full",
         "input_gate_rank": 5,
+        "short_conv": False,
         "k_norm_eps": 1e-5,
         "num_attention_heads": 6,
         "num_key_heads": 2,
@@ -77,6 +80,7 @@ OTHER_VALUES = {
         "rotary_dim": 4,
         "rope_interleaved": True,
         "intermediate_size": 40,
+        "two_hop": False,
         "scale_embedding": True,
         "norm_embedding": True,
         "hidden_dropout": 0.1,
@@ -157,6 +161,22 @@ def test_rodimus_sizes_follow_from_the_width(hidden_size, derived):
     assert config.num_value_heads == config.num_attention_heads
     assert config.num_key_heads == 1
     assert RodimusConfig(hidden_size=hidden_size, expand=1.01).inner_size == -(-int(1.01 * hidden_size) // 8) * 8
+
+
+@pytest.mark.parametrize(("hidden_size", "std"), [(32, 0.16), (512, 0.04), (2048, 0.02), (4096, 0.02)])
+def test_rodimus_starts_with_projections_of_one_size_up_to_the_authors_width(hidden_size, std):
+    assert RodimusConfig(hidden_size=hidden_size).initializer_range == pytest.approx(std, rel=1e-15)
+    assert RodimusConfig(hidden_size=hidden_size, initializer_range=0.02).initializer_range == 0.02
+    theirs = {"d_model": hidden_size, "n_layer": 2, "mixer_cfg": {}, "block_type": "rodimus"}
+    assert RodimusConfig.from_dict(theirs).initializer_range == 0.02, "their libraries' default, whatever the width is"
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_the_gates_temperature_is_not_taken_for_that_of_generation(value):
+    """transformers drops a `temperature` that is no field in silence, and generates with one that is."""
+    with pytest.raises(ValueError, match=f"got {value}. The switch of the gate is temperature_gate"):
+        RodimusConfig(temperature=value)
+    RodimusConfig(temperature=0.7)  # as older files of any model have it
 
 
 def test_rodimus_needs_no_fitting_heads_without_attention():
@@ -284,6 +304,11 @@ def test_time_step_limit_is_read_as_published_files_write_it(written, limit, tmp
             (RodimusConfig, {name: value}, rf"{name} must lie in \[0, 1\); got {value}")
             for name in ("hidden_dropout", "activation_dropout", "attention_dropout")
             for value in (1.0, -0.1, math.nan)
+        ),
+        (
+            RodimusConfig,
+            {"input_gate": "half"},
+            r"input_gate must be one of \('low_rank', 'full', 'none'\); got 'half'",
         ),
         (RodimusConfig, {"num_attention_heads": 3}, "num_attention_heads must divide hidden_size = 2048; got 3"),
         (RodimusConfig, {"num_key_heads": 3}, "num_key_heads must divide num_attention_heads = 16; got 3"),
