@@ -1,9 +1,10 @@
-"""Convert full-width, 2-layer cuts of published models as `scrubjay convert --check` does, and record what that took.
+"""Convert full-width cuts of published models as `scrubjay convert --check` does, and record what that took.
 
 Each cut is a folder of the published layout with random values: names, shapes, file format and configuration are those
-of the model, only the number of layers is not. The conversion runs in a process of its own, whose peak memory is read.
+of the model, only the number of layers is not: two, or three with an attention layer in the middle. The conversion runs
+in a process of its own, whose peak memory is read.
 
-    python examples/benchmarks/conversion_check.py                 the three cuts, 1 to 3 GB each; some minutes on a CPU
+    python examples/benchmarks/conversion_check.py                 all cuts, 1 to 3 GB each; some minutes on a CPU
     python examples/benchmarks/conversion_check.py --smoke         narrow cuts, seconds
 """
 
@@ -18,7 +19,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scrubjay.examples.benchmarks.published_layouts import CODESTRAL, MAMBA2_2B7, write_codestral, write_mamba_ssm
+from scrubjay.examples.benchmarks.published_layouts import (
+    CODESTRAL,
+    MAMBA2_2B7,
+    MAMBA2ATTN_2B7,
+    write_codestral,
+    write_mamba_ssm,
+)
 from scrubjay.examples.benchmarks.published_rodimus import PUBLISHED, write_rodimus
 from scrubjay.examples.measuring.run_report import machine, size, table, versions
 
@@ -41,6 +48,8 @@ for destination in (plain, checked):
 print(json.dumps(peaks))
 """
 NARROW = dict(d=128, L=2, V=512)
+MIDDLE = dict(L=3, A=[1])  # the hybrid's one attention layer
+NARROW_ATTENTION = MAMBA2ATTN_2B7["attention"] | {"num_heads": 3, "head_dim": 64, "rotary_emb_dim": 32}
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,10 @@ CUTS = {
     "Mamba-2 2.7B": Cut(
         lambda folder: write_mamba_ssm(folder, MAMBA2_2B7 | {"L": 2}, unpadded=50277),
         lambda folder: write_mamba_ssm(folder, MAMBA2_2B7 | NARROW),
+    ),
+    "Mamba-2 with attention 2.7B": Cut(
+        lambda folder: write_mamba_ssm(folder, MAMBA2ATTN_2B7 | MIDDLE, unpadded=50277),
+        lambda folder: write_mamba_ssm(folder, MAMBA2ATTN_2B7 | NARROW | MIDDLE | {"attention": NARROW_ATTENTION}),
     ),
     "Mamba-Codestral 7B": Cut(
         lambda folder: write_codestral(folder, CODESTRAL | {"L": 2}),
@@ -125,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         for record in records
     ]
     header = ["source", "logits differ by", "imports", "peak memory", "with --check", "both took"]
-    print(table("2-layer cut", header, rows))
+    print(table("cut", header, rows))
     out = arguments.out or (None if arguments.smoke else RESULT)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
