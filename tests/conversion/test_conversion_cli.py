@@ -180,11 +180,13 @@ def test_the_bar_is_drawn_on_a_terminal(tmp_path):
 
 
 def test_the_example_of_cuts_smoke(tmp_path):
-    (record,) = conversion_check.main(["--smoke", "--only", "Mamba-2 2.7B", "--out", str(tmp_path / "out.json")])
+    argv = ["--smoke", "--only", "Mamba-2 with attention 2.7B", "--out", str(tmp_path / "out.json")]
+    (record,) = conversion_check.main(argv)
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["cuts"] == [record]
     assert record["layouts"] == ["mamba_ssm", "scrubjay"]
     assert 0 < max(record["check"]["max_logit_difference"].values()) < written["bound"] == 1e-4
+    assert record["same_bits_back"] == record["tensors"] + 1  # and the head, which repeats the embedding
     assert set(record["peak_bytes"]) == {"imports", "conversion", "with_check"}
     assert min(record["peak_bytes"].values()) > 10**8
     assert set(record["source_files"]) == {"config.json", "pytorch_model.bin"}
