@@ -27,10 +27,9 @@ CONFIGS_OF = {
     "transformers": ("transformers", "fla"),
 }
 STATE_SIZE = 128  # of every published model; shapes tell only the product of groups and state size
-# Of a Mamba-2 layer's mixer and of an attention layer's: dimensions of tensors that tell the sizes.
+# Tensors of a Mamba-2 layer's mixer that tell its sizes, with their dimensions; and those that no attention layer has.
 MAMBA2_DIMS = {"in_proj.weight": 2, "conv1d.weight": 3, "A_log": 1, "norm.weight": 1}
 MAMBA2_ALONE = ("A_log", "D", "dt_bias", "norm.weight")
-ATTENTION_DIMS = {"in_proj.weight": 2, "out_proj.weight": 2}
 
 
 def sizes_from(shapes: Shapes) -> dict[str, Any]:
@@ -43,26 +42,27 @@ def sizes_from(shapes: Shapes) -> dict[str, Any]:
     Raises:
         ValueError: names the tensors that are missing for it or of wrong shapes, or shapes that no Mamba-2 mixer has.
     """
-    layers = sorted(int(i) for name in shapes if (i := layer_of("model.layers.*.norm.weight", name)))
+    found = (layer_of("model.layers.*.norm.weight", name) for name in shapes)
+    layers = sorted(int(number) for number in found if number)
     attending = [i for i in layers if _attends(shapes, f"model.layers.{i}.mixer.")]
-    recurrent = [i for i in layers if i not in attending] or ([] if attending else [0])
+    recurrent = min(set(layers) - set(attending), default=None if attending else 0)
+    attention = f"model.layers.{attending[0]}.mixer." if attending else None
+    mamba2 = f"model.layers.{recurrent}.mixer." if recurrent is not None else None
+    down = "model.layers.0.mlp.fc2.weight"
     dims = {"model.embed_tokens.weight": 2}
-    for i in recurrent[:1]:
-        dims |= {f"model.layers.{i}.mixer.{name}": n for name, n in MAMBA2_DIMS.items()}
-    for i in attending[:1]:
-        dims |= {f"model.layers.{i}.mixer.{name}": n for name, n in ATTENTION_DIMS.items()}
-    optional = (f"model.layers.{i}.mixer.conv1d.weight" for i in attending[:1])
-    dims |= {name: 3 for name in optional if name in shapes}
-    if (down := "model.layers.0.mlp.fc2.weight") in shapes:
-        dims[down] = 2
+    if mamba2:
+        dims |= {f"{mamba2}{name}": n for name, n in MAMBA2_DIMS.items()}
+    if attention:
+        dims |= {f"{attention}in_proj.weight": 2, f"{attention}out_proj.weight": 2}
+    dims |= {name: n for name, n in ((f"{attention}conv1d.weight", 3), (down, 2)) if name in shapes}
     require(shapes, dims, "Mamba-2 model")
     vocab, hidden = shapes["model.embed_tokens.weight"]
-    sizes = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": len(layers)}
+    sizes: dict[str, Any] = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": len(layers)}
     sizes |= {"attn_layer_idx": attending, "mlp_size": shapes[down][1] if down in shapes else 0}
-    for i in recurrent[:1]:
-        sizes |= _mamba2_sizes(shapes, f"model.layers.{i}.mixer.", hidden)
-    for i in attending[:1]:
-        sizes |= _attention_sizes(shapes, f"model.layers.{i}.mixer.")
+    if mamba2:
+        sizes |= _mamba2_sizes(shapes, mamba2, hidden)
+    if attention:
+        sizes |= _attention_sizes(shapes, attention)
     return sizes
 
 

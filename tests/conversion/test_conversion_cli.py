@@ -12,7 +12,8 @@ import threading
 import pytest
 import torch
 from command_helpers import ENVIRONMENT, error_of
-from conversion_cases import mamba_ssm, stored
+from conversion_cases import assert_same, mamba_ssm, stored
+from hybrid_cases import hybrid
 from recycled_cases import decoder
 from transformers.utils import logging
 
@@ -55,6 +56,14 @@ def test_arguments_arrive(tmp_path):
     back = ["convert", str(tmp_path / "new"), str(tmp_path / "back"), "--to", "mamba_ssm"]
     assert scrubjay_cli.main(back) == 0
     assert stored(tmp_path / "back")["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_a_hybrid_goes_there_and_back(tmp_path, capsys):
+    tensors = hybrid("attention and MLP", tmp_path / "source")
+    for source, destination, to in (("source", "ours", []), ("ours", "back", ["--to", "mamba_ssm"])):
+        assert scrubjay_cli.main(["convert", str(tmp_path / source), str(tmp_path / destination), "--check", *to]) == 0
+        assert "this library's model on the result: logits differ by at most" in capsys.readouterr().out
+    assert_same(stored(tmp_path / "back"), tensors)
 
 
 @pytest.mark.parametrize(
