@@ -11,6 +11,7 @@ in a process of its own, whose peak memory is read, and so does the way back, wh
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from scrubjay.examples.benchmarks.published_layouts import (
     write_mamba_ssm,
 )
 from scrubjay.examples.benchmarks.published_rodimus import PUBLISHED, write_rodimus
-from scrubjay.examples.measuring.run_report import machine, size, table, versions
+from scrubjay.examples.measuring.run_report import commit, machine, size, table, versions
 
 RESULT = Path("examples/results/conversion.json")
 BOUND = 1e-4  # largest difference of logits, in float32
@@ -145,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     parser.add_argument("--smoke", action="store_true", help="narrow cuts; writes no file unless --out is given")
     parser.add_argument("--only", choices=list(CUTS), help="one cut alone")
     parser.add_argument("--out", type=Path, help=f"JSON to write (default: {RESULT}, none with --smoke)")
+    argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     records = [check_cut(name, arguments.smoke) for name in CUTS if arguments.only in (None, name)]
@@ -163,7 +165,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     out = arguments.out or (None if arguments.smoke else RESULT)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"bound": BOUND, "machine": machine(), "versions": versions(), "cuts": records}
+        command = shlex.join(["python", "examples/benchmarks/conversion_check.py", *argv])
+        where = {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
+        result = {"bound": BOUND} | where | {"cuts": records}
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return records
 
