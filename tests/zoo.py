@@ -58,7 +58,7 @@ def _decoder(**more):
 def _hybrid(num_hidden_layers=2, **changes):
     """Attention, with key heads that are shared, in the last block."""
     sizes = _sizes(head_dim=16, num_hidden_layers=num_hidden_layers, intermediate_size=96)
-    attention = dict(num_heads=6, num_heads_kv=2, head_dim=8, rotary_emb_dim=4)
+    attention = dict(num_heads=4, num_heads_kv=2, head_dim=16, rotary_emb_dim=8)
     return SSDConfig(**sizes | dict(attn_layer_idx=[num_hidden_layers - 1], attn_cfg=attention) | changes)
 
 
