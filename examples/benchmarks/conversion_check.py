@@ -149,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    command = shlex.join(["python", "examples/benchmarks/conversion_check.py", *argv])
+    where = {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
     records = [check_cut(name, arguments.smoke) for name in CUTS if arguments.only in (None, name)]
     rows = [
         [
@@ -165,8 +167,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     out = arguments.out or (None if arguments.smoke else RESULT)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        command = shlex.join(["python", "examples/benchmarks/conversion_check.py", *argv])
-        where = {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
         result = {"bound": BOUND} | where | {"cuts": records}
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return records
