@@ -59,6 +59,14 @@ def test_there_and_back_changes_no_bit(name, dtype, tmp_path):
     assert far(judge(tmp_path / "back", ids), judge(tmp_path / "source", ids)) == 0
 
 
+def test_a_cast_is_checked_and_spares_what_the_model_keeps_in_float32(tmp_path):
+    hybrid("attention and MLP", tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "new", dtype=torch.bfloat16, check=True)
+    for name, tensor in stored(tmp_path / "new").items():
+        kept = name.endswith(("A_log", ".D", "dt_bias"))
+        assert tensor.dtype == (torch.float32 if kept else torch.bfloat16), name
+
+
 def test_what_is_written_for_the_authors_code_leaves_nothing_to_its_defaults(tmp_path):
     """Which are others than ours: without a word there are biases, no convolution, no positions and no causality."""
     hybrid("attention and MLP", tmp_path / "source")
