@@ -1,4 +1,4 @@
-"""The models of the recall study, of equal size: parameters, layers, heads, values a layer, and heads that are not tied.
+"""The models of the recall study, of equal size: parameters, layers, heads, values; no head is tied to its embedding.
 
 Every recurrent layer holds a state of N keys by 128 values, whatever its model. What a model's projections and gates
 cost is made up for by its residual width, and by the width of its feed-forward networks where it has them, until all
