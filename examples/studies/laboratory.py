@@ -112,6 +112,11 @@ def cell_of(record: dict) -> Cell:
     return Cell(**record["cell"])
 
 
+def said(line: str) -> None:
+    """A line at once, also into a file."""
+    print(line, flush=True)
+
+
 Work = Callable[[Cell], dict]
 Cells = Sequence[Cell] | Callable[[list[dict]], Sequence[Cell]]
 
@@ -201,7 +206,7 @@ class Laboratory:
         workers: int = 1,
         threads: int | None = None,
         only: str | None = None,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = said,
     ):
         if workers < 1 or (threads is not None and threads < 1):
             raise ValueError(f"workers and threads must be at least 1; got {workers} and {threads}.")

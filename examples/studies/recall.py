@@ -115,7 +115,7 @@ def cells(records: Iterable[dict], *, guess: bool = False) -> list[Cell]:
     return [cell for model, chosen in groups() for cell in TUNING.cells("recall", model, chosen, records, guess=guess)]
 
 
-SMOKE = [Cell("recall", model, 0, 3e-3, settings(model, 8, 64) | {"steps": 3, "batch_size": 4}) for model in MAKERS]
+SMOKE = [Cell("recall", model, 0, 3e-3, settings(model, 8, 64) | {"steps": 4, "batch_size": 4}) for model in MAKERS]
 
 
 def sizes_of(chosen: dict) -> Sizes:
@@ -195,7 +195,7 @@ def verdict(curve: dict, chosen: dict) -> str | None:
     """Why a run ends before its last step: "solved", "hopeless", or None."""
     if curve["accuracy"][-1] >= SOLVED:
         return "solved"
-    late = curve["step"][-1] >= PATIENCE * chosen["steps"]
+    late = PATIENCE * chosen["steps"] <= curve["step"][-1] < chosen["steps"]
     return "hopeless" if late and max(curve["accuracy"]) < 2 / chosen["pairs"] else None
 
 
