@@ -406,7 +406,7 @@ def _serve(pipe, work: Work, threads: int) -> None:
 def add_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
     """The flags that all studies have."""
     parser.set_defaults(results=out)
-    parser.add_argument("--out", type=Path, help=f"JSON of the records, continued where it is there ({out.name})")
+    parser.add_argument("--out", type=Path, default=out, help="JSON of the records, continued where it is there")
     parser.add_argument("--minutes", type=float, help="begin no cell after that time")
     parser.add_argument("--workers", type=int, default=1, help="processes that work side by side")
     parser.add_argument("--threads", type=int, help="torch threads of each; default: cpu_count / workers")
@@ -417,7 +417,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
 
 def opened(args: argparse.Namespace, command: str, version: int = 1) -> Laboratory:
     """The laboratory that the flags of `add_arguments` describe; a smoke run keeps nothing unless --out is given."""
-    out = args.out or (None if args.smoke else args.results)
+    out = None if args.smoke and args.out == args.results else args.out
     return Laboratory(out, command, version=version, workers=args.workers, threads=args.threads, only=args.only)
 
 

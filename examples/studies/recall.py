@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.table:
         text = table(laboratory.records())
         write_between(GUIDE, "recall", text)
-        figure(laboratory.records(), (args.out or args.results).with_suffix(".png"))
+        figure(laboratory.records(), args.out.with_suffix(".png"))
         print(text)
         return laboratory.records()
     return laboratory.run(cells, work, args.minutes)

@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         return []
     if args.table:
         write_between(GUIDE, NAME, table(laboratory.records()))
-        figure(laboratory.records(), (args.out or args.results).with_suffix(".png"))
+        figure(laboratory.records(), args.out.with_suffix(".png"))
         return laboratory.records()
     if args.smoke:
         small = [Cell("scan", DEVICE, 0, 0, {"mode": m, "length": 20, "state_size": 4, "values": 128}) for m in MODES]
