@@ -290,7 +290,8 @@ class Laboratory:
         write_whole(self.out, f"[\n{lines}\n]\n")
 
     def plan(self, cells: Sequence[Cell], cost: Callable[[Cell], float] = lambda cell: 1.0) -> str:
-        """What is missing, cell by cell with its time by what like it took, and the whole.
+        """What is missing, a line for what differs in seeds and rates alone with its time by what like it took, and the
+        whole.
 
         Args:
             cost: a number that a cell's time is proportional to within its model; carries times over to other sizes.
@@ -298,14 +299,18 @@ class Laboratory:
         done = {cell_of(record): record for record in self.records() if "result" in record}
         missing = [cell for cell in self.wanted(cells) if cell not in done]
         seconds = [self._expected(cell, done, cost) for cell in missing]
+        alike: dict[str, list[float | None]] = {}
+        for cell, expected in zip(missing, seconds, strict=True):
+            alike.setdefault(cell.name.partition(" rate=")[0], []).append(expected)
         lines = [
-            f"{'?':>8}  {cell.name}" if time is None else f"{time / 60:6.1f} m  {cell.name}"
-            for cell, time in zip(missing, seconds, strict=True)
+            f"{len(times):3d} x {'?' if times[0] is None else f'{times[0] / 60:.1f} m':>8}  {name}"
+            for name, times in alike.items()
         ]
-        known, unknown = [time for time in seconds if time is not None], seconds.count(None)
+        known, unknown = [each for each in seconds if each is not None], seconds.count(None)
         hours = sum(known) / 3600 / self.workers
         more = f", and {unknown} of which nothing like them is done" if unknown else ""
-        return "\n".join([*lines, f"{len(missing)} cells are missing: {hours:.1f} h with {self.workers} workers{more}"])
+        workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
+        return "\n".join([*lines, f"{len(missing)} cells are missing: {hours:.1f} h with {workers}{more}"])
 
     @staticmethod
     def _expected(cell: Cell, done: dict[Cell, dict], cost: Callable[[Cell], float]) -> float | None:

@@ -223,7 +223,7 @@ def title(model: str, state_size: int | None) -> str:
 
 
 def table(records: Iterable[dict]) -> str:
-    """Two tables in Markdown: accuracy, and the steps at which runs took off with the rates that were chosen."""
+    """In Markdown: accuracy, the steps at which runs took off with the rates that were chosen, and the figure."""
     found = rows(records)
     columns = sorted({pairs for cells in found.values() for pairs in cells})
     head = "| {} | " + " | ".join(f"{pairs} pairs" for pairs in columns) + " |\n|" + "---|" * (len(columns) + 1)
@@ -231,6 +231,7 @@ def table(records: Iterable[dict]) -> str:
     lines += [_line(key, cells, columns, _said_accuracy) for key, cells in found.items()]
     lines += ["", head.format("median step of taking off; learning rate")]
     lines += [_line(key, cells, columns, _said_take_off) for key, cells in found.items()]
+    lines += ["", "![Associative recall](../results/recall.png)"]
     return "\n".join(lines)
 
 

@@ -140,7 +140,8 @@ def medians(records: Iterable[dict]) -> dict[tuple[str, int, int], dict[str, flo
 
 
 def table(records: Iterable[dict]) -> str:
-    """In Markdown: microseconds for each token, and how many times SSD's the selective scan takes."""
+    """In Markdown: microseconds for each token, how many times SSD's the selective scan takes, and the figure."""
+    records = list(records)
     found = medians(records)
     head = ["", "tokens", "state", *(f"{name}, µs/token" for name in SIDES.values()), "selective scan / SSD"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -148,7 +149,7 @@ def table(records: Iterable[dict]) -> str:
         shown = [f"{times[side]:.1f}" if side in times else "not timed" for side in SIDES]
         ratio = f"{times['selective_scan'] / times['ssd']:.1f}" if "selective_scan" in times else ""
         lines.append("| " + " | ".join([mode, f"{length:,}", str(state), *shown, ratio]) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"![Time of a token](../results/scan_{records[0]['cell']['model']}.png)"])
 
 
 def figure(records: Iterable[dict], path: Path) -> None:

@@ -213,14 +213,17 @@ def test_a_plan_takes_times_from_what_is_most_alike(out):
     records = [record | {"seconds": seconds.get(record["cell"]["model"], 1)} for record in on_disk(out)]
     out.write_text(json.dumps(records))
     listed = [
-        *cells(seeds=3, pairs=8),  # one as those that are done
+        *cells(seeds=4, pairs=8),  # two as those that are done
         *cells("slow", seeds=1, pairs=16),  # of its model, twice as large
         *cells("new", seeds=1, pairs=8),  # of the study: the median
         *cells(FAILS, seeds=1, pairs=8),
     ]
     lines = lab.plan(listed, cost=lambda cell: cell.settings["pairs"]).splitlines()
-    assert [line.split(" m ")[0].strip() for line in lines[:-1]] == ["1.0", "20.0", "1.0", "1.0"]
-    assert lines[-1] == "4 cells are missing: 0.4 h with 1 workers"
+    assert [line.split(" m ")[0].split() for line in lines[:-1]] == [
+        ["2", "x", "1.0"],
+        *([["1", "x", "20.0"]] + [["1", "x", "1.0"]] * 2),
+    ]
+    assert lines[-1] == "5 cells are missing: 0.4 h with 1 worker"
     assert opened(out.with_name("none.json"))[0].plan(listed).endswith("nothing like them is done")
 
 
