@@ -164,6 +164,7 @@ def test_the_table_says_what_the_records_say(records):
 def test_a_group_is_reported_only_once_its_rates_are_tuned(records):
     untuned = [record for record in records if record["cell"]["seed"] != 101]
     assert recall.rows(untuned) == {}
+    assert recall.table(untuned) == "Not run yet."
     assert len(cells([])) == len(GROUPS) * 8
     assert len(cells([], guess=True)) == len(GROUPS) * 11
     assert len(cells(records)) == len(GROUPS) * 8 + 6
