@@ -11,6 +11,7 @@ from pathlib import Path
 
 from scrubjay.examples.benchmarks.benchmark_tables import PARTIAL
 from scrubjay.examples.benchmarks.comparison import beside_weights
+from scrubjay.examples.measuring.run_report import write_whole
 
 ALIKE = ("commit", "machine", "versions", "shape", "repetitions")  # what two runs share whose rows may stand together
 LOAD = "load_average_at_start"
@@ -25,10 +26,7 @@ def alike(run: dict) -> dict:
 
 def write(path: Path, result: dict) -> None:
     """The whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    write_whole(path, json.dumps(result, indent=1) + "\n")
 
 
 class SavedRun:

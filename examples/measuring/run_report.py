@@ -63,6 +63,14 @@ def commit() -> str | None:
         return None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """The whole file or none of it: who is stopped meanwhile leaves what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
 @contextmanager
 def section(title: str) -> Iterator[None]:
     """A heading, and how long what is under it took."""
