@@ -6,7 +6,7 @@ from the ranks that have it, once a layer:
     recurrence     the state S that enters it. Rank r changes a state as S' = exp(A_r) S + Z_r; all ranks gather (A, Z),
                    whose size does not depend on T, and each composes those before it
     window         the W - 1 keys and values before the slice, from as many ranks as they lie on
-    attention      of a hybrid: all keys and values before the slice, from all ranks before it, which is what grows with T
+    attention      of a hybrid: all keys and values before the slice, which grow with T, from all ranks before it
 
         batch = shard_sequence(batch, group)     # of the whole batch, on every rank: this rank's part
         loss = model(**batch).loss               # that of the whole batch, the same number on every rank
