@@ -8,6 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.configuration.mamba2_configs import fields_from, layout_of
+from scrubjay.configuration.named_sizes import MAMBA2, named
 from scrubjay.configuration.ssd_attention import attention_sizes, check_attention
 from scrubjay.configuration.tested_versions import tell_of_untested
 
@@ -224,6 +225,16 @@ class SSDConfig(SSDSizes):
     attn_layer_idx: list | tuple | None = None
     attn_cfg: dict | None = None
     intermediate_size: int = 0
+
+    @classmethod
+    def published(cls, name: str, **changes) -> "SSDConfig":
+        """Sizes of a published model, some of them changed: "130m", "370m", "780m", "1.3b", "2.7b", "2.7b-hybrid" (of
+        the authors), "codestral-7b" (of Mistral).
+
+        Raises:
+            ValueError: another name.
+        """
+        return cls(**named(MAMBA2, name, changes))
 
     def __post_init__(self, **kwargs):
         if (theirs := kwargs.pop("d_intermediate", None)) is not None:
