@@ -44,7 +44,7 @@ class Budget:
     length: int = 128
     scored: Sequence[int] = (128, 512, 2048, 8192)
     rows: int = 8
-    validation: int = 1 << 16
+    validation: int = 1 << 15
     train_bytes: int = 0
 
     @property
