@@ -12,8 +12,9 @@ from scrubjay.examples.measuring.processor import slug
 from scrubjay.examples.measuring.run_report import size
 
 ROOT = Path(__file__).parents[1]
-FIRST, EXAMPLES, KERNELS, CONVERSION = (
-    (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in (".", "examples", "kernels", "conversion")
+FIRST, EXAMPLES, KERNELS, CONVERSION, MODELING = (
+    (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    for folder in (".", "examples", "kernels", "conversion", "modeling")
 )
 RUNS = tables.recorded()
 NAMED = {"benchmark_cpu_amd-epyc-avx512.json": "amd-epyc-avx512"}  # made before runs recorded what PyTorch may use
@@ -87,6 +88,32 @@ def test_rows_that_lose_are_shown_too(name):
     assert lost
     missing = [line for line in lost if f"| {line} |" not in tables.section(RUNS[name], name)]
     assert all(" and " in line for line in missing), missing  # a thing beside itself at another length
+
+
+def test_speed_on_the_first_page():
+    ratios = [{line["name"]: line["ratio"] for line in RUNS[name]["rows"]} for name in sorted(RUNS)]
+    names = {
+        "a prompt of 2,048 tokens": "prefill 2048 float32",
+        "a new token": "decode after 512 float32, per token",
+        "forward and backward of 512": "forward + backward 512 float32",
+    }
+    for start, name in names.items():
+        assert [cell.split(",")[0] for cell in row(FIRST, start)] == [f"{found[name]:.1f}" for found in ratios]
+    less = [found["memory, forward + backward 512 float32"] for found in ratios]
+    shown = [cell.split("with ")[1] for cell in row(FIRST, "forward and backward of 512")]
+    assert shown == [{4: "a quarter of the memory", 3: "a third"}[round(factor)] for factor in less]
+
+
+def test_few_bits():
+    record = recorded("few_bits.json")
+    for name, speed in record["tokens_per_second"].items():
+        ssd, rodimus = (record["weighed"][kind][name] for kind in ("ssd", "rodimus"))
+        assert row(MODELING, f"{name} |") == [
+            f"{ssd['loss']:.4f}",
+            f"{rodimus['loss']:.4f}",
+            f"{ssd['bytes'] / 1e6:.1f} MB",
+            " / ".join(f"{tokens:.0f}" for tokens in speed["decode"]),
+        ]
 
 
 def test_no_other_speeds_are_shown():

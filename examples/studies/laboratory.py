@@ -181,7 +181,7 @@ class Laboratory:
     """Runs cells that are not done yet, and keeps every one in a file as soon as it is.
 
     Args:
-        out: JSON file, a record a line; it may hold other studies' cells too.
+        out: JSON file, a record a line; it may hold other studies' cells too. None keeps nothing.
         command: the command line, kept with each record.
         version: of the study's code: raise it when a change makes old results worthless. Records of another version
             count as missing, and stay until they are replaced.
@@ -194,7 +194,7 @@ class Laboratory:
 
     def __init__(
         self,
-        out: Path,
+        out: Path | None,
         command: str,
         *,
         version: int = 1,
@@ -212,9 +212,9 @@ class Laboratory:
 
     def stored(self) -> dict[str, dict]:
         """Records by their cells' keys: those on disk, which another process may have added to, and our own."""
-        disk = json.loads(self.out.read_text(encoding="utf-8")) if self.out.is_file() else []
+        disk = json.loads(self.out.read_text(encoding="utf-8")) if self.out and self.out.is_file() else []
         if not isinstance(disk, list) or not all("cell" in record for record in disk):
-            raise ValueError(f"{self.out.name} holds something else than a laboratory's records. Take another --out.")
+            raise ValueError(f"{self.out} holds something else than a laboratory's records. Take another --out.")
         return {cell_of(record).key: record for record in disk} | self.found
 
     def records(self) -> list[dict]:
@@ -245,7 +245,8 @@ class Laboratory:
             else:
                 self._in_processes(queue, work)
         except KeyboardInterrupt:
-            self.log(f"Stopped. {len(self.found)} cells of this run are in {self.out.name}; the same command goes on.")
+            kept = f"are in {self.out.name}; the same command goes on" if self.out else "are lost"
+            self.log(f"Stopped. {len(self.found)} cells of this run {kept}.")
             raise
         known = self.stored()
         return [known[cell.key] for cell in queue.listed() if cell.key in known]
@@ -278,6 +279,8 @@ class Laboratory:
         """A cell's outcome, on disk: the whole file or none of it."""
         record = {"cell": asdict(cell)} | outcome | self.origin
         self.found[cell.key] = json.loads(json.dumps(record))
+        if self.out is None:
+            return
         lines = ",\n".join(json.dumps(record) for record in self.stored().values())
         write_whole(self.out, f"[\n{lines}\n]\n")
 
@@ -397,7 +400,8 @@ def _serve(pipe, work: Work, threads: int) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
     """The flags that all studies have."""
-    parser.add_argument("--out", type=Path, default=out, help="JSON of the records, continued where it is there")
+    parser.set_defaults(results=out)
+    parser.add_argument("--out", type=Path, help=f"JSON of the records, continued where it is there ({out.name})")
     parser.add_argument("--minutes", type=float, help="begin no cell after that time")
     parser.add_argument("--workers", type=int, default=1, help="processes that work side by side")
     parser.add_argument("--threads", type=int, help="torch threads of each; default: cpu_count / workers")
@@ -407,8 +411,9 @@ def add_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
 
 
 def opened(args: argparse.Namespace, command: str, version: int = 1) -> Laboratory:
-    """The laboratory that the flags of `add_arguments` describe."""
-    return Laboratory(args.out, command, version=version, workers=args.workers, threads=args.threads, only=args.only)
+    """The laboratory that the flags of `add_arguments` describe; a smoke run keeps nothing unless --out is given."""
+    out = args.out or (None if args.smoke else args.results)
+    return Laboratory(out, command, version=version, workers=args.workers, threads=args.threads, only=args.only)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -443,6 +448,19 @@ def confidence(values: Sequence[float]) -> tuple[float, float] | None:
     half = t * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
     return mean - half, mean + half
+
+
+def write_between(guide: Path, name: str, text: str) -> None:
+    """Put `text` between the lines <!-- name --> and <!-- /name --> of a guide.
+
+    Raises:
+        ValueError: the guide has no such lines.
+    """
+    before, opening, rest = guide.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    _, closing, after = rest.partition(f"<!-- /{name} -->")
+    if not closing:
+        raise ValueError(f"{guide.name} has no lines <!-- {name} --> and <!-- /{name} --> to write between.")
+    write_whole(guide, f"{before}{opening}\n{text}\n\n{closing}{after}")
 
 
 def panels(count: int, *, width: float = 5.5, height: float = 4.4):
