@@ -1,13 +1,13 @@
 """Sizes of the attention layers of a hybrid SSD model, by the names of the authors' `attn_cfg`.
 
-    num_heads, num_heads_kv, head_dim   query heads, heads of keys and values (a divisor), channels of each
-    d_conv                              taps of the causal convolution over queries, keys and values; 0: none
-    rotary_emb_dim, rotary_emb_base     first channels of a head that are turned, even, and the base of their angles
-    rotary_emb_interleaved              whether channel 2 i is paired with 2 i + 1, or i with i + rotary_emb_dim / 2
-    qkv_proj_bias, out_proj_bias        whether the projections have a bias
-    softmax_scale                       of the scores; None is head_dim ** -0.5
-    causal                              True: a language model does not see what follows
-    mlp_dim                             width of a gated network beside the attention, in the same projections; 0: none
+num_heads, num_heads_kv, head_dim   query heads, heads of keys and values (a divisor), channels of each
+d_conv                              taps of the causal convolution over queries, keys and values; 0: none
+rotary_emb_dim, rotary_emb_base     first channels of a head that are turned, even, and the base of their angles
+rotary_emb_interleaved              whether channel 2 i is paired with 2 i + 1, or i with i + rotary_emb_dim / 2
+qkv_proj_bias, out_proj_bias        whether the projections have a bias
+softmax_scale                       of the scores; None is head_dim ** -0.5
+causal                              True: a language model does not see what follows
+mlp_dim                             width of a gated network beside the attention, in the same projections; 0: none
 """
 
 from typing import Any

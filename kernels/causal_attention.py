@@ -10,7 +10,7 @@ K divides H; query head h reads key head h // (H / K), the grouped order of tran
 import torch
 import torch.nn.functional as F
 
-from scrubjay.kernels.dispatch import alike, compiled, exported, without_autocast
+from scrubjay.kernels.dispatch import alike, compiled, traced, without_autocast
 from scrubjay.kernels.operators import Operator
 from scrubjay.kernels.recurrence import documents
 
@@ -73,7 +73,7 @@ def cached_attention(q, keys, values, before, *, scale=None):
     q, keys, values = alike(q, keys, values)
     q = q.view(B, T, K, H // K, P).permute(0, 2, 3, 1, 4)  # (B, K, H / K, T, P)
     size = max(1, ROWS * K // H)
-    if T <= size or exported() or compiled():
+    if traced() or size >= T:
         o = _grouped(q, keys, values, _seen(before, 0, T, S), scale)
     else:
         outs = []
@@ -129,11 +129,11 @@ def _scale(q, scale):
 
 
 def _check(q, keys, values):
-    fits = q.ndim == keys.ndim == 4 and keys.shape == values.shape and q.shape[0] == keys.shape[0]
+    fits = q.ndim == 4 and keys.ndim == 4 and keys.shape == values.shape and q.shape[0] == keys.shape[0]
     if not fits or q.shape[3] != keys.shape[3] or q.shape[2] % keys.shape[1] or q.shape[1] > keys.shape[2]:
         raise ValueError(
-            "causal attention needs queries (B, T, H, P) and keys and values of (B, K, S, P) with K dividing H and T at "
-            f"most S; got {tuple(q.shape)}, {tuple(keys.shape)} and {tuple(values.shape)}."
+            "causal attention needs queries (B, T, H, P), keys and values (B, K, S, P) with K dividing H and T at most "
+            f"S; got {tuple(q.shape)}, {tuple(keys.shape)} and {tuple(values.shape)}."
         )
     if q.shape[1] == 0:
         raise ValueError("causal attention needs at least one step; got a sequence of length 0.")

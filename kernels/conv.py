@@ -95,8 +95,8 @@ _OPERATOR = Operator("causal_conv", _run, _shapes)
 
 
 def _convolved(activate, weight, bias, *parts):
-    """Convolution and, where asked for, SiLU over parts (B, ..., C) laid end to end, the first K - 1 steps of which are history:
-    (B, T, C)."""
+    """Convolution and, where asked for, SiLU over parts (B, ..., C) laid end to end, the first K - 1 steps of which are
+    history: (B, T, C)."""
     if wants_gradient(weight, bias, *parts):
         return _Convolution.apply(activate, weight, bias, *parts)
     return _activated(activate, weight, bias, *parts)

@@ -60,10 +60,10 @@ class AttentionMixer(nn.Module):
             return self._attend_slice(q, k, v, layout, state)
         if state is None or not state.seen:
             if state is not None:
-                state.append(k, v)
+                state.append(k, v, layout.real)
             return causal_attention(q, k, v, layout.cu_seqlens, scale=self.scale)
         before = state.counts
-        keys, values = state.append(k, v)
+        keys, values = state.append(k, v, layout.real)
         return cached_attention(q, keys, values, before, scale=self.scale)
 
     def _attend_slice(self, q, k, v, layout, state):

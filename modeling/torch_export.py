@@ -84,7 +84,9 @@ def export_decoding(
     prefill, step = Prefill(model), DecodeStep(model)
     state = prefill(*prompt)[1:]
     layers = model.cache_class(model.config).layers
-    shapes = [rows | ({layer.grows[n]: Dim.DYNAMIC} if n in layer.grows else {}) for layer in layers for n in layer.names]
+    shapes = [
+        rows | ({layer.grows[n]: Dim.DYNAMIC} if n in layer.grows else {}) for layer in layers for n in layer.names
+    ]
     return (
         export(prefill, prompt, dynamic_shapes=(rows | columns, rows | columns)),
         export(step, (ids[:, :1].contiguous(), *state), dynamic_shapes=(rows, tuple(shapes))),

@@ -4,10 +4,11 @@ B batch, T new columns, S slots, K key heads, P head size, C convolved channels.
 """
 
 import torch
+import torch.nn.functional as F
 
 from scrubjay.kernels.dispatch import traced
 from scrubjay.kernels.slots import put_rows
-from scrubjay.modeling.caches.buffers import appended, roomy, writable
+from scrubjay.modeling.caches.buffers import roomy, writable
 from scrubjay.modeling.caches.cache_state import StateLayer
 
 LEAST = 64  # slots
@@ -26,9 +27,9 @@ def room(size: int) -> int:
 class AttentionLayer(StateLayer):
     """All keys and values of one attention layer: bytes grow with the text.
 
-    keys, values: (B, K, room, P), positions already encoded; the c-th token of a row is at slot c, and what lies in the
-    slots beyond a row's count means nothing, and is finite. conv: (B, taps - 1, C) last inputs of the convolution over
-    queries, keys and values, from before it; none without. counts: (B,) int64, real tokens seen by each row.
+    keys, values: (B, K, room, P), positions already encoded; the c-th token of a row is at slot c, and zeros are in the
+    slots beyond a row's count. conv: (B, taps - 1, C) last inputs of the convolution over queries, keys and values,
+    from before it; none without. counts: (B,) int64, real tokens seen by each row.
 
     Args:
         conv: shape without the batch. keys: [K, P].
@@ -75,11 +76,16 @@ class AttentionLayer(StateLayer):
         if self.counts.device != like.device:
             self._map(lambda tensor: tensor.to(like.device))
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v (B, T, K, P) to the slots that follow each row's count; `count` says later how many are real.
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write k, v (B, T, K, P) to the slots that follow each row's count; `count` says later that they are there.
 
+        real: (B, T, 1) bool, the first columns of each row; None: all.
         Returns: keys and values up to the last slot in use, (B, K, seen + T, P).
         """
+        if real is not None:
+            k, v = (torch.where(real[..., None], x, 0) for x in (k, v))
         size, k, v = self.seen + k.shape[1], k.transpose(1, 2), v.transpose(1, 2)
         slots = None
         if self.seen:
@@ -105,7 +111,7 @@ class AttentionLayer(StateLayer):
     def _extended(self, held, new, slots):
         if slots is None:
             return new.contiguous()
-        longer = appended(held.narrow(2, 0, self.seen), new)
+        longer = F.pad(roomy(held.narrow(2, 0, self.seen), new), (0, 0, 0, new.shape[2]))
         at = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
         return longer.scatter(2, at, new.to(longer.dtype))
 
