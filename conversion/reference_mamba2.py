@@ -1,9 +1,9 @@
 """Mamba-2 with attention layers and MLPs, from the names of the authors' files and config.json alone, in float64: the
 judge of a conversion that transformers' Mamba-2, which has neither, cannot judge.
 
-Nothing of the tables of names, of the translation of configurations, of the kernels and of the model is used. Wherever a
-token looks back, in states, convolutions and attention, tokens are taken one at a time and heads in a loop. One layer's
-weights are held at a time.
+Nothing of the tables of names, of the translation of configurations, of the kernels and of the model is used. Wherever
+a token looks back, in states, convolutions and attention, tokens are taken one at a time and heads in a loop. One
+layer's weights are held at a time.
 
     X <- X + Mixer(RMS(X))                                           a Mamba-2 or an attention layer
     X <- X + W_2 (u * SiLU(g)),  [u, g] = W_1 RMS_2(X)               where the layer has an MLP
