@@ -45,6 +45,9 @@ class RodimusConfig(PreTrainedConfig):
         residual_in_fp32: keep the residual stream in float32 whatever the dtype of the weights is.
         chunk_size: steps solved as one product. Changes speed, never the result beyond rounding.
         initializer_range: standard deviation of the initial embeddings and of projections without a rule of their own.
+            None is 0.02 * max(1, 2048 / hidden_size) ** 0.5: the authors' 0.02 from their width of 2048 on, and below
+            it what gives projections outputs of the same size. From 0.02 at width 64 the bias of the convolution,
+            which starts at up to 1/2 whatever the width is, swamps the tokens: keys of different tokens start collinear.
         rescale_prenorm_residual: divide the initial output projections by sqrt(num_hidden_layers), rodimus_plus by
             sqrt(3 * num_hidden_layers).
         use_cache: whether forward returns a cache by default.
@@ -84,7 +87,7 @@ class RodimusConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     residual_in_fp32: bool = True
     chunk_size: int = 16
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     rescale_prenorm_residual: bool = True
     use_cache: bool = True
     tie_word_embeddings: bool = True
@@ -116,6 +119,8 @@ class RodimusConfig(PreTrainedConfig):
             self.num_value_heads = self.num_attention_heads
         if self.rotary_dim is None:
             self.rotary_dim = self.hidden_size // max(self.num_attention_heads, 1) // 2 * 2
+        if self.initializer_range is None:
+            self.initializer_range = 0.02 * max(1, 2048 / max(self.hidden_size, 1)) ** 0.5
         self.base_model_tp_plan = self._tp_plan()
         super().__post_init__(**kwargs)
 

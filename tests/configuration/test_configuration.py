@@ -159,6 +159,14 @@ def test_rodimus_sizes_follow_from_the_width(hidden_size, derived):
     assert RodimusConfig(hidden_size=hidden_size, expand=1.01).inner_size == -(-int(1.01 * hidden_size) // 8) * 8
 
 
+@pytest.mark.parametrize(("hidden_size", "std"), [(32, 0.16), (512, 0.04), (2048, 0.02), (4096, 0.02)])
+def test_rodimus_starts_with_projections_of_one_size_up_to_the_authors_width(hidden_size, std):
+    assert RodimusConfig(hidden_size=hidden_size).initializer_range == pytest.approx(std, rel=1e-15)
+    assert RodimusConfig(hidden_size=hidden_size, initializer_range=0.02).initializer_range == 0.02
+    theirs = {"d_model": hidden_size, "n_layer": 2, "mixer_cfg": {}, "block_type": "rodimus"}
+    assert RodimusConfig.from_dict(theirs).initializer_range == 0.02, "their libraries' default, whatever the width is"
+
+
 def test_rodimus_needs_no_fitting_heads_without_attention():
     assert not RodimusConfig(block_type="rodimus", num_attention_heads=7, num_key_heads=3).has_attention
 

@@ -149,6 +149,7 @@ def test_rodimus_starts_as_the_authors_do(tmp_path, block_type, hops, rescale, w
         num_hidden_layers=layers,
         vocab_size=311,
         num_attention_heads=4,
+        initializer_range=0.02,
         rescale_prenorm_residual=rescale,
         tie_word_embeddings=False,
         norm_embedding=True,
