@@ -12,6 +12,17 @@ MODELS: dict[str, dict] = {
     "taipan": {"num_hidden_layers": 7, "learning_rate": 4e-3},
     "llama": {"num_hidden_layers": 5, "learning_rate": 2e-3},
 }
+# For a run of at most QUICK_MINUTES on two cores: about 1.1M parameters each. In so short a time a model learns from how
+# many tokens it sees, and a small one sees more.
+QUICK_MINUTES = 8
+QUICK_SIZES = {"hidden_size": 128, "batch_size": 4}
+QUICK: dict[str, dict] = {
+    "rodimus_plus": {"num_hidden_layers": 2, "learning_rate": 8e-3},
+    "rodimus": {"num_hidden_layers": 4, "learning_rate": 8e-3},
+    "ssd": {"num_hidden_layers": 4, "learning_rate": 8e-3},
+    "taipan": {"num_hidden_layers": 4, "learning_rate": 8e-3},
+    "llama": {"num_hidden_layers": 3, "learning_rate": 8e-3},
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +31,7 @@ class Recipe:
 
     Args:
         learning_rate: peak; it rises linearly over `warmup` of the steps and falls linearly to 0 over the last `decay`.
+        optimizer: "adamw", or "muon" for the matrices between embedding and head (`learning/optimizer.py`).
         max_epochs: the run ends early rather than read the training text more often than this (a GPU would).
         max_steps: None lets the time budget decide.
         precision: "bfloat16" (autocast), "float32", or "fastest", which times both on this machine.
@@ -38,6 +50,7 @@ class Recipe:
     decay: float = 0.8
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
+    optimizer: str = "adamw"
     max_grad_norm: float = 1.0
     max_epochs: float = 6.0
     max_steps: int | None = None
@@ -53,6 +66,16 @@ class Recipe:
     def of(cls, model: str, **changes) -> "Recipe":
         """The recipe of a model of `MODELS`, with some fields changed."""
         return cls(**{**MODELS[model], **changes})
+
+    @classmethod
+    def quick(cls, model: str, **changes) -> "Recipe":
+        """The recipe of a model of `QUICK`, with some fields changed."""
+        return cls(**{**QUICK_SIZES, **QUICK[model], **changes})
+
+    @classmethod
+    def within(cls, model: str, minutes: float, **changes) -> "Recipe":
+        """The recipe of a run of so many minutes."""
+        return (cls.quick if minutes <= QUICK_MINUTES else cls.of)(model, **changes)
 
     def smoke(self) -> "Recipe":
         """The same run, small enough to end within seconds on a CPU."""

@@ -35,6 +35,7 @@ from scrubjay import (
     TaipanConfig,
     TaipanForCausalLM,
 )
+from scrubjay.examples.learning.optimizer import make_optimizer
 from scrubjay.examples.learning.recipe import Recipe
 
 TIMED_STEPS = 6  # the first two also build the optimiser's state and are left out
@@ -208,19 +209,6 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     if hasattr(model, "describe"):
         model.describe(**notes)
     model.save_pretrained(folder)
-
-
-def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only, as each model of the zoo knows which of its parameters are."""
-    if hasattr(model, "weight_decay_groups"):
-        groups = model.weight_decay_groups(recipe.weight_decay)
-    else:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
 
 
 def schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:

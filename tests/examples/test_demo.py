@@ -30,7 +30,6 @@ from scrubjay.examples.learning.training import (
     Windows,
     build_model,
     find_pace,
-    make_optimizer,
     plan_steps,
     schedule,
     train,
@@ -249,11 +248,6 @@ def test_schedule_rises_and_ends_at_zero():
     assert [rate(step) for step in (9, 30, 50)] == [1, 1, 1]
     assert rate(99) == pytest.approx(0.02)
     assert rate(100) == 0
-
-
-def test_weight_decay_is_on_matrices_only():
-    for group in make_optimizer(small_llama(), Recipe.of("llama")).param_groups:
-        assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
 
 
 def test_finding_the_pace_leaves_the_model_as_it_was(tmp_path):
