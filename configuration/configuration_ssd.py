@@ -8,17 +8,19 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.configuration.mamba2_configs import fields_from, layout_of
+from scrubjay.configuration.ssd_attention import attention_sizes, check_attention
 from scrubjay.configuration.tested_versions import tell_of_untested
 
 tell_of_untested()
+MULTIPLE = 128  # the authors round the width of an MLP up to a multiple of this
 
 
 @strict
-class SSDConfig(PreTrainedConfig):
-    r"""Sizes of an SSD language model (Mamba-2, arXiv:2405.21060). Names are those of transformers' `Mamba2Config`.
+class SSDSizes(PreTrainedConfig):
+    r"""Sizes of SSD (Mamba-2) blocks, of whichever model they are part.
 
     Args:
-        vocab_size: rows of the embedding. 50277 rounded up to a multiple of 16 in the published models.
+        vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         num_hidden_layers: number of blocks.
         state_size: N, key and query width of the recurrent state, per head. 128 in the paper.
@@ -42,14 +44,6 @@ class SSDConfig(PreTrainedConfig):
         use_cache: whether forward returns a cache by default.
     """
 
-    model_type = "scrubjay_ssd"
-    paper = {
-        "name": "SSD (Mamba-2)",
-        "title": "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space "
-        "Duality",
-        "arxiv": "2405.21060",
-        "open": {},
-    }
     keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     base_model_tp_plan = {
@@ -182,4 +176,98 @@ def numbers(name: str, value) -> list[float]:
         raise ValueError(f"{name} must be a pair of numbers (low, high); got {value!r}.") from None
 
 
-__all__ = ["SSDConfig"]
+@strict
+class SSDConfig(SSDSizes):
+    r"""Sizes of an SSD language model (Mamba-2, arXiv:2405.21060), plain or hybrid.
+
+    Names are those of transformers' `Mamba2Config`, and of the authors' configuration where that has none. A hybrid has
+    attention in the place of some mixers (`attn_layer_idx`), an MLP after every mixer and attention layer
+    (`intermediate_size`), or both.
+
+    Args:
+        vocab_size: rows of the embedding. 50277 rounded up to a multiple of 16 in the published models.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of blocks, those of attention among them.
+        attn_layer_idx: places of the attention layers, rising, from 0. Empty: none. The paper's hybrids have about one
+            in ten blocks, evenly spread: 9, 18, 27, 36, 45 and 56 of 64 in mamba2attn-2.7b.
+        attn_cfg: sizes of the attention layers by the authors' names: num_heads, num_heads_kv, head_dim, d_conv,
+            rotary_emb_dim, rotary_emb_base, rotary_emb_interleaved, qkv_proj_bias, out_proj_bias, softmax_scale,
+            causal, mlp_dim; what each means stands in `ssd_attention.py`. What is left out is derived from the width
+            in the proportions of mamba2attn-2.7b, and is in the field afterwards.
+        intermediate_size: width of a gated MLP after every block, rounded up to a multiple of 128 (`mlp_size`), as the
+            authors' code does. 0: none. Their name for it, d_intermediate, is taken too.
+        state_size: N, key and query width of the recurrent state, per head. 128 in the paper.
+        expand: inner width over `hidden_size`; the inner width is num_heads * head_dim.
+        num_heads: H. None derives it from `head_dim`.
+        head_dim: P, value width per head. None is the largest of 64, 32, ... that divides the inner width.
+        n_groups: G, groups of heads that share keys and queries; divides `num_heads`. 1 in most published models, 8 in
+            Codestral.
+        conv_kernel: taps of the causal convolution.
+        use_conv_bias, use_bias: bias of the convolution; of the input and output projections.
+        chunk_size: steps solved as one product. Changes speed, never the result beyond rounding.
+        hidden_act: activation after the convolution and of the gate; "silu" is the one that the paper defines.
+        layer_norm_epsilon: added to the mean square in every norm.
+        residual_in_fp32: keep the residual stream in float32 whatever the dtype of the weights is.
+        time_step_limit: (low, high), clamp of the step size after softplus, in whole sequences and in single steps.
+        time_step_min, time_step_max, time_step_floor: range from which the initial step sizes are drawn (log-uniform),
+            and their floor.
+        A_initializer_range: (low, high), range from which the initial decay rates are drawn (uniform).
+        initializer_range: standard deviation of the initial embedding.
+        rescale_prenorm_residual: divide the initial last projections of mixers, attention layers and MLPs by
+            sqrt(num_hidden_layers).
+        use_cache: whether forward returns a cache by default.
+    """
+
+    model_type = "scrubjay_ssd"
+    paper = {
+        "name": "SSD (Mamba-2)",
+        "title": "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space "
+        "Duality",
+        "arxiv": "2405.21060",
+        "open": {},
+    }
+    attribute_map = {"d_intermediate": "intermediate_size"}
+
+    base_model_tp_plan = SSDSizes.base_model_tp_plan | {
+        "layers.*.mlp.fc1": "colwise_gather_output",
+        "layers.*.mlp.fc2": "rowwise_split_input",
+    }
+
+    attn_layer_idx: list | tuple | None = None
+    attn_cfg: dict | None = None
+    intermediate_size: int = 0
+
+    def __post_init__(self, **kwargs):
+        if (theirs := kwargs.pop("d_intermediate", None)) is not None:
+            self.intermediate_size = theirs
+        self.attn_layer_idx = list(self.attn_layer_idx or ())
+        self.attn_cfg = dict(self.attn_cfg or {})
+        if self.attn_layer_idx and self.hidden_size > 0:
+            self.attn_cfg = attention_sizes(self.attn_cfg, self.hidden_size)
+        super().__post_init__(**kwargs)
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of the MLPs; 0 without."""
+        return -(-self.intermediate_size // MULTIPLE) * MULTIPLE
+
+    def validate_architecture(self):
+        """Refuse sizes that do not fit each other, naming the value and the rule."""
+        super().validate_architecture()
+        if self.intermediate_size < 0:
+            raise ValueError(f"intermediate_size must be at least 0; got {self.intermediate_size}.")
+        places, last = list(self.attn_layer_idx), self.num_hidden_layers - 1
+        if wrong := [place for place in places if type(place) is not int or not 0 <= place <= last]:
+            raise ValueError(
+                f"attn_layer_idx must name blocks, 0 to {last} of num_hidden_layers = {last + 1}; got {wrong[0]!r} "
+                f"among {places}."
+            )
+        if sorted(set(places)) != places:
+            raise ValueError(f"attn_layer_idx must rise, each place once; got {places}.")
+        if places:
+            check_attention(attention_sizes(self.attn_cfg, self.hidden_size))
+        elif self.attn_cfg:
+            attention_sizes(self.attn_cfg, self.hidden_size)
+
+
+__all__ = ["SSDConfig", "SSDSizes"]

@@ -5,7 +5,7 @@ import math
 from huggingface_hub.dataclasses import strict
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
-from scrubjay.configuration.configuration_ssd import SSDConfig
+from scrubjay.configuration.configuration_ssd import SSDSizes
 
 CHOICES = {
     "kv_scope": ("all", "selected"),
@@ -25,7 +25,7 @@ LLAMA_3_VOCABULARY = {"vocab_size": 128256, "bos_token_id": 128000, "eos_token_i
 
 
 @strict
-class TaipanConfig(SSDConfig):
+class TaipanConfig(SSDSizes):
     r"""Sizes of a Taipan language model (arXiv:2410.18572): Mamba-2 blocks, and between them selective attention.
 
     A layer is a Mamba-2 (SSD) block or a selective attention layer; `num_hidden_layers` counts both. Layer i is

@@ -2,6 +2,8 @@
 
     y_t = silu(b + sum_i w_i * x_(t - K + 1 + i))        i = 0 .. K - 1, tap K - 1 multiplies the current step
 
+`activate=False` leaves the SiLU out, as the attention layers of a hybrid do.
+
 B batch, T time, C channels, K taps. x: (B, T, C)   weight: (C, K)   bias: (C,)   state: (B, K - 1, C) in x's dtype, the
 last K - 1 inputs (before the convolution), oldest first.
 """
@@ -22,30 +24,34 @@ TILE = 2**17  # elements that the backward pass works on at a time on a CPU: the
 MIN_ROWS = 64  # of a tile: fewer and the calls cost more than the work
 
 
-def causal_conv_step(x, weight, bias, state):
+def causal_conv_step(x, weight, bias, state, activate=True):
     """One token. x (B, C), state (B, K - 1, C) -> y (B, C), new state."""
     window = torch.cat([state, x[:, None]], 1)
     y = (window * weight.T).sum(1)
-    return F.silu(y if bias is None else y + bias).to(x.dtype), window[:, 1:]
+    y = y if bias is None else y + bias
+    return (F.silu(y) if activate else y).to(x.dtype), window[:, 1:]
 
 
-def causal_conv_reference(x, weight, bias=None, initial_state=None, cu_seqlens=None):
+def causal_conv_reference(x, weight, bias=None, initial_state=None, cu_seqlens=None, activate=True):
     """One step at a time. Slow; the law for the other path."""
 
     def step(x_t, state):
-        return causal_conv_step(x_t, weight, bias, state)
+        return causal_conv_step(x_t, weight, bias, state, activate)
 
     return by_steps(step, _initial(x, weight, initial_state, cu_seqlens), cu_seqlens, x)
 
 
 @without_autocast
-def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, lengths=None, backend=None):
+def causal_conv(
+    x, weight, bias=None, initial_state=None, cu_seqlens=None, *, lengths=None, activate=True, backend=None
+):
     """Convolve whole sequences.
 
     Args:
         initial_state: (B, K - 1, C), or (D, K - 1, C) with D packed documents; None is zero.
         cu_seqlens: (D + 1,) offsets of the documents packed into the one row of the batch; no tap crosses them.
         lengths: (B,) steps of each row that are real, the first ones; the returned state ends there.
+        activate: whether SiLU follows; the Triton kernels know no other case.
         backend: None chooses by device; "torch" and "triton" are obeyed or refused.
 
     Returns:
@@ -57,19 +63,19 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
     _check(x, weight, bias)
     if lengths is not None and cu_seqlens is not None:
         raise ValueError("causal_conv takes lengths of rows or packed documents (cu_seqlens), not both.")
-    fused = partial(conv_fits, x, weight, bias, initial_state)
+    fused = partial(conv_fits, x, weight, bias, initial_state) if activate else False
     if choose(backend, "causal_conv", x, weight, fused=fused) == "triton":
         return causal_conv_triton(x, weight, bias, _given(x, weight, initial_state, cu_seqlens), cu_seqlens, lengths)
     state = _initial(x, weight, initial_state, cu_seqlens)
     single = x.shape[1] == 1 and cu_seqlens is None and lengths is None
     if compiled() and not single:
-        return _OPERATOR([x, weight, bias, state, cu_seqlens, lengths])
+        return _OPERATOR([x, weight, bias, state, cu_seqlens, lengths], [int(activate)])
     if single:
-        y, state = causal_conv_step(x[:, 0], weight, bias, state)
+        y, state = causal_conv_step(x[:, 0], weight, bias, state, activate)
         return y[:, None], state
     if cu_seqlens is not None:
-        return _packed(x, weight, bias, state, cu_seqlens)
-    y = _convolved(weight, bias, state, x)
+        return _packed(x, weight, bias, state, cu_seqlens, activate)
+    y = _convolved(activate, weight, bias, state, x)
     if lengths is None:
         return y, _end(state, x)
     ends = lengths[:, None] + torch.arange(state.shape[1], device=x.device)  # step t of x is step t + K - 1 there
@@ -78,7 +84,7 @@ def causal_conv(x, weight, bias=None, initial_state=None, cu_seqlens=None, *, le
 
 def _run(tensors, integers, floats):
     *operands, lengths = tensors
-    return causal_conv(*operands, lengths=lengths, backend="torch")
+    return causal_conv(*operands, lengths=lengths, activate=bool(integers[0]), backend="torch")
 
 
 def _shapes(tensors, integers):
@@ -88,17 +94,18 @@ def _shapes(tensors, integers):
 _OPERATOR = Operator("causal_conv", _run, _shapes)
 
 
-def _convolved(weight, bias, *parts):
-    """Convolution and SiLU over parts (B, ..., C) laid end to end, the first K - 1 steps of which are history:
-    (B, T, C)."""
+def _convolved(activate, weight, bias, *parts):
+    """Convolution and, where asked for, SiLU over parts (B, ..., C) laid end to end, the first K - 1 steps of which are
+    history: (B, T, C)."""
     if wants_gradient(weight, bias, *parts):
-        return _Convolution.apply(weight, bias, *parts)
-    return _activated(weight, bias, *parts)
+        return _Convolution.apply(activate, weight, bias, *parts)
+    return _activated(activate, weight, bias, *parts)
 
 
-def _activated(weight, bias, *parts):
+def _activated(activate, weight, bias, *parts):
     window = torch.cat(parts, 1)
-    return F.silu(_convolve(window.to(product_dtype(window)), weight, bias), inplace=True).to(window.dtype)
+    y = _convolve(window.to(product_dtype(window)), weight, bias)
+    return (F.silu(y, inplace=True) if activate else y).to(window.dtype)
 
 
 class _Convolution(torch.autograd.Function):
@@ -106,9 +113,10 @@ class _Convolution(torch.autograd.Function):
     tile by tile."""
 
     @staticmethod
-    def forward(ctx, weight, bias, *parts):
+    def forward(ctx, activate, weight, bias, *parts):
         ctx.save_for_backward(weight, bias, *parts)
-        return _activated(weight, bias, *parts)
+        ctx.activate = activate
+        return _activated(activate, weight, bias, *parts)
 
     @staticmethod
     @once_differentiable
@@ -125,16 +133,18 @@ class _Convolution(torch.autograd.Function):
         for tile in chunks(0, T, rows):
             seen = _window(history, x, tile, K).to(wide)
             taps = [seen[:, i : i + tile.stop - tile.start] for i in range(K)]
-            u = torch.addcmul(start, taps[0], by_tap[0])
-            for i in range(1, K):
-                u.addcmul_(taps[i], by_tap[i])
-            d = torch.ops.aten.silu_backward(dy[:, tile].to(wide), u)
+            d = dy[:, tile].to(wide)
+            if ctx.activate:
+                u = torch.addcmul(start, taps[0], by_tap[0])
+                for i in range(1, K):
+                    u.addcmul_(taps[i], by_tap[i])
+                d = torch.ops.aten.silu_backward(d, u)
             dbias += d.sum((0, 1))
             for i in range(K):
                 dweight[i] += torch.linalg.vecdot(d, taps[i], dim=1).sum(0)
                 dwindow[:, tile.start + i : tile.stop + i].addcmul_(d, by_tap[i])
         dparts = dwindow.to(dtype).split([part.shape[1] for part in parts], 1)
-        return dweight.T.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), *dparts
+        return None, dweight.T.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), *dparts
 
 
 def _window(history, x, tile, K):
@@ -155,11 +165,11 @@ def _convolve(window, weight, bias):
     return y.squeeze(2).transpose(1, 2)
 
 
-def _packed(x, weight, bias, state, cu_seqlens):
+def _packed(x, weight, bias, state, cu_seqlens, activate):
     """Each document gets its own K - 1 steps of history in front; the outputs at those steps are dropped."""
     taps, cuts = weight.shape[1] - 1, documents(cu_seqlens, *x.shape[:2])
     parts = [part for rows, start, stop in cuts for part in (state[rows], x[:, start:stop])]
-    y = _convolved(weight, bias, *parts)
+    y = _convolved(activate, weight, bias, *parts)
     starts = [start + taps * d for d, (_, start, _) in enumerate(cuts)]
     lengths = [stop - start for _, start, stop in cuts]
     y = torch.cat([y[:, at : at + n] for at, n in zip(starts, lengths, strict=True)], 1)

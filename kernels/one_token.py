@@ -46,11 +46,12 @@ def gated_rms_norm_token(u, z, weight, eps, groups=1):
     return u.mul_(weight).to(z.dtype)
 
 
-def causal_conv_token(x, weight, bias, state):
+def causal_conv_token(x, weight, bias, state, activate=True):
     """`causal_conv`: x (B, 1, C), weight (C, K), state (B, K - 1, C) in x's dtype -> y (B, 1, C), new state."""
     window, taps = torch.cat([state, x], 1), weight.T
     y = (window * (taps if len(x) < MANY else taps.contiguous())).sum(1, keepdim=True)
-    return F.silu(y if bias is None else y.add_(bias), inplace=True), window[:, 1:]
+    y = y if bias is None else y.add_(bias)
+    return F.silu(y, inplace=True) if activate else y, window[:, 1:]
 
 
 def decay_token(step, log_rate):

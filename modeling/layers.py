@@ -62,13 +62,14 @@ class CausalConv(nn.Module):
     """Causal depthwise convolution and SiLU, (B, T, C) -> (B, T, C), with the state that continues it, (B, K - 1, C).
 
     Parameters are named and shaped as those of a depthwise `nn.Conv1d`: weight (C, 1, K), bias (C,).
+    `activate`: whether the SiLU follows.
     """
 
-    def __init__(self, size: int, taps: int, bias: bool = True):
+    def __init__(self, size: int, taps: int, bias: bool = True, activate: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, 1, taps))
         self.bias = nn.Parameter(torch.empty(size)) if bias else None
-        self.taps = taps
+        self.taps, self.activate = taps, activate
 
     def reset_parameters(self):
         """torch's own start of a convolution: uniform up to K ** -0.5."""
@@ -79,8 +80,15 @@ class CausalConv(nn.Module):
 
     def forward(self, x, state, layout):
         if layout.one_token and state is not None and x.dtype == state.dtype == self.weight.dtype:
-            return causal_conv_token(x, self.weight[:, 0], self.bias, state)
-        return causal_conv(x, self.weight[:, 0], self.bias, state, layout.cu_seqlens, lengths=layout.lengths)
+            return causal_conv_token(x, self.weight[:, 0], self.bias, state, self.activate)
+        marks = {"cu_seqlens": layout.cu_seqlens, "lengths": layout.lengths}
+        return causal_conv(x, self.weight[:, 0], self.bias, state, activate=self.activate, **marks)
+
+
+def swiglu(packed):
+    """silu(gate) * up of (..., 2 C) that packs [up, gate]."""
+    up, gate = packed.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 class GatedMLP(nn.Module):
@@ -92,8 +100,7 @@ class GatedMLP(nn.Module):
         self.out_proj = ends_branch(nn.Linear(intermediate_size, hidden_size, bias=False))
 
     def forward(self, x):
-        up, gate = project(self.fc, x).chunk(2, -1)
-        return project(self.out_proj, F.silu(gate) * up)
+        return project(self.out_proj, swiglu(project(self.fc, x)))
 
 
 def ends_branch(projection: nn.Linear) -> nn.Linear:

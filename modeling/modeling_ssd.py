@@ -1,6 +1,9 @@
-"""SSD language model (Mamba-2, arXiv:2405.21060, sections 6 and 7; https://github.com/state-spaces/mamba).
+"""SSD language model (Mamba-2, arXiv:2405.21060, sections 6, 7 and 9; https://github.com/state-spaces/mamba).
 
     X <- X + Mixer(RMSNorm(X))        for each block; then a norm and the head
+    X <- X + MLP(RMSNorm(X))          after each mixer, where the configuration has `intermediate_size`
+
+In a hybrid the mixer of some blocks is attention (`attn_layer_idx`, attention_mixer.py).
 
 Where this differs from other ports, and why: the step size is computed in float32 and its clamp holds in every path
 (one token at a time too); the gated norm takes its mean over each group of channels, as the authors' kernel does;
@@ -19,12 +22,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scrubjay.configuration.configuration_ssd import SSDConfig
 from scrubjay.kernels.one_token import decay_token, ssd_token
+from scrubjay.kernels.rotary import rotary_table
 from scrubjay.kernels.ssd import log_decay, ssd, ssd_change
+from scrubjay.modeling.attention_mixer import AttentionMixer
 from scrubjay.modeling.base import ZooForCausalLM, ZooModel
 from scrubjay.modeling.caches.cache_ssd import SSDCache
 from scrubjay.modeling.heads import ZooForSequenceClassification, ZooForTokenClassification
 from scrubjay.modeling.key_names import Copy, Rename, as_mapping
-from scrubjay.modeling.layers import CausalConv, GatedRMSNorm, RMSNorm, inverse_softplus, log_uniform, normed, project
+from scrubjay.modeling.layers import (
+    CausalConv,
+    GatedRMSNorm,
+    RMSNorm,
+    ends_branch,
+    inverse_softplus,
+    log_uniform,
+    normed,
+    project,
+    swiglu,
+)
 from scrubjay.modeling.pretrained import ZooPreTrainedModel
 from scrubjay.modeling.training.adapters import heads_of
 from scrubjay.modeling.training.sharding import spread
@@ -42,6 +57,9 @@ LEAVES = (
     "mixer.norm.weight",
     "mixer.out_proj.weight",
     "mixer.out_proj.bias",
+    "norm2.weight",
+    "mlp.fc1.weight",
+    "mlp.fc2.weight",
 )
 
 
@@ -129,16 +147,34 @@ class SSDMixer(nn.Module):
         return project(self.out_proj, self.norm(y.addcmul_(v, self.D.float()[:, None]).view(z.shape), z))
 
 
-class SSDBlock(GradientCheckpointingLayer):
-    """Norm, mixer, residual."""
+class SSDMLP(nn.Module):
+    """SwiGLU, (B, T, D) -> (B, T, D); `fc1` packs [up, gate]."""
 
-    def __init__(self, config):
+    def __init__(self, hidden_size: int, size: int):
         super().__init__()
+        self.fc1 = nn.Linear(hidden_size, 2 * size, bias=False)
+        self.fc2 = ends_branch(nn.Linear(size, hidden_size, bias=False))
+
+    def forward(self, x):
+        return project(self.fc2, swiglu(project(self.fc1, x)))
+
+
+class SSDBlock(GradientCheckpointingLayer):
+    """Norm, mixer or attention, residual; with `mlp_size` then norm, MLP, residual."""
+
+    def __init__(self, config, attends: bool = False, mlp_size: int = 0):
+        super().__init__()
+        self.attends = attends
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = SSDMixer(config)
+        self.mixer = (AttentionMixer if attends else SSDMixer)(config)
+        self.mlp = None
+        if mlp_size:
+            self.norm2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+            self.mlp = SSDMLP(config.hidden_size, mlp_size)
 
     def forward(self, x, layout, state=None):
-        return x + self.mixer(normed(self.norm, x, layout), layout, state)
+        x = x + self.mixer(normed(self.norm, x, layout), layout, state)
+        return x if self.mlp is None else x + self.mlp(normed(self.norm2, x, layout))
 
 
 class SSDPreTrainedModel(ZooPreTrainedModel):
@@ -164,6 +200,8 @@ class SSDPreTrainedModel(ZooPreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=5**0.5)
+            if config.rescale_prenorm_residual and hasattr(module, "ends_branch"):
+                self._shrink(module)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, (RMSNorm, GatedRMSNorm)):
@@ -179,15 +217,40 @@ class SSDPreTrainedModel(ZooPreTrainedModel):
         init.copy_(mixer.A_log, spread(rates.log(), mixer.A_log))
         init.ones_(mixer.D)
         if config.rescale_prenorm_residual:
-            bound = (config.inner_size * config.num_hidden_layers) ** -0.5
-            init.uniform_(mixer.out_proj.weight, -bound, bound)
+            self._shrink(mixer.out_proj)
+
+    def _shrink(self, projection):
+        """The start of a branch's last projection: as any other's, over the root of the number of blocks. With an MLP
+        the authors mean twice that number, but their head's pass over all modules, which is the last, counts one
+        branch a block."""
+        bound = (projection.in_features * self.config.num_hidden_layers) ** -0.5
+        init.uniform_(projection.weight, -bound, bound)
 
 
 class SSDModel(SSDPreTrainedModel, ZooModel):
-    """Embedding, SSD blocks, final norm."""
+    """Embedding, SSD blocks and those of attention, final norm."""
 
-    block_class = SSDBlock
     norm_eps_name = "layer_norm_epsilon"
+
+    def make_block(self, place):
+        return SSDBlock(self.config, place in self.config.attn_layer_idx, self.config.mlp_size)
+
+    def check_places(self):
+        super().check_places()
+        places = [i for i, block in enumerate(self.layers) if block.attends]
+        if places != list(self.config.attn_layer_idx):
+            raise ValueError(
+                f"The model has attention layers at {places} and its configuration at "
+                f"{list(self.config.attn_layer_idx)} (attn_layer_idx), by which caches and checkpoints are made. Set "
+                "config.attn_layer_idx to the places that they have now."
+            )
+
+    def locate(self, layout, dtype):
+        sizes = self.config.attn_cfg
+        if not self.config.attn_layer_idx or not sizes["rotary_emb_dim"]:
+            return layout
+        table = rotary_table(layout.positions, sizes["rotary_emb_dim"], sizes["rotary_emb_base"], dtype)
+        return layout.with_rotary(table)
 
 
 class SSDForCausalLM(SSDPreTrainedModel, ZooForCausalLM, GenerationMixin):

@@ -83,9 +83,13 @@ def export_decoding(
     prompt = (ids, torch.ones_like(ids))
     prefill, step = Prefill(model), DecodeStep(model)
     state = prefill(*prompt)[1:]
+    layers = model.cache_class(model.config).layers
+    shapes = [
+        rows | ({layer.grows[n]: Dim.DYNAMIC} if n in layer.grows else {}) for layer in layers for n in layer.names
+    ]
     return (
         export(prefill, prompt, dynamic_shapes=(rows | columns, rows | columns)),
-        export(step, (ids[:, :1].contiguous(), *state), dynamic_shapes=(rows, (rows,) * len(state))),
+        export(step, (ids[:, :1].contiguous(), *state), dynamic_shapes=(rows, tuple(shapes))),
     )
 
 
@@ -109,12 +113,12 @@ def _advance(model, cache, input_ids, attention_mask=None):
 def _holding(model, state):
     """A cache that holds the tensors."""
     cache = model.cache_class(model.config)
-    names = [(layer, name) for layer in cache.layers for name in layer.names]
-    if len(names) != len(state):
-        raise ValueError(f"The state of this model has {len(names)} tensors; got {len(state)}.")
-    for (layer, name), tensor in zip(names, state, strict=True):
-        setattr(layer, name, tensor)
-        layer.seen, layer.is_initialized = BEGUN, True
+    count = sum(len(layer.names) for layer in cache.layers)
+    if count != len(state):
+        raise ValueError(f"The state of this model has {count} tensors; got {len(state)}.")
+    left = iter(state)
+    for layer in cache.layers:
+        layer.fill({name: next(left) for name in layer.names}, BEGUN)
     return cache
 
 

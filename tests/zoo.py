@@ -55,6 +55,13 @@ def _decoder(**more):
     return dict(hidden_size=48, num_hidden_layers=2, vocab_size=VOCAB, num_attention_heads=4, pad_token_id=None) | more
 
 
+def _hybrid(num_hidden_layers=2, **changes):
+    """Attention, with key heads that are shared, in the last block."""
+    sizes = _sizes(head_dim=16, num_hidden_layers=num_hidden_layers, intermediate_size=96)
+    attention = dict(num_heads=6, num_heads_kv=2, head_dim=8, rotary_emb_dim=4)
+    return SSDConfig(**sizes | dict(attn_layer_idx=[num_hidden_layers - 1], attn_cfg=attention) | changes)
+
+
 ZOO = (
     Entry("ssd", lambda **c: SSDConfig(**_sizes(head_dim=16, n_groups=3, use_bias=True) | c), SSDForCausalLM),
     Entry("rodimus", lambda **c: RodimusConfig(**_sizes(block_type="rodimus") | c), RodimusForCausalLM),
@@ -73,6 +80,7 @@ ZOO = (
         TaipanForCausalLM,
         samples=True,
     ),
+    Entry("ssd_hybrid", _hybrid, SSDForCausalLM),
     Entry(
         "adore", lambda **c: AdoreConfig(**_decoder(cache_size=200, controller_hidden=16) | c), AdoreForCausalLM, False
     ),

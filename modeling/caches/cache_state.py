@@ -25,6 +25,7 @@ class StateLayer(CacheLayerMixin):
     """
 
     names: tuple[str, ...] = ("conv", "state", "counts")
+    grows: dict[str, int] = {}  # which of them gets longer with the text, and along which axis
     conv: torch.Tensor
     state: torch.Tensor
     counts: torch.Tensor
@@ -34,12 +35,26 @@ class StateLayer(CacheLayerMixin):
         self.shapes = {"conv": tuple(conv), "state": tuple(state)}
         self.seen = 0
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What the layer holds; empty before the first token."""
+    def memory(self) -> dict[str, torch.Tensor]:
+        """All tensors, by name, with the room that some may have ahead of the tokens; empty before the first token."""
         return {name: getattr(self, name) for name in self.names} if self.is_initialized else {}
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the layer holds, by name; empty before the first token."""
+        return self.memory()
+
+    def fill(self, tensors: dict[str, torch.Tensor], seen: int) -> None:
+        """Hold what `tensors` gave of a layer that had seen as many columns."""
+        for name in self.names:
+            setattr(self, name, tensors[name])
+        self.seen, self.is_initialized = seen, True
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that each token of a row adds."""
+        return 0
+
     def _map(self, change) -> None:
-        for name, tensor in self.tensors().items():
+        for name, tensor in self.memory().items():
             setattr(self, name, change(tensor))
 
     @property
@@ -171,15 +186,15 @@ class StateCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors().values())
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.memory().values())
 
     @classmethod
     def row_bytes(cls, config, dtype: torch.dtype) -> tuple[int, int]:
-        """(bytes of one row of a batch, bytes that each token adds: none)."""
+        """(bytes of one row of a batch, bytes that each token adds, room ahead of the tokens left out)."""
         cache = cls(config)
         for layer in cache.layers:
             layer.lazy_initialization(torch.empty(1, dtype=dtype, device="meta"))
-        return cache.nbytes, 0
+        return cache.nbytes, sum(layer.token_bytes(dtype) for layer in cache.layers)
 
     def count(self, layer_idx: int, columns: int, lengths: torch.Tensor | None) -> None:
         """A block is done with `columns` columns, `lengths` (B,) of them real (None: all): count them."""
@@ -224,7 +239,5 @@ class StateCache(Cache):
         cache = cls.__new__(cls)
         cache._build(about["shape"], offload=False)
         for i, layer in enumerate(cache.layers):
-            for name in layer.names:
-                setattr(layer, name, tensors[f"{i}.{name}"])
-            layer.seen, layer.is_initialized = about["seen"], True
+            layer.fill({name: tensors[f"{i}.{name}"] for name in layer.names}, about["seen"])
         return cache

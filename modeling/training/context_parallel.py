@@ -163,11 +163,17 @@ class SequenceShard:
         group: Any = dist.group.WORLD if self.group is None else self.group
         last = dist.get_global_rank(group, len(self.lengths) - 1)
         for layer in cache.layers:
+            whole = {}
             for name, tensor in layer.tensors().items():
-                tensor = tensor.clone(memory_format=torch.contiguous_format)
-                dist.broadcast(tensor, last, self.group)
-                setattr(layer, name, tensor)
-            layer.seen = sum(self.lengths)
+                shape, axis = list(tensor.shape), layer.grows.get(name)
+                if axis is not None:  # an earlier rank's has its own columns and those before them
+                    shape[axis] = sum(self.lengths)
+                if shape == list(tensor.shape):
+                    whole[name] = tensor.clone(memory_format=torch.contiguous_format)
+                else:
+                    whole[name] = tensor.new_empty(shape)
+                dist.broadcast(whole[name], last, self.group)
+            layer.fill(whole, sum(self.lengths))
 
 
 def shard_sequence(batch: dict, group: Any = None) -> dict:

@@ -56,7 +56,7 @@ def assert_same(model, program, ids, mask=None):
 
 def shallow(entry):
     """A model of as few blocks as have every part: to trace a block takes seconds."""
-    return entry.build(num_hidden_layers=2 if entry.name == "taipan" else 1)
+    return entry.build(num_hidden_layers=2 if entry.name in ("taipan", "ssd_hybrid") else 1)
 
 
 def test_an_exported_program_takes_any_mask_batch_and_length(entry):

@@ -29,8 +29,15 @@ def changed(entry, change, count=True):
     model = entry.build(num_hidden_layers=layers)
     model.model.layers = nn.ModuleList(CHANGES[change](list(model.model.layers)))
     if count:
-        model.config.num_hidden_layers = len(model.model.layers)
+        counted(model)
     return model
+
+
+def counted(model):
+    """Its configuration says what the model has: how many blocks, and which of a hybrid are of attention."""
+    model.config.num_hidden_layers = len(model.model.layers)
+    if getattr(model.config, "attn_layer_idx", None):
+        model.config.attn_layer_idx = [i for i, block in enumerate(model.model.layers) if block.attends]
 
 
 def stepped(model, ids):
@@ -74,7 +81,7 @@ def test_a_number_of_blocks_that_the_configuration_does_not_know_is_refused(recu
     held, said = len(model.model.layers), model.config.num_hidden_layers
     with pytest.raises(ValueError, match=rf"has {held} blocks, and num_hidden_layers = {said}"):
         model(ids, use_cache=True)
-    model.config.num_hidden_layers = held
+    counted(model)
     check(model, ids)
 
 
@@ -109,6 +116,19 @@ def test_selective_blocks_out_of_their_places_are_refused():
     model.model.layers = nn.ModuleList([other, one, *rest])
     with torch.no_grad(), pytest.raises(ValueError, match=r"selective blocks at .* and its configuration at"):
         model(tokens(1, 9), use_cache=True)
+
+
+def test_attention_layers_out_of_their_places_are_refused(tmp_path):
+    (entry,) = (entry for entry in ZOO if entry.name == "ssd_hybrid")
+    model, ids = entry.build(num_hidden_layers=4), tokens(1, 9)
+    model.model.layers = nn.ModuleList(reversed(list(model.model.layers)))
+    message = r"attention layers at \[0\] and its configuration at \[3\] \(attn_layer_idx\)"
+    for call in (lambda: model(ids, use_cache=True), lambda: model.save_pretrained(tmp_path)):
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            call()
+    model.config.attn_layer_idx = [0]
+    with torch.no_grad():
+        check(model, tokens(2, 14))
 
 
 @torch.no_grad()
