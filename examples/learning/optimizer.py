@@ -45,7 +45,8 @@ def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimi
     )
     if not inner:
         return adamw
-    return InTurn(Muon(inner, lr=recipe.learning_rate, weight_decay=recipe.weight_decay), adamw)
+    rate = recipe.matrix_rate * recipe.learning_rate
+    return InTurn(Muon(inner, lr=rate, weight_decay=recipe.weight_decay), adamw)
 
 
 def decay_groups(model: PreTrainedModel, weight_decay: float) -> list[dict]:
@@ -61,7 +62,9 @@ def decay_groups(model: PreTrainedModel, weight_decay: float) -> list[dict]:
 
 def inner_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
     """Weights of linear layers that are trained, without the head (which may be the embedding) and without gates."""
-    outer = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None}
+    outer = {
+        id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
+    }
     layers = (
         layer
         for name, layer in model.named_modules()

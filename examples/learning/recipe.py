@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+SHORT = (1_000, 2_000, 4_000, 8_000, 16_000)  # contexts of a hybrid: the time to read one is quadratic
+
 # About 5M parameters each at the width below. Rates: the best of 2e-3, 4e-3 and 8e-3 in runs of 0.3M to 0.5M tokens,
 # the baseline's too, so that nothing is held against a badly tuned model (ssd: of the first two; rodimus and taipan:
 # not tried).
@@ -9,6 +11,7 @@ MODELS: dict[str, dict] = {
     "rodimus_plus": {"num_hidden_layers": 4, "learning_rate": 4e-3},
     "rodimus": {"num_hidden_layers": 7, "learning_rate": 4e-3},
     "ssd": {"num_hidden_layers": 8, "learning_rate": 4e-3},
+    "ssd-hybrid": {"num_hidden_layers": 8, "learning_rate": 4e-3, "contexts": SHORT},
     "taipan": {"num_hidden_layers": 7, "learning_rate": 4e-3},
     "llama": {"num_hidden_layers": 5, "learning_rate": 2e-3},
 }
@@ -20,6 +23,7 @@ QUICK: dict[str, dict] = {
     "rodimus_plus": {"num_hidden_layers": 2, "learning_rate": 8e-3},
     "rodimus": {"num_hidden_layers": 4, "learning_rate": 8e-3},
     "ssd": {"num_hidden_layers": 4, "learning_rate": 8e-3},
+    "ssd-hybrid": {"num_hidden_layers": 4, "learning_rate": 8e-3, "contexts": SHORT},
     "taipan": {"num_hidden_layers": 4, "learning_rate": 8e-3},
     "llama": {"num_hidden_layers": 3, "learning_rate": 8e-3},
 }
@@ -32,6 +36,7 @@ class Recipe:
     Args:
         learning_rate: peak; it rises linearly over `warmup` of the steps and falls linearly to 0 over the last `decay`.
         optimizer: "adamw", or "muon" for the matrices between embedding and head (`learning/optimizer.py`).
+        matrix_rate: Muon's learning rate over AdamW's.
         max_epochs: the run ends early rather than read the training text more often than this (a GPU would).
         max_steps: None lets the time budget decide.
         precision: "bfloat16" (autocast), "float32", or "fastest", which times both on this machine.
@@ -51,6 +56,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     optimizer: str = "adamw"
+    matrix_rate: float = 1.0
     max_grad_norm: float = 1.0
     max_epochs: float = 6.0
     max_steps: int | None = None

@@ -96,6 +96,10 @@ def build_model(name: str, recipe: Recipe, vocab_size: int, eos_token_id: int) -
         )
     if name == "ssd":
         return SSDForCausalLM(SSDConfig(**sizes))
+    if (
+        name == "ssd-hybrid"
+    ):  # attention in the place of a mixer in the middle: of its layers the paper has about a tenth
+        return SSDForCausalLM(SSDConfig(attn_layer_idx=[recipe.num_hidden_layers // 2], **sizes))
     if name == "rodimus":
         return RodimusForCausalLM(RodimusConfig(block_type="rodimus", **sizes))
     # half of what is seen in training, so that the state has to carry what the window forgets

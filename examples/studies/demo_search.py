@@ -21,7 +21,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -51,7 +51,9 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "demo_search.json"
 BUDGET = 200.0
 TIMED = 8
 GLANCE = 8  # one held-out window in so many is scored; all of them at the end of `whole`
-RATES = (0.005, 0.01, 0.02)
+# (optimizer, learning rate, Muon's over it): as many trials with the one as with the other.
+CHOICES = [("adamw", 0.006, 1.0), ("adamw", 0.012, 1.0), ("adamw", 0.024, 1.0)]
+CHOICES += [("muon", 0.012, 0.25), ("muon", 0.012, 0.5), ("muon", 0.012, 1.0)]
 SEEDS = (1, 2, 3)
 
 
@@ -75,7 +77,7 @@ def recipe_of(cell: Cell) -> Recipe:
 
 def pace_of(cell: Cell) -> Cell:
     """The cell that measures the step of a cell's setting."""
-    settings = {name: value for name, value in cell.settings.items() if name not in ("share", "steps")}
+    settings = {name: value for name, value in cell.settings.items() if name not in ("share", "steps", "matrix_rate")}
     return Cell("pace", cell.model, 0, 0.001, settings)
 
 
@@ -88,7 +90,13 @@ def prepared(cell: Cell):
     recipe = recipe_of(cell)
     stream, heldout, heldout_bytes, eos = text(recipe.vocab_size, recipe.train_bytes, recipe.heldout_bytes)
     set_seed(cell.seed)
-    return build_model(cell.model, recipe, recipe.vocab_size, eos), Windows(stream, recipe.length), recipe, heldout, heldout_bytes
+    return (
+        build_model(cell.model, recipe, recipe.vocab_size, eos),
+        Windows(stream, recipe.length),
+        recipe,
+        heldout,
+        heldout_bytes,
+    )
 
 
 def measure_pace(cell: Cell) -> dict:
@@ -119,9 +127,7 @@ def learn(cell: Cell) -> dict:
     model, windows, recipe, heldout, heldout_bytes = prepared(cell)
     steps = cell.settings["steps"]
     with tempfile.TemporaryDirectory() as folder:
-        log = train(
-            model, windows, recipe, steps, bfloat16=False, seed=cell.seed, output=Path(folder), show=False
-        )
+        log = train(model, windows, recipe, steps, bfloat16=False, seed=cell.seed, output=Path(folder), show=False)
     every = 1 if cell.study == "whole" else GLANCE
     bits = stream_bits(model, heldout, recipe.length, every=every) / heldout_bytes
     last = log.losses[-max(1, steps // 20) :]
@@ -131,6 +137,16 @@ def learn(cell: Cell) -> dict:
         "tokens": steps * recipe.batch_size * recipe.length,
         "parameters": model.num_parameters(),
     }
+
+
+def optimizer_settings(optimizer: str, matrix_rate: float) -> dict:
+    """Settings of a cell; AdamW's does not name what it has no use for."""
+    return {"optimizer": optimizer} | ({"matrix_rate": matrix_rate} if optimizer == "muon" else {})
+
+
+def chosen(settings: Mapping) -> dict:
+    """The optimizer's settings among a cell's."""
+    return {name: settings[name] for name in ("optimizer", "matrix_rate") if name in settings}
 
 
 class Search:
@@ -170,9 +186,8 @@ class Search:
 
     def rates(self) -> list[Cell]:
         return [
-            self.trial("rates", model, rate, optimizer=optimizer)
-            for optimizer in reversed(OPTIMIZERS)
-            for rate in RATES
+            self.trial("rates", model, rate, **optimizer_settings(optimizer, matrix_rate))
+            for optimizer, rate, matrix_rate in CHOICES
             for model in QUICK
         ]
 
@@ -186,7 +201,7 @@ class Search:
     def whole(self) -> list[Cell]:
         found = filter(None, map(self.best, QUICK))
         return [
-            self.trial("whole", best.model, best.rate, seed, 1.0, optimizer=best.settings["optimizer"])
+            self.trial("whole", best.model, best.rate, seed, 1.0, **chosen(best.settings))
             for best in found
             for seed in SEEDS
         ]
