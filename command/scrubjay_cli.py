@@ -19,7 +19,7 @@ from typing import NoReturn
 # Of scrubjay.examples.learning.recipe. The first is the default.
 MODELS = ("rodimus_plus", "rodimus", "ssd", "ssd-hybrid", "taipan", "llama")
 QUICK_MINUTES = 8  # up to which the demo's models are of the first size below
-SIZES = "1M", "5M"
+SIZES = "0.6M", "5M"
 OVERHEAD = 1, 3  # minutes that a demo takes beside training, at least and at most: vocabulary, baselines, measurements
 
 

@@ -27,7 +27,7 @@ EPS = 1e-7
 
 
 def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer; weight decay on matrices only, as each model of the zoo knows which of its parameters are.
+    """The recipe's; weight decay on matrices only, as each model of the zoo knows which of its parameters are.
 
     Raises:
         ValueError: an optimizer of another name.

@@ -31,7 +31,6 @@ import torch
 from transformers import set_seed
 
 from scrubjay.examples.data.corpus import encode, load_corpus, num_bytes, train_tokenizer
-from scrubjay.examples.learning.optimizer import OPTIMIZERS
 from scrubjay.examples.learning.recipe import QUICK, Recipe
 from scrubjay.examples.learning.training import Windows, build_model, train
 from scrubjay.examples.measuring.baselines import NGram
@@ -51,6 +50,10 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "demo_search.json"
 BUDGET = 200.0
 TIMED = 8
 GLANCE = 8  # one held-out window in so many is scored; all of them at the end of `whole`
+SIZED = ("hidden_size", "num_hidden_layers", "vocab_size")
+SIZES = [(256, 4, 4096, 0.004), (128, 3, 4096, 0.008), (128, 2, 4096, 0.012), (128, 1, 4096, 0.012)]
+SIZES += [(128, 2, 2048, 0.012), (128, 1, 2048, 0.012), (96, 1, 2048, 0.012), (192, 1, 2048, 0.012)]  # with their rates
+CHANGES = [{"batch_size": 4}, {"batch_size": 16}, {"batch_size": 16, "length": 64}, {"vocab_size": 1024}]
 # (optimizer, learning rate, Muon's over it): as many trials with the one as with the other.
 CHOICES = [("adamw", 0.006, 1.0), ("adamw", 0.012, 1.0), ("adamw", 0.024, 1.0)]
 CHOICES += [("muon", 0.012, 0.25), ("muon", 0.012, 0.5), ("muon", 0.012, 1.0)]
@@ -173,16 +176,14 @@ class Search:
         return Cell(study, model, seed, rate, settings)
 
     def sizes(self) -> list[Cell]:
-        sizes = [(256, 4, 0.004), (128, 3, 0.01), (128, 2, 0.01)]
         return [
-            self.trial("sizes", "rodimus_plus", rate, optimizer=optimizer, hidden_size=width, num_hidden_layers=layers)
-            for width, layers, rate in sizes
-            for optimizer in OPTIMIZERS
+            self.trial("sizes", "rodimus_plus", rate, **dict(zip(SIZED, size, strict=True)), **choice)
+            for *size, rate in SIZES
+            for choice in (optimizer_settings("adamw", 1.0), optimizer_settings("muon", 0.5))
         ]
 
     def batches(self) -> list[Cell]:
-        changes = [{"batch_size": 2}, {"batch_size": 8}, {"batch_size": 8, "length": 64}, {"vocab_size": 2048}]
-        return [self.trial("batches", "rodimus_plus", 0.01, optimizer="muon", **change) for change in changes]
+        return [self.trial("batches", "rodimus_plus", 0.012, optimizer="adamw", **change) for change in CHANGES]
 
     def rates(self) -> list[Cell]:
         return [
