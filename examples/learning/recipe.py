@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 SHORT = (1_000, 2_000, 4_000, 8_000, 16_000)  # contexts of a hybrid: the time to read one is quadratic
 
 # About 5M parameters each at the width below. Rates: the best of 2e-3, 4e-3 and 8e-3 in runs of 0.3M to 0.5M tokens,
-# the baseline's too, so that nothing is held against a badly tuned model (ssd: of the first two; rodimus and taipan:
-# not tried).
+# the baseline's too, so that nothing is held against a badly tuned model (ssd: of the first two; ssd-hybrid, rodimus
+# and taipan: not tried).
 MODELS: dict[str, dict] = {
     "rodimus_plus": {"num_hidden_layers": 4, "learning_rate": 4e-3},
     "rodimus": {"num_hidden_layers": 7, "learning_rate": 4e-3},

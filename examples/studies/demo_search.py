@@ -73,9 +73,7 @@ def recipe_of(cell: Cell) -> Recipe:
     """The recipe of a cell: the demo's, changed as its settings say."""
     changes = {name: value for name, value in cell.settings.items() if name not in ("share", "steps", "smoke")}
     recipe = Recipe.quick(cell.model, learning_rate=cell.rate, **changes)
-    if cell.settings.get("smoke"):
-        recipe = replace(recipe.smoke(), optimizer=recipe.optimizer)
-    return recipe
+    return recipe.smoke() if cell.settings.get("smoke") else recipe
 
 
 def pace_of(cell: Cell) -> Cell:
