@@ -50,9 +50,10 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "demo_search.json"
 BUDGET = 200.0
 TIMED = 8
 GLANCE = 8  # one held-out window in so many is scored; all of them at the end of `whole`
-SIZED = ("hidden_size", "num_hidden_layers", "vocab_size")
+SIZED = ("hidden_size", "num_hidden_layers", "vocab_size", "batch_size", "length")
+# (width, blocks, vocabulary, rate)
 SIZES = [(256, 4, 4096, 0.004), (128, 3, 4096, 0.008), (128, 2, 4096, 0.012), (128, 1, 4096, 0.012)]
-SIZES += [(128, 2, 2048, 0.012), (128, 1, 2048, 0.012), (96, 1, 2048, 0.012), (192, 1, 2048, 0.012)]  # with their rates
+SIZES += [(128, 2, 2048, 0.012), (128, 1, 2048, 0.012), (96, 1, 2048, 0.012), (192, 1, 2048, 0.012)]
 CHANGES = [{"batch_size": 4}, {"batch_size": 16}, {"batch_size": 16, "length": 64}, {"vocab_size": 1024}]
 # (optimizer, learning rate, Muon's over it): as many trials with the one as with the other.
 CHOICES = [("adamw", 0.006, 1.0), ("adamw", 0.012, 1.0), ("adamw", 0.024, 1.0)]
@@ -170,14 +171,17 @@ class Search:
         return Cell(cell.study, cell.model, cell.seed, cell.rate, {**cell.settings, "steps": steps})
 
     def trial(self, study: str, model: str, rate: float, seed: int = 0, share: float = 1 / 3, **settings) -> Cell:
-        settings |= {"share": round(share, 3)} | ({"smoke": True} if self.smoke else {})
-        return Cell(study, model, seed, rate, settings)
+        recipe = Recipe.quick(model)
+        settings = {name: getattr(recipe, name) for name in SIZED} | settings | {"share": round(share, 3)}
+        return Cell(study, model, seed, rate, settings | ({"smoke": True} if self.smoke else {}))
 
     def sizes(self) -> list[Cell]:
         return [
-            self.trial("sizes", "rodimus_plus", rate, **dict(zip(SIZED, size, strict=True)), **choice)
-            for *size, rate in SIZES
-            for choice in (optimizer_settings("adamw", 1.0), optimizer_settings("muon", 0.5))
+            self.trial(
+                "sizes", "rodimus_plus", rate, hidden_size=width, num_hidden_layers=blocks, vocab_size=words, **with_
+            )
+            for width, blocks, words, rate in SIZES
+            for with_ in (optimizer_settings("adamw", 1.0), optimizer_settings("muon", 0.5))
         ]
 
     def batches(self) -> list[Cell]:
