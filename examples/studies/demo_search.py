@@ -10,7 +10,7 @@ of one processor in one thread, the fastest of some. Two idle minutes are worth 
 as many steps as fit into its share of that. Its score is bits per byte of held-out text that the n-grams are scored on
 too; less is better.
 
-    sizes    Rodimus+ at several sizes, with AdamW and with Muon, a third of the budget
+    sizes    Rodimus+ at several sizes, with AdamW and with Muon, a third of the budget; the small ones also all of it
     batches  Rodimus+ at the size that the demo has: batches, lengths, vocabularies, a third of the budget
     rates    every model at its size of the demo, both optimizers, the same rates, a third of the budget
     whole    every model at the best of its rates, the whole budget, other seeds
@@ -56,8 +56,8 @@ SIZES = [(256, 4, 4096, 0.004), (128, 3, 4096, 0.008), (128, 2, 4096, 0.012), (1
 SIZES += [(128, 2, 2048, 0.012), (128, 1, 2048, 0.012), (96, 1, 2048, 0.012), (192, 1, 2048, 0.012)]
 CHANGES = [{"batch_size": 4}, {"batch_size": 16}, {"batch_size": 16, "length": 64}, {"vocab_size": 1024}]
 # (optimizer, learning rate, Muon's over it): as many trials with the one as with the other.
-CHOICES = [("adamw", 0.006, 1.0), ("adamw", 0.012, 1.0), ("adamw", 0.024, 1.0)]
-CHOICES += [("muon", 0.012, 0.25), ("muon", 0.012, 0.5), ("muon", 0.012, 1.0)]
+CHOICES = [("adamw", 0.003, 1.0), ("adamw", 0.006, 1.0), ("adamw", 0.012, 1.0), ("adamw", 0.024, 1.0)]
+CHOICES += [("muon", rate, matrix_rate) for rate in (0.006, 0.012) for matrix_rate in (0.25, 0.5)]
 SEEDS = (1, 2, 3)
 
 
@@ -176,13 +176,14 @@ class Search:
         return Cell(study, model, seed, rate, settings | ({"smoke": True} if self.smoke else {}))
 
     def sizes(self) -> list[Cell]:
-        return [
-            self.trial(
-                "sizes", "rodimus_plus", rate, hidden_size=width, num_hidden_layers=blocks, vocab_size=words, **with_
-            )
-            for width, blocks, words, rate in SIZES
-            for with_ in (optimizer_settings("adamw", 1.0), optimizer_settings("muon", 0.5))
-        ]
+        adamw, muon = optimizer_settings("adamw", 1.0), optimizer_settings("muon", 0.5)
+        thirds = [self.sized(size, 1 / 3, choice) for size in SIZES for choice in (adamw, muon)]
+        return [*thirds, *(self.sized(size, 1.0, adamw) for size in SIZES if size[2] == 2048)]
+
+    def sized(self, size: tuple, share: float, choice: dict) -> Cell:
+        width, blocks, words, rate = size
+        sizes = {"hidden_size": width, "num_hidden_layers": blocks, "vocab_size": words}
+        return self.trial("sizes", "rodimus_plus", rate, share=share, **sizes, **choice)
 
     def batches(self) -> list[Cell]:
         return [self.trial("batches", "rodimus_plus", 0.012, optimizer="adamw", **change) for change in CHANGES]
