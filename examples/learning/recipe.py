@@ -27,7 +27,7 @@ QUICK: dict[str, dict] = {
     "ssd": {"num_hidden_layers": 2},
     "ssd-hybrid": {"num_hidden_layers": 2, "contexts": SHORT},
     "taipan": {"num_hidden_layers": 2},
-    "llama": {"num_hidden_layers": 2},
+    "llama": {"num_hidden_layers": 2, "learning_rate": 4e-3},
 }
 
 

@@ -91,6 +91,7 @@ def build_model(name: str, recipe: Recipe, vocab_size: int, eos_token_id: int) -
                 num_attention_heads=max(1, recipe.hidden_size // 64),
                 intermediate_size=recipe.hidden_size * 11 // 4,
                 max_position_embeddings=max(recipe.contexts),
+                initializer_range=0.02 * max(1, 2048 / recipe.hidden_size) ** 0.5,  # as Rodimus; 0.02 learns later
                 **sizes,
             )
         )
