@@ -38,8 +38,8 @@ demo: about-demo .venv/.demo ## what a small cache does, on any CPU
 about-demo:
 	@[ -e .venv/.demo ] || printf '%s\n' \
 	'Installs into .venv first: a download of $(DOWNLOAD).' \
-	'That takes some minutes, in which pip is silent. Then it trains a 5M-parameter model for two minutes on this machine,' \
-	'with baselines and measurements 3 to 5 minutes on two idle cores.'
+	'That takes some minutes, in which pip is silent. Then it trains a model of 0.6M parameters for two minutes on this' \
+	'machine, with baselines and measurements 3 to 5 minutes on two idle cores.'
 
 test: .venv/.dev ## the whole test-suite, on CPU, offline
 	$(call PYTEST,.venv) -n $(WORKERS)

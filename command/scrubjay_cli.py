@@ -16,8 +16,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
-# Of scrubjay.examples.learning.recipe, like the demo's --batch-size and --length below. The first is the default.
-MODELS = ("rodimus_plus", "rodimus", "ssd", "taipan", "llama")
+# Of scrubjay.examples.learning.recipe. The first is the default.
+MODELS = ("rodimus_plus", "rodimus", "ssd", "ssd-hybrid", "taipan", "llama")
+QUICK_MINUTES = 8  # up to which the demo's models are of the first size below
+SIZES = "0.6M", "5M"
 OVERHEAD = 1, 3  # minutes that a demo takes beside training, at least and at most: vocabulary, baselines, measurements
 
 
@@ -108,7 +110,13 @@ def add_demo(commands) -> None:
     parser.add_argument(
         "--text", type=Path, metavar="PATH", help="file or folder of UTF-8 text (default: Python's standard library)"
     )
-    parser.add_argument("--minutes", type=float, default=2.0, help="time to train (default: %(default)g)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=2.0,
+        help=f"time to train; a model of {SIZES[0]} parameters up to {QUICK_MINUTES}, of {SIZES[1]} in more "
+        "(default: %(default)g)",
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -118,14 +126,15 @@ def add_demo(commands) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of weights, data order and sampling (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="windows a step (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=128, help="tokens a window (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="windows a step (default: what suits the minutes)")
+    parser.add_argument("--length", type=int, help="tokens a window (default: 128)")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and a few steps: seconds on a CPU")
 
 
 def demo(arguments: argparse.Namespace) -> None:
     text = arguments.text or "the source of Python's standard library"
-    what, minutes = f"a 5M-parameter {arguments.model}", f"{arguments.minutes:g} minutes"
+    size = SIZES[arguments.minutes > QUICK_MINUTES]
+    what, minutes = f"a {size}-parameter {arguments.model}", f"{arguments.minutes:g} minutes"
     least, most = (arguments.minutes + more for more in OVERHEAD)
     whole = f"{least:g} to {most:g} minutes in all on two idle cores"
     if arguments.smoke:
@@ -136,7 +145,9 @@ def demo(arguments: argparse.Namespace) -> None:
     from scrubjay.examples.demo import demo as run
     from scrubjay.examples.learning.recipe import Recipe
 
-    recipe = Recipe.of(arguments.model, batch_size=arguments.batch_size, length=arguments.length)
+    given = {"batch_size": arguments.batch_size, "length": arguments.length}
+    given = {name: value for name, value in given.items() if value is not None}
+    recipe = Recipe.within(arguments.model, arguments.minutes, **given)
     run(
         arguments.model,
         recipe=recipe.smoke() if arguments.smoke else recipe,

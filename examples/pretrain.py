@@ -35,8 +35,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from scrubjay.examples.data.corpus import Corpus, encode, load_corpus, num_bytes, train_tokenizer
+from scrubjay.examples.learning.optimizer import make_optimizer
 from scrubjay.examples.learning.recipe import MODELS, Recipe
-from scrubjay.examples.learning.training import Windows, build_model, make_optimizer, schedule
+from scrubjay.examples.learning.training import Windows, build_model, schedule
 from scrubjay.modeling.training.sharding import mixed_precision
 
 

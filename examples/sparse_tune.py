@@ -13,7 +13,7 @@ elsewhere they keep their dtype, and the script says so. Settings that are not p
 
 A fair comparison tunes the same adapters with full attention (`--label-k` at least `--length`) on the same text.
 Prints the held-out loss with sparse and full attention, before and after. For the 5M-parameter model of `scrubjay demo
---model llama`, about 15 minutes on two cores (62 steps of 14 seconds).
+--model llama --minutes 30`, about 15 minutes on two cores (62 steps of 14 seconds).
 """
 
 import argparse

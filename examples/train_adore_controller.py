@@ -10,7 +10,7 @@ that need no training: the newest, the newest and four sinks, and H2O (half the 
 
 Text is the source of Python's standard library, or --text. `Controller.load(folder)` reads what is written. Prints the
 loss, then the share of attention and of the best tokens that each rule keeps. For the 5M-parameter model of `scrubjay
-demo --model llama`, about 20 minutes on two cores (1000 steps of 1.1 seconds).
+demo --model llama --minutes 30`, about 20 minutes on two cores (1000 steps of 1.1 seconds).
 """
 
 import argparse

@@ -2,15 +2,32 @@
 
 from dataclasses import dataclass, replace
 
+SHORT = (1_000, 2_000, 4_000, 8_000, 16_000)  # contexts of a hybrid: the time to read one is quadratic
+
 # About 5M parameters each at the width below. Rates: the best of 2e-3, 4e-3 and 8e-3 in runs of 0.3M to 0.5M tokens,
-# the baseline's too, so that nothing is held against a badly tuned model (ssd: of the first two; rodimus and taipan:
-# not tried).
+# the baseline's too, so that nothing is held against a badly tuned model (ssd: of the first two; ssd-hybrid, rodimus
+# and taipan: not tried).
 MODELS: dict[str, dict] = {
     "rodimus_plus": {"num_hidden_layers": 4, "learning_rate": 4e-3},
     "rodimus": {"num_hidden_layers": 7, "learning_rate": 4e-3},
     "ssd": {"num_hidden_layers": 8, "learning_rate": 4e-3},
+    "ssd-hybrid": {"num_hidden_layers": 8, "learning_rate": 4e-3, "contexts": SHORT},
     "taipan": {"num_hidden_layers": 7, "learning_rate": 4e-3},
     "llama": {"num_hidden_layers": 5, "learning_rate": 2e-3},
+}
+# For a run of at most QUICK_MINUTES on two cores: about 0.6M parameters each. What counts in two minutes is how much
+# text a model sees: half as wide, with a quarter of the blocks and half the vocabulary, Rodimus+ sees six times as much
+# as above, and learns far more. Found by `python examples/studies/demo_search.py` (examples/results/demo_search.json):
+# sizes, vocabulary and batch with Rodimus+, then for every model the same trials of optimizers and rates.
+QUICK_MINUTES = 8
+QUICK_SIZES = {"hidden_size": 128, "vocab_size": 2048, "learning_rate": 12e-3}
+QUICK: dict[str, dict] = {
+    "rodimus_plus": {"num_hidden_layers": 1},
+    "rodimus": {"num_hidden_layers": 2},
+    "ssd": {"num_hidden_layers": 2},
+    "ssd-hybrid": {"num_hidden_layers": 2, "contexts": SHORT},
+    "taipan": {"num_hidden_layers": 2},
+    "llama": {"num_hidden_layers": 2, "learning_rate": 4e-3},
 }
 
 
@@ -20,6 +37,8 @@ class Recipe:
 
     Args:
         learning_rate: peak; it rises linearly over `warmup` of the steps and falls linearly to 0 over the last `decay`.
+        optimizer: "adamw", or "muon" for the matrices between embedding and head (`learning/optimizer.py`).
+        matrix_rate: Muon's learning rate over AdamW's.
         max_epochs: the run ends early rather than read the training text more often than this (a GPU would).
         max_steps: None lets the time budget decide.
         precision: "bfloat16" (autocast), "float32", or "fastest", which times both on this machine.
@@ -38,6 +57,8 @@ class Recipe:
     decay: float = 0.8
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
+    optimizer: str = "adamw"
+    matrix_rate: float = 1.0
     max_grad_norm: float = 1.0
     max_epochs: float = 6.0
     max_steps: int | None = None
@@ -53,6 +74,16 @@ class Recipe:
     def of(cls, model: str, **changes) -> "Recipe":
         """The recipe of a model of `MODELS`, with some fields changed."""
         return cls(**{**MODELS[model], **changes})
+
+    @classmethod
+    def quick(cls, model: str, **changes) -> "Recipe":
+        """The recipe of a model of `QUICK`, with some fields changed."""
+        return cls(**{**QUICK_SIZES, **QUICK[model], **changes})
+
+    @classmethod
+    def within(cls, model: str, minutes: float, **changes) -> "Recipe":
+        """The recipe of a run of so many minutes."""
+        return (cls.quick if minutes <= QUICK_MINUTES else cls.of)(model, **changes)
 
     def smoke(self) -> "Recipe":
         """The same run, small enough to end within seconds on a CPU."""

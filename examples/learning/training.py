@@ -35,6 +35,7 @@ from scrubjay import (
     TaipanConfig,
     TaipanForCausalLM,
 )
+from scrubjay.examples.learning.optimizer import make_optimizer
 from scrubjay.examples.learning.recipe import Recipe
 
 TIMED_STEPS = 6  # the first two also build the optimiser's state and are left out
@@ -90,11 +91,16 @@ def build_model(name: str, recipe: Recipe, vocab_size: int, eos_token_id: int) -
                 num_attention_heads=max(1, recipe.hidden_size // 64),
                 intermediate_size=recipe.hidden_size * 11 // 4,
                 max_position_embeddings=max(recipe.contexts),
+                initializer_range=0.02 * max(1, 2048 / recipe.hidden_size) ** 0.5,  # as Rodimus; 0.02 learns later
                 **sizes,
             )
         )
     if name == "ssd":
         return SSDForCausalLM(SSDConfig(**sizes))
+    if (
+        name == "ssd-hybrid"
+    ):  # attention in the place of a mixer in the middle: of its layers the paper has about a tenth
+        return SSDForCausalLM(SSDConfig(attn_layer_idx=[recipe.num_hidden_layers // 2], **sizes))
     if name == "rodimus":
         return RodimusForCausalLM(RodimusConfig(block_type="rodimus", **sizes))
     # half of what is seen in training, so that the state has to carry what the window forgets
@@ -208,19 +214,6 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     if hasattr(model, "describe"):
         model.describe(**notes)
     model.save_pretrained(folder)
-
-
-def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only, as each model of the zoo knows which of its parameters are."""
-    if hasattr(model, "weight_decay_groups"):
-        groups = model.weight_decay_groups(recipe.weight_decay)
-    else:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
 
 
 def schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:

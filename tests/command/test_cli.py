@@ -18,7 +18,7 @@ from scrubjay.conversion.convert import FORMATS, convert
 from scrubjay.examples import demo as demo_module
 from scrubjay.examples.benchmarks import benchmark
 from scrubjay.examples.data.corpus import train_tokenizer
-from scrubjay.examples.learning.recipe import MODELS, Recipe
+from scrubjay.examples.learning.recipe import MODELS, QUICK, QUICK_MINUTES, Recipe
 
 COMMANDS = ["demo", "generate", "convert", "export", "verify", "eval", "bench"]
 TEXT = "def cache(acorn):\n    return hide(acorn)\n" * 40
@@ -76,7 +76,7 @@ def test_help_and_errors_of_parsing_import_neither_torch_nor_the_package(argv, c
 
 def test_names_and_defaults_in_the_help_are_the_packages():
     parse = scrubjay_cli.make_parser().parse_args
-    assert tuple(MODELS) == scrubjay_cli.MODELS
+    assert tuple(MODELS) == tuple(QUICK) == scrubjay_cli.MODELS
     for argv, function in ((["demo"], demo_module.demo), (["convert", "here", "there"], convert)):
         parsed = vars(parse(argv))
         parameters = inspect.signature(function).parameters.values()
@@ -84,8 +84,8 @@ def test_names_and_defaults_in_the_help_are_the_packages():
         shared = stated.keys() & parsed.keys()
         assert len(shared) >= 4
         assert {name: parsed[name] for name in shared} == {name: stated[name] for name in shared}
-    recipe, demo = Recipe.of(scrubjay_cli.MODELS[0]), parse(["demo"])
-    assert (demo.batch_size, demo.length) == (recipe.batch_size, recipe.length)
+    assert scrubjay_cli.QUICK_MINUTES == QUICK_MINUTES
+    assert {Recipe.within(name, minutes).length for name in MODELS for minutes in (2, 30)} == {128}
     own = vars(benchmark.make_parser().parse_args(["--cpu"]))
     assert own.items() <= vars(parse(["bench", "--cpu"])).items()
 
@@ -140,7 +140,7 @@ def test_demo_says_first_what_it_will_do(tmp_path):
     argv = ["demo", "--model", "ssd", "--minutes", "7", "--output", tmp_path / "out"]
     done = subprocess.run([sys.executable, "-c", script, *argv], env=ENVIRONMENT, capture_output=True, text=True)
     for said in (
-        "ssd",
+        "a 0.6M-parameter ssd",
         "Python's standard library",
         "7 minutes",
         "8 to 10 minutes in all on two idle cores",
@@ -198,12 +198,22 @@ def test_bench_passes_its_arguments_on(monkeypatch, tmp_path):
     assert seen == expected | {"command": f"scrubjay {' '.join(argv)}"}
 
 
+@pytest.mark.parametrize(("minutes", "recipe"), [(QUICK_MINUTES, Recipe.quick), (QUICK_MINUTES + 1, Recipe.of)])
+def test_a_demo_of_more_minutes_trains_a_larger_model(minutes, recipe, monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr(demo_module, "demo", lambda model, **arguments: seen.update(arguments))
+    assert scrubjay_cli.main(["demo", "--minutes", str(minutes)]) == 0
+    assert seen["recipe"] == recipe("rodimus_plus")
+    size = scrubjay_cli.SIZES[minutes > QUICK_MINUTES]
+    assert f"a {size}-parameter rodimus_plus" in capsys.readouterr().out
+
+
 def test_demo_passes_its_arguments_on(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(demo_module, "demo", lambda model, **arguments: seen.update(arguments, model=model))
     argv = ["demo", "--model", "llama", "--minutes", "0.5", "--seed", "3", "--batch-size", "2", "--length", "32"]
     assert scrubjay_cli.main([*argv, "--output", str(tmp_path)]) == 0
-    assert seen["recipe"] == Recipe.of("llama", batch_size=2, length=32)
+    assert seen["recipe"] == Recipe.quick("llama", batch_size=2, length=32)
     assert (seen["model"], seen["minutes"], seen["seed"], seen["output"]) == ("llama", 0.5, 3, tmp_path)
     assert seen["command"].startswith("scrubjay demo --model llama --minutes 0.5")
 

@@ -30,7 +30,6 @@ from scrubjay.examples.learning.training import (
     Windows,
     build_model,
     find_pace,
-    make_optimizer,
     plan_steps,
     schedule,
     train,
@@ -251,11 +250,6 @@ def test_schedule_rises_and_ends_at_zero():
     assert rate(100) == 0
 
 
-def test_weight_decay_is_on_matrices_only():
-    for group in make_optimizer(small_llama(), Recipe.of("llama")).param_groups:
-        assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
-
-
 def test_finding_the_pace_leaves_the_model_as_it_was(tmp_path):
     model, data = small_llama(), Windows(random_stream(64 * 40) % 50, 64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -324,9 +318,10 @@ def test_check_names_the_argument(recipe, minutes, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_builds_learns_and_is_weighed(name, tmp_path):
-    """Each has about 5M parameters in the demo, and a tiny one learns a cycle of 50 tokens."""
+    """Each has about as many parameters as the others in the demo, and a tiny one learns a cycle of 50 tokens."""
     with torch.device("meta"):
         assert 4.5e6 < build_model(name, Recipe.of(name), 4096, 0).num_parameters() < 5.5e6
+        assert 0.48e6 < build_model(name, Recipe.quick(name), 2048, 0).num_parameters() < 0.68e6
     recipe = Recipe.of(name, hidden_size=32, num_hidden_layers=1, batch_size=4, length=32, num_evals=1)
     torch.manual_seed(0)
     model = build_model(name, recipe, 50, 0)
@@ -334,7 +329,8 @@ def test_every_model_builds_learns_and_is_weighed(name, tmp_path):
     assert log.losses[-1] < log.losses[0] - 0.3
     model.eval()
     grown = cache_growth(model, np.arange(50), [100, 200], chunk=64)["nbytes"]
-    assert len(set(grown.values())) == 1  # constant where it was fed on; attention is fed the first only
+    # constant where it was fed on; attention is fed the first only, and a hybrid's grows
+    assert len(set(grown.values())) == (2 if name == "ssd-hybrid" else 1)
     assert decode_rate(model, np.arange(50), 10, 3) > 0
 
 

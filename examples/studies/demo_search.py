@@ -1,0 +1,265 @@
+"""How the demo's recipe was found: what learns most in two minutes of two cores, for every model the same search.
+
+    python examples/studies/demo_search.py                all of examples/results/demo_search.json; goes on if stopped
+    python examples/studies/demo_search.py --plan         what is missing
+    python examples/studies/demo_search.py --table        the tables, of what is there
+    python examples/studies/demo_search.py --smoke        the code path in a minute
+
+Nothing is judged by the clock, so that it can run beside other work. First a step of each setting is measured: seconds
+of one processor in one thread, the fastest of some. Two idle minutes are worth `BUDGET` of them, and a trial trains for
+as many steps as fit into its share of that. Its score is bits per byte of held-out text that the n-grams are scored on
+too; less is better.
+
+    sizes    Rodimus+ at several sizes, with AdamW and with Muon, a third of the budget; the small ones also all of it
+    batches  Rodimus+ at the size that the demo has: batches, lengths, vocabularies, a third of the budget
+    rates    every model at its size of the demo, both optimizers, the same rates, a third of the budget
+    whole    every model at the best of its rates, the whole budget, other seeds
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import set_seed
+
+from scrubjay.examples.data.corpus import encode, load_corpus, num_bytes, train_tokenizer
+from scrubjay.examples.learning.recipe import QUICK, Recipe
+from scrubjay.examples.learning.training import Windows, build_model, train
+from scrubjay.examples.measuring.baselines import NGram
+from scrubjay.examples.measuring.measure import stream_bits
+from scrubjay.examples.studies.laboratory import (
+    Cell,
+    add_arguments,
+    cell_of,
+    command_line,
+    opened,
+    spread,
+)
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "demo_search.json"
+# Two cores of an AMD EPYC with AVX2: the demo's 114 seconds between its looks at held-out text, of which a step of the
+# 5M Rodimus+ (8 windows of 128 tokens) takes 0.44 in two threads; in one it takes 0.78 of one processor.
+BUDGET = 200.0
+TIMED = 8
+GLANCE = 8  # one held-out window in so many is scored; all of them at the end of `whole`
+SIZED = ("hidden_size", "num_hidden_layers", "vocab_size", "batch_size", "length")
+# (width, blocks, vocabulary, rate)
+SIZES = [(256, 4, 4096, 0.004), (128, 3, 4096, 0.008), (128, 2, 4096, 0.012), (128, 1, 4096, 0.012)]
+SIZES += [(128, 2, 2048, 0.012), (128, 1, 2048, 0.012), (96, 1, 2048, 0.012), (192, 1, 2048, 0.012)]
+CHANGES = [{"batch_size": 4}, {"batch_size": 16}, {"batch_size": 16, "length": 64}, {"vocab_size": 1024}]
+# (optimizer, learning rate, Muon's over it): as many trials with the one as with the other.
+CHOICES = [("adamw", 0.003, 1.0), ("adamw", 0.006, 1.0), ("adamw", 0.012, 1.0), ("adamw", 0.024, 1.0)]
+CHOICES += [("muon", rate, matrix_rate) for rate in (0.006, 0.012) for matrix_rate in (0.25, 0.5)]
+SEEDS = (1, 2, 3)
+
+
+@cache
+def text(vocab_size: int, train_bytes: int, heldout_bytes: int) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """(training stream, held-out stream, bytes of the held-out text, end-of-text id)."""
+    corpus = load_corpus().limited(train_bytes, heldout_bytes)
+    tokenizer = train_tokenizer(corpus.train, vocab_size)
+    streams = [encode(tokenizer, part) for part in (corpus.train, corpus.heldout)]
+    return *streams, num_bytes(corpus.heldout), tokenizer.eos_token_id
+
+
+def recipe_of(cell: Cell) -> Recipe:
+    """The recipe of a cell: the demo's, changed as its settings say."""
+    changes = {name: value for name, value in cell.settings.items() if name not in ("share", "steps", "smoke")}
+    recipe = Recipe.quick(cell.model, learning_rate=cell.rate, **changes)
+    return recipe.smoke() if cell.settings.get("smoke") else recipe
+
+
+def pace_of(cell: Cell) -> Cell:
+    """The cell that measures the step of a cell's setting."""
+    settings = {name: value for name, value in cell.settings.items() if name not in ("share", "steps", "matrix_rate")}
+    return Cell("pace", cell.model, 0, 0.001, settings)
+
+
+def work(cell: Cell) -> dict:
+    return measure_pace(cell) if cell.study == "pace" else learn(cell)
+
+
+def prepared(cell: Cell):
+    """(model, windows, recipe, held-out stream, bytes of it)."""
+    recipe = recipe_of(cell)
+    stream, heldout, heldout_bytes, eos = text(recipe.vocab_size, recipe.train_bytes, recipe.heldout_bytes)
+    set_seed(cell.seed)
+    return (
+        build_model(cell.model, recipe, recipe.vocab_size, eos),
+        Windows(stream, recipe.length),
+        recipe,
+        heldout,
+        heldout_bytes,
+    )
+
+
+def measure_pace(cell: Cell) -> dict:
+    """Seconds of one processor that a step takes in one thread: the least of some."""
+    model, windows, recipe, *_ = prepared(cell)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        clock = []
+        with tempfile.TemporaryDirectory() as folder:
+            train(
+                model,
+                windows,
+                replace(recipe, num_evals=TIMED),  # what is called after each step looks at the clock alone
+                TIMED,
+                bfloat16=False,
+                output=Path(folder),
+                evaluate=lambda model: clock.append(time.process_time()) or 0.0,
+                show=False,
+            )
+    finally:
+        torch.set_num_threads(threads)
+    return {"cpu_seconds": min(np.diff(clock)), "parameters": model.num_parameters()}
+
+
+def learn(cell: Cell) -> dict:
+    """Train for the cell's steps and score."""
+    model, windows, recipe, heldout, heldout_bytes = prepared(cell)
+    steps = cell.settings["steps"]
+    with tempfile.TemporaryDirectory() as folder:
+        log = train(model, windows, recipe, steps, bfloat16=False, seed=cell.seed, output=Path(folder), show=False)
+    every = 1 if cell.study == "whole" else GLANCE
+    bits = stream_bits(model, heldout, recipe.length, every=every) / heldout_bytes
+    last = log.losses[-max(1, steps // 20) :]
+    return {
+        "bits_per_byte": bits if math.isfinite(bits) else 99.0,
+        "training_nats": sum(last) / len(last),
+        "tokens": steps * recipe.batch_size * recipe.length,
+        "parameters": model.num_parameters(),
+    }
+
+
+def optimizer_settings(optimizer: str, matrix_rate: float) -> dict:
+    """Settings of a cell; AdamW's does not name what it has no use for."""
+    return {"optimizer": optimizer} | ({"matrix_rate": matrix_rate} if optimizer == "muon" else {})
+
+
+def chosen(settings: Mapping) -> dict:
+    """The optimizer's settings among a cell's."""
+    return {name: settings[name] for name in ("optimizer", "matrix_rate") if name in settings}
+
+
+class Search:
+    """What is to be tried, by what is known so far."""
+
+    def __init__(self, records: Iterable[dict], smoke: bool = False):
+        self.known = {cell_of(record): record["result"] for record in records if "result" in record}
+        self.smoke = smoke
+
+    def cells(self) -> list[Cell]:
+        """Every trial whose step has been measured, in the order of the header; before it the measurements."""
+        trials = [*self.sizes(), *self.batches(), *self.rates(), *self.whole()]
+        paces = list(dict.fromkeys(pace_of(trial) for trial in trials))
+        return [*paces, *(self.timed(trial) for trial in trials if pace_of(trial) in self.known)]
+
+    def timed(self, cell: Cell) -> Cell:
+        """The cell with as many steps as its share of the budget holds."""
+        seconds = self.known[pace_of(cell)]["cpu_seconds"]
+        steps = 4 if self.smoke else round(BUDGET * cell.settings["share"] / seconds)
+        return Cell(cell.study, cell.model, cell.seed, cell.rate, {**cell.settings, "steps": steps})
+
+    def trial(self, study: str, model: str, rate: float, seed: int = 0, share: float = 1 / 3, **settings) -> Cell:
+        recipe = Recipe.quick(model)
+        settings = {name: getattr(recipe, name) for name in SIZED} | settings | {"share": round(share, 3)}
+        return Cell(study, model, seed, rate, settings | ({"smoke": True} if self.smoke else {}))
+
+    def sizes(self) -> list[Cell]:
+        adamw, muon = optimizer_settings("adamw", 1.0), optimizer_settings("muon", 0.5)
+        thirds = [self.sized(size, 1 / 3, choice) for size in SIZES for choice in (adamw, muon)]
+        return [*thirds, *(self.sized(size, 1.0, adamw) for size in SIZES if size[2] == 2048)]
+
+    def sized(self, size: tuple, share: float, choice: dict) -> Cell:
+        width, blocks, words, rate = size
+        sizes = {"hidden_size": width, "num_hidden_layers": blocks, "vocab_size": words}
+        return self.trial("sizes", "rodimus_plus", rate, share=share, **sizes, **choice)
+
+    def batches(self) -> list[Cell]:
+        return [self.trial("batches", "rodimus_plus", 0.012, optimizer="adamw", **change) for change in CHANGES]
+
+    def rates(self) -> list[Cell]:
+        return [
+            self.trial("rates", model, rate, **optimizer_settings(optimizer, matrix_rate))
+            for optimizer, rate, matrix_rate in CHOICES
+            for model in QUICK
+        ]
+
+    def best(self, model: str) -> Cell | None:
+        """Of `rates`, once all of the model's are done."""
+        trials = [trial for trial in self.rates() if trial.model == model]
+        if not all(pace_of(trial) in self.known and self.timed(trial) in self.known for trial in trials):
+            return None
+        return min(trials, key=lambda trial: self.known[self.timed(trial)]["bits_per_byte"])
+
+    def whole(self) -> list[Cell]:
+        found = filter(None, map(self.best, QUICK))
+        return [
+            self.trial("whole", best.model, best.rate, seed, 1.0, **chosen(best.settings))
+            for best in found
+            for seed in SEEDS
+        ]
+
+
+def tables(search: Search) -> str:
+    """What was found, as Markdown: a row a setting, its mean over seeds and their range."""
+    parts = []
+    for study in ("sizes", "batches", "rates", "whole"):
+        rows: dict[tuple, list[dict]] = {}
+        for trial in getattr(search, study)():
+            if pace_of(trial) in search.known and search.timed(trial) in search.known:
+                timed = search.timed(trial)
+                shown = {name: value for name, value in timed.settings.items() if name not in ("share", "smoke")}
+                shown |= {"rate": trial.rate, "model": trial.model}
+                rows.setdefault(tuple(sorted(shown.items())), []).append(search.known[timed])
+        if rows:
+            names = list(dict.fromkeys(["model", *(name for row in rows for name, _ in row)]))
+            lines = [[*names, "parameters", "tokens", "bits per byte"], ["---"] * (len(names) + 3)]
+            for row, results in rows.items():
+                mean, low, high = spread([result["bits_per_byte"] for result in results])
+                bits = f"{mean:.3f}" if len(results) == 1 else f"{mean:.3f} ({low:.3f} to {high:.3f})"
+                found = [f"{results[0]['parameters'] / 1e6:.2f}M", f"{results[0]['tokens'] / 1000:.0f}k", bits]
+                lines.append([*(f"{dict(row).get(name, '')}" for name in names), *found])
+            parts.append("\n".join([f"{study}\n", *(f"| {' | '.join(line)} |" for line in lines)]))
+    return "\n\n".join(parts)
+
+
+def trigram() -> float:
+    """Held-out bits per byte of the demo's trigram."""
+    recipe = Recipe.quick("llama")
+    stream, heldout, heldout_bytes, _ = text(recipe.vocab_size, recipe.train_bytes, recipe.heldout_bytes)
+    return NGram(stream, recipe.vocab_size).bits(heldout, 3) / heldout_bytes
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_arguments(parser, RESULTS)
+    parser.add_argument("--table", action="store_true", help="run nothing: print the tables of what is there")
+    args = parser.parse_args(argv)
+    laboratory = opened(args, command_line("examples/studies/demo_search.py", argv))
+
+    def search(records: Iterable[dict]) -> Search:
+        return Search(records, args.smoke)
+
+    if args.table:
+        print(tables(search(laboratory.records())))
+    elif args.plan:
+        print(laboratory.plan(search(laboratory.records()).cells()))
+    else:
+        records = laboratory.run(lambda records: search(records).cells(), work, args.minutes)
+        print(f"trigram {trigram():.4f}\n\n{tables(search(records))}")
+
+
+if __name__ == "__main__":
+    main()
