@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.configuration.configuration_ssd import SSDSizes
+from scrubjay.configuration.starts import initial_std
 
 CHOICES = {
     "kv_scope": ("all", "selected"),
@@ -97,6 +98,9 @@ class TaipanConfig(SSDSizes):
             and their floor.
         A_initializer_range: (low, high), range from which the initial decay rates are drawn (uniform).
         initializer_range: standard deviation of the initial embedding, gate, attention and feed-forward networks.
+            None is 0.02 * max(1, 2048 / hidden_size) ** 0.5: 0.02 at the width of the largest reconstructed model, and
+            below it what gives scores of attention the same variance. From 0.02 at width 64 a query sees all keys
+            alike and the feed-forward network gives next to nothing: associative recall was not learned at all.
         rescale_prenorm_residual: divide the initial output projections of Mamba-2 blocks by sqrt(num_hidden_layers), as
             its authors do, those of attention and feed-forward networks by sqrt(number of residual branches).
         use_cache: whether forward returns a cache by default.
@@ -149,6 +153,7 @@ class TaipanConfig(SSDSizes):
     attention_head_dim: int | None = None
     sliding_window: int = 2048
     intermediate_size: int | None = None
+    initializer_range: float | None = None  # type: ignore[assignment]  # a number once there is a configuration
     capacity: float = 0.15
     kv_scope: str = "all"
     window_axis: str = "position"
@@ -183,6 +188,8 @@ class TaipanConfig(SSDSizes):
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
+        if self.initializer_range is None:
+            self.initializer_range = initial_std(self.hidden_size)
         super().__post_init__(**kwargs)
 
     @classmethod

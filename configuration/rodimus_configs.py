@@ -65,6 +65,7 @@ MIXER: dict[str, Table] = {
     "fla": {
         "state_size": ("expand_ratio", 64),
         "conv_kernel": ("conv_size", 4),
+        "short_conv": ("use_short_conv", True),
         "input_gate_rank": ("input_gate_low_rank", "auto"),
         "k_norm_eps": ("k_norm_eps", None),
     },
@@ -90,7 +91,7 @@ PARTS = {"codefuse": ("mixer_cfg", "attn_cfg"), "fla": (None, "ska_attn")}
 # Theirs, where only some values are what this model computes.
 ONLY: dict[str, dict[str, tuple]] = {
     "codefuse": {},
-    "fla": {"attn": (None,), "use_short_conv": (True,), "hidden_act": ("swish", "silu")},
+    "fla": {"attn": (None,), "hidden_act": ("swish", "silu")},
 }
 ATTENTION_ONLY: dict[str, dict[str, tuple]] = {
     "codefuse": {"softmax_scale": (None,), "rotary_emb_scale_base": (None,)},
@@ -263,8 +264,18 @@ def _ratio(config):
     return 4 / 3 if eights(int(hidden * 4 / 3)) == width else width / hidden
 
 
+def _ablated(config, layout):
+    """Reasons: parts of the model that are switched off, and that the library always has."""
+    known = set(MIXER[layout])
+    return [
+        f"{name} is {getattr(config, name)!r} ({words}), for which its code has no switch"
+        for name, words in config.ablations.items()
+        if name not in known
+    ]
+
+
 def _not_in_codefuse(config):
-    refused = []
+    refused = _ablated(config, "codefuse")
     if config.has_attention and config.sliding_window == 1:
         refused.append("sliding_window is 1, and its windows hold at least 2 keys")
     if config.has_attention and eights(int(config.hidden_size * _ratio(config))) != config.intermediate_size:
@@ -278,6 +289,6 @@ def _not_in_fla(config):
     if config.has_attention:
         wanted |= {"num_key_heads": 1, "num_value_heads": config.num_attention_heads}
         wanted |= {"rotary_dim": config.head_dim, "rope_interleaved": False}
-    return [
+    return _ablated(config, "fla") + [
         f"{name} is {getattr(config, name)}, it has {v}" for name, v in wanted.items() if getattr(config, name) != v
     ]

@@ -18,8 +18,11 @@ from scrubjay.modeling.modeling_rodimus import KEY_NAMES, RodimusForCausalLM
 UNSEEN = ("sliding_window", "k_norm_eps", "rms_norm_eps", "rope_theta", "scale_embedding", "tie_word_embeddings")
 
 
-def sizes_from(shapes: Shapes) -> dict[str, Any]:
+def sizes_from(layout: str, shapes: Shapes) -> dict[str, Any]:
     """What the shapes of the tensors, by our names, say of a Rodimus model.
+
+    Args:
+        layout: the library's. fla's models may be without a convolution.
 
     Returns: fields of `RodimusConfig`; beside them "inner_size", and for Rodimus+ "key_width" and "value_width", the
         channels of all key heads and of all value heads.
@@ -28,7 +31,9 @@ def sizes_from(shapes: Shapes) -> dict[str, Any]:
         ValueError: names the tensors that are missing for it or of wrong shapes.
     """
     first = "model.layers.0."
-    names = {name: f"{first}mixer.{name}" for name in ("act_norm.weight", "conv1d.weight", "in_proj.weight")}
+    convolved = layout != "fla" or any("mixer.conv1d." in name for name in shapes)
+    parts = ("act_norm.weight", "in_proj.weight", *(["conv1d.weight"] if convolved else []))
+    names = {name: f"{first}mixer.{name}" for name in parts}
     names |= {"embedding": "model.embed_tokens.weight", "gate": f"{first}mixer.ch_gate_down.weight"}
     plus = f"{first}attn.q_proj.weight" in shapes
     if plus:
@@ -43,10 +48,10 @@ def sizes_from(shapes: Shapes) -> dict[str, Any]:
         "num_hidden_layers": len({layer_of("model.layers.*.mixer_norm.weight", name) for name in shapes} - {None}),
         "inner_size": found["act_norm.weight"][0],
         "state_size": found["in_proj.weight"][0] // 2,
-        "conv_kernel": found["conv1d.weight"][2],
         "input_gate_rank": found["gate"][0],
         "norm_embedding": "model.embed_norm.weight" in shapes,
     }
+    sizes |= {"short_conv": convolved} | ({"conv_kernel": found["conv1d.weight"][2]} if convolved else {})
     if plus:
         sizes |= {"key_width": found["attn.k_proj"][0], "value_width": found["attn.v_proj"][0]}
         sizes["intermediate_size"] = found["ffn.out_proj"][1]
@@ -55,7 +60,7 @@ def sizes_from(shapes: Shapes) -> dict[str, Any]:
 
 def read_config(layout: str, theirs: dict, shapes: Shapes, settings: dict) -> tuple[RodimusConfig, list[str]]:
     """The configuration that the shapes tell, held against the file's, which tells the rest."""
-    sizes = sizes_from(our_shapes(KEY_NAMES[layout], shapes))
+    sizes = sizes_from(layout, our_shapes(KEY_NAMES[layout], shapes))
     if not theirs:
         fields, notes = _without_file(sizes, "lm_head.weight" in shapes)
     elif layout_of(theirs) != layout:

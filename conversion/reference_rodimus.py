@@ -82,6 +82,7 @@ def fla_logits(checkpoint: Checkpoint, ids: torch.Tensor, settings: dict[str, An
         plus=config.get("block_type", "rodimus_plus") == "rodimus_plus",
         rms_norm_eps=config.get("norm_eps", 1e-5),
         k_norm_eps=config.get("k_norm_eps") or 1e-12,
+        short_conv=config.get("use_short_conv", True),
         heads=attention["num_heads"],
         sliding_window=attention.get("window_size", 1024) or ids.shape[1],
         rope_theta=attention.get("rope_theta", 10000.0),
@@ -98,7 +99,7 @@ def fla_logits(checkpoint: Checkpoint, ids: torch.Tensor, settings: dict[str, An
 
         values = {
             "x_z": of("mixer.up_proj.weight", "mixer.gate_proj.weight"),
-            "conv": of("mixer.short_conv.weight", "mixer.short_conv.bias"),
+            "conv": of("mixer.short_conv.weight", "mixer.short_conv.bias") if sizes.short_conv else None,
             "q_k": of("mixer.q_proj.weight", "mixer.k_proj.weight"),
             "gates": of("mixer.g_gate_proj.weight", "mixer.tau_gate_proj.weight"),
             "gates_bias": of("mixer.g_gate_proj.bias", "mixer.tau_gate_proj.bias"),
@@ -134,10 +135,11 @@ def _blocks(x: torch.Tensor, part: Any, sizes: SimpleNamespace) -> torch.Tensor:
 
 def _mixer(h, w, sizes):
     x, z = (h @ weight.T for weight in w.x_z)
-    kernel, bias = w.conv
-    taps = kernel.shape[2]
-    convolved = F.conv1d(F.pad(x.mT, (taps - 1, 0)), kernel, bias, groups=kernel.shape[0]).mT
-    seen = F.silu(convolved)
+    seen = x
+    if w.conv is not None:
+        kernel, bias = w.conv
+        taps = kernel.shape[2]
+        seen = F.silu(F.conv1d(F.pad(x.mT, (taps - 1, 0)), kernel, bias, groups=kernel.shape[0]).mT)
     q, k = (seen @ weight.T for weight in w.q_k)
     select, temperature = (seen @ weight.T + b for weight, b in zip(w.gates, w.gates_bias, strict=True))
     g, tau = torch.logaddexp(select, torch.zeros_like(select)), torch.sigmoid(temperature)

@@ -62,12 +62,15 @@ def decay_token(step, log_rate):
 def rodimus_gates_token(qk, gates, bias, eps):
     """`rodimus_gates`, with exp(a) for a: q, k, keep (B, 1, N), float32."""
     q, k = qk.float().chunk(2, -1)
-    selection, temperature = (gates.float() + bias).chunk(2, -1)
+    length, gates = torch.linalg.vector_norm(k, dim=-1, keepdim=True).clamp_(min=eps), gates.float() + bias
+    if gates.shape[-1] == k.shape[-1]:  # no temperature
+        gate = F.softplus(gates)
+        return q * q.shape[-1] ** -0.5, (gate * k).div_(length), gate.neg_().exp_()
+    selection, temperature = gates.chunk(2, -1)
     gate, temperature = F.softplus(selection), torch.sigmoid(temperature)
     # ln(softplus(s)) >= s - e^s / 2, which it is where softplus underflows
     power = torch.maximum(gate.log(), torch.sub(selection, selection.exp(), alpha=0.5)).mul_(temperature).exp_()
-    k = power.mul_(k).div_(torch.linalg.vector_norm(k, dim=-1, keepdim=True).clamp_(min=eps))
-    return q * q.shape[-1] ** -0.5, k, gate.mul_(temperature).neg_().exp_()
+    return q * q.shape[-1] ** -0.5, power.mul_(k).div_(length), gate.mul_(temperature).neg_().exp_()
 
 
 def ssd_token(q, k, v, keep, gain, state):

@@ -2,10 +2,10 @@
 
     q = q' / sqrt(N)
     k = k' / max(|k'|, eps) * g^t        g = softplus(s + b_s)   the selection gate
-    a = -g * t                           t = sigmoid(r + b_r)    the temperature
+    a = -g * t                           t = sigmoid(r + b_r)    the temperature; 1 where gates packs s alone
 
 B batch, T time, N state size. qk: (B, T, 2 N), packs [q', k']   gates: (B, T, 2 N), packs [s, r]   bias: (2 N,), packs
-[b_s, b_r]. The power is formed as exp(t ln g).
+[b_s, b_r]. Without a temperature gates is s, (B, T, N), and bias b_s, (N,). The power is formed as exp(t ln g).
 """
 
 from functools import partial
@@ -30,9 +30,11 @@ def rodimus_gates(qk, gates, bias, eps, *, backend=None):
     Raises:
         ValueError: shapes that do not fit each other, a backend that cannot run.
     """
-    if qk.shape != gates.shape or qk.shape[-1] % 2 or bias.shape != qk.shape[-1:]:
+    n = qk.shape[-1] // 2
+    fits = gates.shape in ((*qk.shape[:-1], n), (*qk.shape[:-1], 2 * n)) and bias.shape == gates.shape[-1:]
+    if qk.shape[-1] % 2 or not fits:
         raise ValueError(
-            "rodimus_gates needs qk and gates (B, T, 2 N) and bias (2 N,); "
+            "rodimus_gates needs qk and gates (B, T, 2 N) and bias (2 N,), or gates (B, T, N) and bias (N,); "
             f"got qk {tuple(qk.shape)}, gates {tuple(gates.shape)}, bias {tuple(bias.shape)}."
         )
     fused = partial(rodimus_gates_fits, qk, gates, bias)
@@ -40,10 +42,14 @@ def rodimus_gates(qk, gates, bias, eps, *, backend=None):
         return rodimus_gates_triton(qk, gates, bias, eps)
     wide = torch.promote_types(qk.dtype, torch.float32)
     q, k = qk.chunk(2, -1)
-    selection, temperature = (gates.to(wide) + bias.to(wide)).chunk(2, -1)
+    q, k = q * n**-0.5, F.normalize(k.to(wide), dim=-1, eps=eps)
+    gates = gates.to(wide) + bias.to(wide)
+    if gates.shape[-1] == n:
+        gate = F.softplus(gates)
+        return q, k * gate, -gate
+    selection, temperature = gates.chunk(2, -1)
     gate, temperature = F.softplus(selection), torch.sigmoid(temperature)
-    k = F.normalize(k.to(wide), dim=-1, eps=eps) * (temperature * log_softplus(selection)).exp()
-    return q * (qk.shape[-1] // 2) ** -0.5, k, -gate * temperature
+    return q, k * (temperature * log_softplus(selection)).exp(), -gate * temperature
 
 
 def log_softplus(x):

@@ -1,6 +1,7 @@
 """The gates of Rodimus as one pass over memory forward and one backward (the equations are in rodimus_gates.py).
 
-One program computes ROWS steps; the backward pass computes everything again from the inputs. The gradient of the bias
+One program computes ROWS steps; the backward pass computes everything again from the inputs. TEMPERED: gates and bias
+pack a temperature too. The gradient of the bias
 is a sum over all steps: each program writes its own part of it, and torch adds these up.
 """
 
@@ -31,7 +32,7 @@ class _Gates(torch.autograd.Function):
         shape = (*qk.shape[:-1], n)
         q = torch.empty(shape, dtype=qk.dtype, device=qk.device)
         k, a = (torch.empty(shape, dtype=torch.float32, device=qk.device) for _ in range(2))
-        steps, rows, meta = _sizes(qk)
+        steps, rows, meta = _sizes(qk, gates)
         launch(_forward, (triton.cdiv(steps, rows),), qk, gates, bias, q, k, a, steps, n**-0.5, eps, **meta)
         return q, k, a
 
@@ -41,7 +42,7 @@ class _Gates(torch.autograd.Function):
         qk, gates, bias = ctx.saved_tensors
         dq, dk, da = (x.contiguous() for x in (dq, dk, da))
         dqk, dgates = torch.empty_like(qk), torch.empty_like(gates)
-        steps, rows, meta = _sizes(qk)
+        steps, rows, meta = _sizes(qk, gates)
         grid = (triton.cdiv(steps, rows),)
         parts = torch.empty(*grid, len(bias), dtype=torch.float32, device=qk.device)
         scale = (qk.shape[-1] // 2) ** -0.5
@@ -49,12 +50,13 @@ class _Gates(torch.autograd.Function):
         return dqk, dgates, parts.sum(0).to(bias.dtype), None
 
 
-def _sizes(qk):
+def _sizes(qk, gates):
     """Number of steps, steps of a program, constants of the kernels."""
     n = qk.shape[-1] // 2
     padded = triton.next_power_of_2(n)
     rows = max(1, 1024 // padded)  # 8 numbers of each tile a thread
-    return qk.numel() // (2 * n), rows, {"N": n, "NP": padded, "ROWS": rows, "num_warps": 4}
+    meta = {"N": n, "NP": padded, "ROWS": rows, "TEMPERED": gates.shape[-1] == 2 * n, "num_warps": 4}
+    return qk.numel() // (2 * n), rows, meta
 
 
 @jit
@@ -78,6 +80,22 @@ def _gate(x):
 
 
 @jit
+def _gates(gates, bias, at, to, real, n, N: tl.constexpr, TEMPERED: tl.constexpr):
+    """softplus of the selection, its logarithm and derivative, (ROWS, N) each; the selection; the temperature."""
+    if TEMPERED:
+        temperature = tl.load(gates + at + N, mask=real, other=0).to(tl.float32)
+        temperature += tl.load(bias + N + n, mask=n < N, other=0).to(tl.float32)[None, :]
+        _, _, temperature = _gate(temperature)
+    else:
+        at = to
+        temperature = tl.full([1, 1], 1.0, tl.float32)
+    selection = tl.load(gates + at, mask=real, other=0).to(tl.float32)
+    selection += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
+    gate, log, slope = _gate(selection)
+    return gate, log, slope, selection, temperature
+
+
+@jit
 def _tile(steps, N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr):
     """This program's places: in (T, 2 N) of the first half, in (T, N), their mask and the channels."""
     t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -88,55 +106,52 @@ def _tile(steps, N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr):
 @jit
 def _forward(
     qk, gates, bias, q, k, a, steps, scale, eps,
-    N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr, TEMPERED: tl.constexpr,
 ):  # fmt: skip
     at, to, real, n = _tile(steps, N, NP, ROWS)
     query = tl.load(qk + at, mask=real, other=0).to(tl.float32)
     key = tl.load(qk + at + N, mask=real, other=0).to(tl.float32)
-    selection = tl.load(gates + at, mask=real, other=0).to(tl.float32)
-    selection += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
-    temperature = tl.load(gates + at + N, mask=real, other=0).to(tl.float32)
-    temperature += tl.load(bias + N + n, mask=n < N, other=0).to(tl.float32)[None, :]
+    gate, log, _, _, temperature = _gates(gates, bias, at, to, real, n, N, TEMPERED)
 
-    gate, log, _ = _gate(selection)
-    _, _, temperature = _gate(temperature)
     length = tl.maximum(tl.sqrt(tl.sum(key * key, 1)), eps)
     tl.store(q + to, query * scale, mask=real)
-    tl.store(k + to, key / length[:, None] * tl.exp(temperature * log), mask=real)
+    power = tl.exp(temperature * log) if TEMPERED else gate
+    tl.store(k + to, key / length[:, None] * power, mask=real)
     tl.store(a + to, -gate * temperature, mask=real)
 
 
 @jit
 def _backward(
     qk, gates, bias, dq, dk, da, dqk, dgates, parts, steps, scale, eps,
-    N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr, TEMPERED: tl.constexpr,
 ):  # fmt: skip
     at, to, real, n = _tile(steps, N, NP, ROWS)
     key = tl.load(qk + at + N, mask=real, other=0).to(tl.float32)
-    selection = tl.load(gates + at, mask=real, other=0).to(tl.float32)
-    selection += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
-    temperature = tl.load(gates + at + N, mask=real, other=0).to(tl.float32)
-    temperature += tl.load(bias + N + n, mask=n < N, other=0).to(tl.float32)[None, :]
+    gate, log, slope, selection, temperature = _gates(gates, bias, at, to, real, n, N, TEMPERED)
     dquery = tl.load(dq + to, mask=real, other=0).to(tl.float32)
     dkey = tl.load(dk + to, mask=real, other=0)
     ddecay = tl.load(da + to, mask=real, other=0)
 
-    gate, log, slope = _gate(selection)
-    _, _, temperature = _gate(temperature)
     norm = tl.sqrt(tl.sum(key * key, 1))[:, None]
     length = tl.maximum(norm, eps)
-    unit, power = key / length, tl.exp(temperature * log)
-    dexponent = dkey * unit * power  # of the power's exponent, t ln g
+    power = tl.exp(temperature * log) if TEMPERED else gate
+    unit = key / length
     dunit = dkey * power
     along = tl.where(norm < eps, 0.0, tl.sum(dunit * unit, 1)[:, None])  # below eps the length is a constant
     tl.store(dqk + at, dquery * scale, mask=real)
     tl.store(dqk + at + N, (dunit - along * unit) / length, mask=real)
 
-    relative = tl.where(selection < -15, 1 - 0.5 * tl.exp(tl.minimum(selection, 0.0)), slope / tl.maximum(gate, 1e-7))
-    dselection = dexponent * temperature * relative - ddecay * temperature * slope
-    dtemperature = (dexponent * log - ddecay * gate) * temperature * (1 - temperature)
-    tl.store(dgates + at, dselection, mask=real)
-    tl.store(dgates + at + N, dtemperature, mask=real)
-    part = parts + tl.program_id(0).to(tl.int64) * (2 * N) + n
+    part = parts + tl.program_id(0).to(tl.int64) * ((1 + TEMPERED) * N) + n
+    if TEMPERED:
+        dexponent = dkey * unit * power  # of the power's exponent, t ln g
+        low = 1 - 0.5 * tl.exp(tl.minimum(selection, 0.0))
+        relative = tl.where(selection < -15, low, slope / tl.maximum(gate, 1e-7))
+        dselection = dexponent * temperature * relative - ddecay * temperature * slope
+        dtemperature = (dexponent * log - ddecay * gate) * temperature * (1 - temperature)
+        tl.store(dgates + at, dselection, mask=real)
+        tl.store(dgates + at + N, dtemperature, mask=real)
+        tl.store(part + N, tl.sum(tl.where(real, dtemperature, 0.0), 0), mask=n < N)
+    else:
+        dselection = (dkey * unit - ddecay) * slope
+        tl.store(dgates + to, dselection, mask=real)
     tl.store(part, tl.sum(tl.where(real, dselection, 0.0), 0), mask=n < N)
-    tl.store(part + N, tl.sum(tl.where(real, dtemperature, 0.0), 0), mask=n < N)

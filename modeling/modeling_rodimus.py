@@ -4,6 +4,7 @@
     Rodimus+   X <- X + Mixer(RMSNorm(X));  Y = X + Attention(RMSNorm(X));  X <- X + FFN(RMSNorm(Y))
 
 The output of the attention is not kept in the residual stream; it gets there through the feed-forward network alone.
+(`two_hop=False`, of the paper's ablations: X <- Y + FFN(RMSNorm(Y)).)
 
 Where this differs from the authors' code, and why: gates, decays and the state are float32 in every mode; the window
 has the same keys in whole sequences and in single steps (W // 2 + 1 for their `window_size` W, where their decoding
@@ -134,7 +135,7 @@ register_checkpoint_conversion_mapping(RodimusConfig.model_type, as_mapping(*KEY
 
 class RodimusMixer(nn.Module):
     """(B, T, D) -> (B, T, D), section 3. `fc` packs [x, z], `in_proj` [q, k], `mem_gate_proj` [selection,
-    temperature]."""
+    temperature]. Ablations have no temperature, no convolution, no input gate or one of a single, full matrix."""
 
     def __init__(self, config):
         super().__init__()
@@ -142,12 +143,14 @@ class RodimusMixer(nn.Module):
         self.n, self.chunk = n, config.chunk_size
         self.k_norm_eps = config.k_norm_eps
         self.fc = nn.Linear(config.hidden_size, 2 * m, bias=False)
-        self.conv1d = CausalConv(m, config.conv_kernel)
+        gates, rank = (2 * n if config.temperature_gate else n), config.input_gate_rank
+        low, gated = config.input_gate == "low_rank", config.input_gate != "none"
+        self.conv1d = CausalConv(m, config.conv_kernel) if config.short_conv else None
         self.in_proj = nn.Linear(m, 2 * n, bias=False)
-        self.mem_gate_proj = nn.Linear(m, 2 * n, bias=False)
-        self.mem_gate_bias = nn.Parameter(torch.empty(2 * n))  # its own parameter, because it is added in float32
-        self.ch_gate_down = nn.Linear(m, config.input_gate_rank, bias=False)
-        self.ch_gate_up = nn.Linear(config.input_gate_rank, m)
+        self.mem_gate_proj = nn.Linear(m, gates, bias=False)
+        self.mem_gate_bias = nn.Parameter(torch.empty(gates))  # its own parameter, because it is added in float32
+        self.ch_gate_down = nn.Linear(m, rank, bias=False) if low else None
+        self.ch_gate_up = nn.Linear(rank if low else m, m) if gated else None
         self.residual_weight = nn.Parameter(torch.empty(m))
         self.act_norm = GatedRMSNorm(m, config.rms_norm_eps)
         self.act_dropout = nn.Dropout(config.activation_dropout)
@@ -159,14 +162,12 @@ class RodimusMixer(nn.Module):
             return self._one_token(h, layout, state)
         x, z = project(self.fc, h).chunk(2, -1)  # (B, T, M) twice
         conv, s = (None, None) if state is None else state.read(x)
-        if layout.shard is not None:
+        if layout.shard is not None and self.conv1d is not None:
             conv = layout.shard.halo(x, self.conv1d.taps - 1)
-        seen, conv = self.conv1d(x, conv, layout)
+        seen, conv = (x, conv) if self.conv1d is None else self.conv1d(x, conv, layout)
         gates = (project(self.in_proj, seen), project(self.mem_gate_proj, seen), self.mem_gate_bias)
         q, k, a = rodimus_gates(*gates, self.k_norm_eps)  # (B, T, N) each
-        v = (
-            torch.sigmoid(project(self.ch_gate_up, project(self.ch_gate_down, x))) * x
-        )  # gated by x before the convolution
+        v = self._values(x)
         if layout.lengths is not None:
             v, a = v * layout.real, a * layout.real  # such a step adds nothing and forgets nothing
         if layout.shard is not None:
@@ -176,15 +177,21 @@ class RodimusMixer(nn.Module):
             state.write(conv, s)
         return project(self.out_proj, self.act_dropout(self.act_norm(y, z, seen, self.residual_weight)))
 
+    def _values(self, x):
+        """The stream before the convolution, gated by itself: (B, T, M)."""
+        if self.ch_gate_up is None:
+            return x
+        inner = x if self.ch_gate_down is None else project(self.ch_gate_down, x)
+        return torch.sigmoid(project(self.ch_gate_up, inner)) * x
+
     def _one_token(self, h, layout, state):
         """`forward` of (B, 1, D) in fewer calls."""
         x, z = project(self.fc, h).chunk(2, -1)
         conv, s = state.read(x)
-        seen, conv = self.conv1d(x, conv, layout)
+        seen, conv = (x, conv) if self.conv1d is None else self.conv1d(x, conv, layout)
         gates = (project(self.in_proj, seen), project(self.mem_gate_proj, seen), self.mem_gate_bias)
         q, k, keep = rodimus_gates_token(*gates, self.k_norm_eps)
-        v = torch.sigmoid(project(self.ch_gate_up, project(self.ch_gate_down, x))) * x
-        y, s = ddts_token(q, k, v.float(), keep, s)
+        y, s = ddts_token(q, k, self._values(x).float(), keep, s)
         state.write(conv, s)
         u = self.act_norm(y.addcmul_(seen.float(), self.residual_weight.float()), z)
         return project(self.out_proj, self.act_dropout(u))
@@ -239,7 +246,7 @@ class RodimusBlock(GradientCheckpointingLayer):
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = RodimusMixer(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.has_attention = config.has_attention
+        self.has_attention, self.two_hop = config.has_attention, config.two_hop
         if self.has_attention:
             self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.attn = SharedKeyWindow(config)
@@ -250,7 +257,7 @@ class RodimusBlock(GradientCheckpointingLayer):
         x = x + self.dropout(self.mixer(normed(self.mixer_norm, x, layout), layout, state))
         if self.has_attention:
             y = x + self.dropout(self.attn(normed(self.attn_norm, x, layout), layout, state))
-            x = x + self.dropout(self.ffn(normed(self.ffn_norm, y, layout)))
+            x = (x if self.two_hop else y) + self.dropout(self.ffn(normed(self.ffn_norm, y, layout)))
         return x
 
 
@@ -290,10 +297,12 @@ class RodimusPreTrainedModel(ZooPreTrainedModel):
 
     def _init_mixer(self, mixer):
         for proj in (mixer.in_proj, mixer.mem_gate_proj, mixer.ch_gate_down, mixer.ch_gate_up):
-            init.xavier_uniform_(proj.weight, gain=2**-2.5)
+            if proj is not None:
+                init.xavier_uniform_(proj.weight, gain=2**-2.5)
         selection = inverse_softplus(log_uniform(mixer.n, 0.001, 0.1, 1e-4))
         temperature = torch.empty(mixer.n).uniform_(1 / 16, 0.9).logit()
-        init.copy_(mixer.mem_gate_bias, spread(torch.cat([selection, temperature]), mixer.mem_gate_bias))
+        gates = torch.cat([selection, temperature])[: len(mixer.mem_gate_bias)]  # a temperature, or none
+        init.copy_(mixer.mem_gate_bias, spread(gates, mixer.mem_gate_bias))
         init.ones_(mixer.residual_weight)
 
 

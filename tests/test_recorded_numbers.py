@@ -10,6 +10,7 @@ import pytest
 from scrubjay.examples.benchmarks import benchmark_tables as tables
 from scrubjay.examples.measuring.processor import slug
 from scrubjay.examples.measuring.run_report import size
+from scrubjay.examples.studies import recall, scan
 
 ROOT = Path(__file__).parents[1]
 FIRST, EXAMPLES, KERNELS, CONVERSION, MODELING = (
@@ -35,15 +36,12 @@ def row(text, start):
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_recall():
-    cells, text = [(8, 16), (8, 64), (32, 16), (32, 64), (64, 16), (64, 64)], section("What they remember")
-    rows = {"ssd": "SSD", "rodimus": "Rodimus |", "rodimus_plus": "Rodimus+", "taipan": "Taipan"}
-    found = {name: row(text, start) for name, start in rows.items()}
-    for record in recorded("mqar.json"):
-        run = record["settings"]
-        cell = found[run["model"]][cells.index((run["pairs"], run["state_size"]))]
-        assert cell == f"{record['test_accuracy']:.3f}", run
-    assert sum(cell != "" for row in found.values() for cell in row) == len(recorded("mqar.json"))
+@pytest.mark.parametrize(("name", "table"), [("recall", recall.table), ("scan_cpu", scan.table)])
+def test_tables_of_studies(name, table):
+    guide = (ROOT / "examples" / "studies" / "README.md").read_text(encoding="utf-8")
+    shown = guide.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0].strip()
+    done = (ROOT / "examples" / "results" / f"{name}.json").is_file()
+    assert shown == (table(recorded(f"{name}.json")) if done else "Not run yet.")
 
 
 def test_retrieval():

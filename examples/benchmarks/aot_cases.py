@@ -123,9 +123,10 @@ def ssd_step(batch, dtype=torch.bfloat16, heads=64, head_dim=64, size=128):
     ssd_step_triton(q, k, drawn(batch, heads, head_dim, dtype=dtype), a, g, state, state)
 
 
-def rodimus_gates(size=64, dtype=torch.bfloat16):
-    qk, gates = (drawn(2, 2048, 2 * size, dtype=dtype) for _ in range(2))
-    back(*rodimus_gates_triton(qk, gates, drawn(2 * size, dtype=torch.float32), 1e-5))
+def rodimus_gates(size=64, dtype=torch.bfloat16, tempered=True):
+    width = 2 * size if tempered else size
+    qk, gates = drawn(2, 2048, 2 * size, dtype=dtype), drawn(2, 2048, width, dtype=dtype)
+    back(*rodimus_gates_triton(qk, gates, drawn(width, dtype=torch.float32), 1e-5))
 
 
 def unwanted(*shape, dtype):
@@ -219,6 +220,7 @@ CASES = {
     "ssd: fp32 step": lambda: ssd_step(1, torch.float32),
     "gates: bf16": rodimus_gates,
     "gates: fp32": lambda: rodimus_gates(dtype=torch.float32),
+    "gates: bf16 no temperature": lambda: rodimus_gates(tempered=False),
     "conv: bf16": lambda: conv(),
     "conv: bf16 short": lambda: conv((1, 500, 4352)),
     "conv: bf16 states": lambda: conv(state=True),

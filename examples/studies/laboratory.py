@@ -112,6 +112,11 @@ def cell_of(record: dict) -> Cell:
     return Cell(**record["cell"])
 
 
+def said(line: str) -> None:
+    """A line at once, also into a file."""
+    print(line, flush=True)
+
+
 Work = Callable[[Cell], dict]
 Cells = Sequence[Cell] | Callable[[list[dict]], Sequence[Cell]]
 
@@ -201,7 +206,7 @@ class Laboratory:
         workers: int = 1,
         threads: int | None = None,
         only: str | None = None,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = said,
     ):
         if workers < 1 or (threads is not None and threads < 1):
             raise ValueError(f"workers and threads must be at least 1; got {workers} and {threads}.")
@@ -285,7 +290,8 @@ class Laboratory:
         write_whole(self.out, f"[\n{lines}\n]\n")
 
     def plan(self, cells: Sequence[Cell], cost: Callable[[Cell], float] = lambda cell: 1.0) -> str:
-        """What is missing, cell by cell with its time by what like it took, and the whole.
+        """What is missing, a line for what differs in seeds and rates alone with its time by what like it took, and the
+        whole.
 
         Args:
             cost: a number that a cell's time is proportional to within its model; carries times over to other sizes.
@@ -293,14 +299,18 @@ class Laboratory:
         done = {cell_of(record): record for record in self.records() if "result" in record}
         missing = [cell for cell in self.wanted(cells) if cell not in done]
         seconds = [self._expected(cell, done, cost) for cell in missing]
+        alike: dict[str, list[float | None]] = {}
+        for cell, expected in zip(missing, seconds, strict=True):
+            alike.setdefault(cell.name.partition(" rate=")[0], []).append(expected)
         lines = [
-            f"{'?':>8}  {cell.name}" if time is None else f"{time / 60:6.1f} m  {cell.name}"
-            for cell, time in zip(missing, seconds, strict=True)
+            f"{len(times):3d} x {'?' if times[0] is None else f'{times[0] / 60:.1f} m':>8}  {name}"
+            for name, times in alike.items()
         ]
-        known, unknown = [time for time in seconds if time is not None], seconds.count(None)
+        known, unknown = [each for each in seconds if each is not None], seconds.count(None)
         hours = sum(known) / 3600 / self.workers
         more = f", and {unknown} of which nothing like them is done" if unknown else ""
-        return "\n".join([*lines, f"{len(missing)} cells are missing: {hours:.1f} h with {self.workers} workers{more}"])
+        workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
+        return "\n".join([*lines, f"{len(missing)} cells are missing: {hours:.1f} h with {workers}{more}"])
 
     @staticmethod
     def _expected(cell: Cell, done: dict[Cell, dict], cost: Callable[[Cell], float]) -> float | None:
@@ -401,7 +411,7 @@ def _serve(pipe, work: Work, threads: int) -> None:
 def add_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
     """The flags that all studies have."""
     parser.set_defaults(results=out)
-    parser.add_argument("--out", type=Path, help=f"JSON of the records, continued where it is there ({out.name})")
+    parser.add_argument("--out", type=Path, default=out, help="JSON of the records, continued where it is there")
     parser.add_argument("--minutes", type=float, help="begin no cell after that time")
     parser.add_argument("--workers", type=int, default=1, help="processes that work side by side")
     parser.add_argument("--threads", type=int, help="torch threads of each; default: cpu_count / workers")
@@ -412,7 +422,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
 
 def opened(args: argparse.Namespace, command: str, version: int = 1) -> Laboratory:
     """The laboratory that the flags of `add_arguments` describe; a smoke run keeps nothing unless --out is given."""
-    out = args.out or (None if args.smoke else args.results)
+    out = None if args.smoke and args.out == args.results else args.out
     return Laboratory(out, command, version=version, workers=args.workers, threads=args.threads, only=args.only)
 
 

@@ -29,6 +29,7 @@ from scrubjay import (
     TaipanConfig,
     TaipanForCausalLM,
 )
+from scrubjay.configuration.starts import initial_std
 
 VALUES = 128  # M, values of a state's row: the state of a layer has N * M numbers
 HEADS = 2
@@ -47,12 +48,6 @@ class Sizes:
     vocab_size: int
     state_size: int | None
     parameters: int
-
-
-def start(width: int) -> float:
-    """Standard deviation that suits the width: 0.02 is for widths of thousands, from which attention at 64 learned
-    nothing. Rodimus' rule, for the models that have none."""
-    return 0.02 * max(1.0, 2048 / width) ** 0.5
 
 
 def _shared(sizes: Sizes, width: int) -> dict:
@@ -98,17 +93,17 @@ def _taipan(sizes, width, inner):
         "budget_lambda": BUDGET,
         "intermediate_size": inner,
     }
-    head = {"head_dim": VALUES // HEADS, "initializer_range": start(width)}
-    return TaipanConfig(**_recurrent(sizes, width), **head, **attention)
+    return TaipanConfig(**_recurrent(sizes, width), head_dim=VALUES // HEADS, **attention)
 
 
 def _llama(sizes, width, inner):
+    """Its start is that of the zoo's models; Transformers' own is 0.02 at every width."""
     return LlamaConfig(
         **_shared(sizes, width),
         intermediate_size=inner,
         num_attention_heads=HEADS,
         max_position_embeddings=sizes.length,
-        initializer_range=start(width),
+        initializer_range=initial_std(width),
     )
 
 

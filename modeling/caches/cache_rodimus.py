@@ -73,13 +73,13 @@ class WindowStateLayer(StateLayer):
 class RodimusCache(StateCache):
     """Convolution window and recurrent state of each block; for Rodimus+ also the window of keys and values.
 
-    Bytes a row: layers * ((K - 1) * m * itemsize + n * m * 4 + 8), Rodimus+ also layers * W * (key heads + value heads)
-    * head_dim * itemsize.
+    Bytes a row: layers * (window * m * itemsize + n * m * 4 + 8), where the convolution's window is K - 1, or 0 without
+    one; Rodimus+ also layers * W * (key heads + value heads) * head_dim * itemsize.
     """
 
     @staticmethod
     def layout(config) -> dict:
-        shapes = {"conv": [config.conv_kernel - 1, config.inner_size], "state": [config.state_size, config.inner_size]}
+        shapes = {"conv": [config.conv_window, config.inner_size], "state": [config.state_size, config.inner_size]}
         if config.has_attention:
             shapes["keys"] = [config.num_key_heads, config.sliding_window, config.head_dim]
             shapes["values"] = [config.num_value_heads, config.sliding_window, config.head_dim]

@@ -83,7 +83,10 @@ OTHER_VALUES = {
         "expand": 1.5,
         "state_size": 16,
         "conv_kernel": 3,
+        "temperature_gate": False,
+        "input_gate": "full",
         "input_gate_rank": 5,
+        "short_conv": False,
         "k_norm_eps": 1e-5,
         "num_attention_heads": 6,
         "num_key_heads": 2,
@@ -93,6 +96,7 @@ OTHER_VALUES = {
         "rotary_dim": 4,
         "rope_interleaved": True,
         "intermediate_size": 40,
+        "two_hop": False,
         "scale_embedding": True,
         "norm_embedding": True,
         "hidden_dropout": 0.1,
@@ -181,6 +185,14 @@ def test_rodimus_starts_with_projections_of_one_size_up_to_the_authors_width(hid
     assert RodimusConfig(hidden_size=hidden_size, initializer_range=0.02).initializer_range == 0.02
     theirs = {"d_model": hidden_size, "n_layer": 2, "mixer_cfg": {}, "block_type": "rodimus"}
     assert RodimusConfig.from_dict(theirs).initializer_range == 0.02, "their libraries' default, whatever the width is"
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_the_gates_temperature_is_not_taken_for_that_of_generation(value):
+    """transformers drops a `temperature` that is no field in silence, and generates with one that is."""
+    with pytest.raises(ValueError, match=f"got {value}. The switch of the gate is temperature_gate"):
+        RodimusConfig(temperature=value)
+    RodimusConfig(temperature=0.7)  # as older files of any model have it
 
 
 def test_rodimus_needs_no_fitting_heads_without_attention():
@@ -308,6 +320,11 @@ def test_time_step_limit_is_read_as_published_files_write_it(written, limit, tmp
             (RodimusConfig, {name: value}, rf"{name} must lie in \[0, 1\); got {value}")
             for name in ("hidden_dropout", "activation_dropout", "attention_dropout")
             for value in (1.0, -0.1, math.nan)
+        ),
+        (
+            RodimusConfig,
+            {"input_gate": "half"},
+            r"input_gate must be one of \('low_rank', 'full', 'none'\); got 'half'",
         ),
         (RodimusConfig, {"num_attention_heads": 3}, "num_attention_heads must divide hidden_size = 2048; got 3"),
         (RodimusConfig, {"num_key_heads": 3}, "num_key_heads must divide num_attention_heads = 16; got 3"),

@@ -74,6 +74,10 @@ FLA = {
 }
 
 
+# What the authors' code has no switch for.
+WHOLE = {"temperature_gate": True, "input_gate": "low_rank", "short_conv": True, "two_hop": True}
+
+
 def fla_shapes(config):
     """Names and shapes of fla's state dictionary."""
     d, n, K, V = config["hidden_size"], config["expand_ratio"], config["conv_size"], config["vocab_size"]
@@ -83,7 +87,8 @@ def fla_shapes(config):
         shapes["lm_head.weight"] = (V, d)
     layer = {"mixer_norm.weight": (d,), "mixer.residual_weight": (m,), "mixer.activation_norm.weight": (m,)}
     layer |= {f"mixer.{name}_proj.weight": (m, d) for name in ("up", "gate")} | {"mixer.down_proj.weight": (d, m)}
-    layer |= {"mixer.short_conv.weight": (m, 1, K), "mixer.short_conv.bias": (m,)}
+    if config["use_short_conv"]:
+        layer |= {"mixer.short_conv.weight": (m, 1, K), "mixer.short_conv.bias": (m,)}
     layer |= {f"mixer.{name}_proj.weight": (n, m) for name in ("q", "k", "g_gate", "tau_gate")}
     layer |= {f"mixer.{name}_gate_proj.bias": (n,) for name in ("g", "tau")}
     layer |= {"mixer.i_gate_proj.0.weight": (r, m), "mixer.i_gate_proj.1.weight": (m, r)}
@@ -140,7 +145,7 @@ def meaning_of_official(tensors, config):
     rotary = attention["rotary_emb_dim"]
     sizes |= dict(rotary_dim=d // (attention["num_heads"] or 1) if rotary < 0 else rotary)
     sizes |= dict(rope_theta=attention["rotary_emb_base"], rope_interleaved=attention["rotary_emb_interleaved"])
-    return w, SimpleNamespace(**sizes)
+    return w, SimpleNamespace(**sizes, **WHOLE)
 
 
 def meaning_of_fla(tensors, config):
@@ -153,8 +158,6 @@ def meaning_of_fla(tensors, config):
         layer = {
             "mixer_norm.weight": of["mixer_norm.weight"],
             "mixer.fc.weight": torch.cat([of["mixer.up_proj.weight"], of["mixer.gate_proj.weight"]]),
-            "mixer.conv1d.weight": of["mixer.short_conv.weight"],
-            "mixer.conv1d.bias": of["mixer.short_conv.bias"],
             "mixer.in_proj.weight": torch.cat([of["mixer.q_proj.weight"], of["mixer.k_proj.weight"]]),
             "mixer.mem_gate_proj.weight": torch.cat([of["mixer.g_gate_proj.weight"], of["mixer.tau_gate_proj.weight"]]),
             "mixer.mem_gate_bias": torch.cat([of["mixer.g_gate_proj.bias"], of["mixer.tau_gate_proj.bias"]]),
@@ -165,6 +168,8 @@ def meaning_of_fla(tensors, config):
             "mixer.act_norm.weight": of["mixer.activation_norm.weight"],
             "mixer.out_proj.weight": of["mixer.down_proj.weight"],
         }
+        if config["use_short_conv"]:
+            layer |= {f"mixer.conv1d.{name}": of[f"mixer.short_conv.{name}"] for name in ("weight", "bias")}
         if config["block_type"] == "rodimus_plus":
             layer |= {f"attn.{x}_proj.weight": of[f"ska_attn.{x}_proj.weight"] for x in "qkvo"}
             layer |= {"attn_norm.weight": of["ska_attn_norm.weight"], "ffn_norm.weight": of["mlp_norm.weight"]}
@@ -178,4 +183,4 @@ def meaning_of_fla(tensors, config):
     sizes |= dict(norm_embedding=False, num_attention_heads=attention["num_heads"], rope_interleaved=False)
     sizes |= dict(sliding_window=attention["window_size"], rope_theta=attention["rope_theta"])
     sizes["rotary_dim"] = config["hidden_size"] // attention["num_heads"]
-    return w, SimpleNamespace(**sizes)
+    return w, SimpleNamespace(**sizes, **WHOLE | {"short_conv": config["use_short_conv"]})

@@ -272,7 +272,6 @@ UNREADABLE = [
     (PLUS, "mixer_cfg.heads", 2, "mixer_cfg has fields of unknown meaning: heads"),
     (PLUS, "mixer_cfg.input_gate_low_rank", "0.25", "must be a whole number of at least 1, or \"auto\"; got '0.25'"),
     (FLA, "attn", {"layers": [0], "num_heads": 4}, "attn is .*layers"),
-    (FLA, "use_short_conv", False, "use_short_conv is False"),
     (FLA, "hidden_act", "gelu", "hidden_act is 'gelu'"),
     (FLA, "ska_attn.qkv_bias", True, "qkv_bias is True"),
     (FLA, "ska_attn.qk_norm", True, "qk_norm is True"),
@@ -319,6 +318,32 @@ def test_what_fla_cannot_express_is_refused_on_the_way_out(name, tmp_path):
     RodimusForCausalLM(config).save_pretrained(tmp_path / "theirs")
     said = "inner_size is 72, it has 96" if name == "expand" else f"{name} is {NOT_IN_FLA[name]}, it has "
     refused(f"fla cannot express this model: {said}", tmp_path, tmp_path / "theirs", to="fla")
+
+
+SWITCHES = {"temperature_gate": False, "input_gate": "full", "short_conv": False, "two_hop": False}
+
+
+@pytest.mark.parametrize("layout", ["codefuse", "fla"])
+@pytest.mark.parametrize("name", [*SWITCHES, "no input gate"])
+def test_a_part_that_is_switched_off_is_refused_where_a_library_has_no_switch(name, layout):
+    changes = {"input_gate": "none"} if name == "no input gate" else {name: SWITCHES[name]}
+    config, ((field, value),) = RodimusConfig(**SIZES | changes), changes.items()
+    if (layout, name) == ("fla", "short_conv"):
+        theirs = config_for(layout, config)
+        assert theirs["use_short_conv"] is False
+        assert not RodimusConfig.from_dict(theirs).short_conv
+        return
+    said = f"{layout} cannot express this model: {field} is {value!r} ({config.ablations[field]}), for which its code"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        config_for(layout, config)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_convolution_that_is_only_in_the_tensors_or_only_in_the_configuration_is_refused(told, tmp_path):
+    shapes = fla_shapes(FLA | {"use_short_conv": not told})
+    folder = write(tmp_path / "theirs", FLA | {"use_short_conv": told}, values(shapes))
+    said = f"the configuration says use_short_conv {told}, the tensors say {not told}"
+    refused(said, tmp_path, folder)
 
 
 def test_every_reason_is_said_at_once():

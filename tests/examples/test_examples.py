@@ -1,6 +1,5 @@
-"""The examples' parts against their definitions, and each example's smoke run."""
+"""The examples' parts against their definitions."""
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -9,8 +8,7 @@ import pytest
 import torch
 
 from scrubjay.examples.measuring.memory import high_water
-from scrubjay.examples.studies import mqar
-from scrubjay.examples.studies.mqar import IGNORED, MODELS, Run, accuracy, causal_labels, draw_distinct, mqar_batch
+from scrubjay.examples.studies.mqar import IGNORED, accuracy, causal_labels, draw_distinct, mqar_batch
 
 PAIRS, LENGTH, VOCAB = 5, 32, 40  # keys 1..19, values 20..39
 
@@ -85,14 +83,6 @@ def test_mqar_refuses_sizes_that_do_not_fit(length, pairs, vocab_size, words):
         mqar_batch(2, length, pairs, vocab_size, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("pairs", [1, 2, 3, 9, 32])
-def test_training_batches_fit_at_every_size(pairs):
-    run, rng = Run(pairs=pairs, length=4 * pairs, batch_size=2), np.random.default_rng(0)
-    lengths = {mqar.training_batch(run, rng)[0].shape[1] for _ in range(20)}
-    assert max(lengths) == 4 * pairs
-    assert len(lengths) == min(3, pairs.bit_length())
-
-
 class Oracle:
     """Answers `right` of the queries of known sequences correctly and the others with token 0."""
 
@@ -113,42 +103,6 @@ class Oracle:
 def test_accuracy_is_the_share_of_queries_answered_right(right):
     inputs, labels = batch(50)
     assert accuracy(Oracle(labels, right), inputs, labels, batch_size=16) == pytest.approx(right / PAIRS)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_mqar_smoke(model, tmp_path):
-    out = tmp_path / "results" / "mqar.json"
-    (record,) = mqar.main(["--smoke", "--model", model, "--out", str(out)])
-    assert json.loads(out.read_text()) == [record]
-    assert out.with_suffix(".png").stat().st_size > 0
-    assert [point["step"] for point in record["curve"]] == [2, 3]
-    assert record["settings"]["model"] == model
-    assert record["command"].startswith("python examples/studies/mqar.py --smoke")
-
-
-def test_mqar_is_the_same_run_twice():
-    one, other = (mqar.main(["--smoke"])[0] for _ in range(2))
-    assert [p["loss"] for p in one["curve"]] == [p["loss"] for p in other["curve"]]
-
-
-def test_mqar_sweep_continues_where_it_stopped(tmp_path, monkeypatch):
-    out, train, seen = tmp_path / "mqar.json", mqar.train, []
-
-    def interrupted(run, **options):
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        seen.append(run)
-        return train(run, **options)
-
-    monkeypatch.setattr(mqar, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        mqar.main(["--smoke", "--sweep", "--out", str(out)])
-    assert len(json.loads(out.read_text())) == 3
-    monkeypatch.setattr(mqar, "train", lambda run, **options: seen.append(run) or train(run, **options))
-    records = mqar.main(["--smoke", "--sweep", "--out", str(out)])
-    assert len(seen) == len(set(seen)) == len(records) == 8
-    cells = {(r["settings"]["model"], r["settings"]["pairs"], r["settings"]["state_size"]) for r in records}
-    assert cells == {(m, p, s) for m in ("ssd", "rodimus") for p in (8, 32) for s in (16, 64)}
 
 
 def test_high_water_sees_what_was_freed():

@@ -173,20 +173,26 @@ def test_one_token_without_gradient_takes_the_step(monkeypatch):
     assert_within("ddts", {"y": y, "state": state}, dict(zip(("y", "state"), expected, strict=True)), inputs, 1e-6)
 
 
+tempered_or_not = pytest.mark.parametrize("tempered", [True, False], ids=["", "no temperature"])
+
+
+@tempered_or_not
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize(("T", "size"), [(9, 6), (5, 64), (70, 33), (1, 1)])
-def test_gates_equal_the_formula(T, size, dtype):
-    check_gates(draw_gates(T, size, dtype), backend="triton")
+def test_gates_equal_the_formula(T, size, dtype, tempered):
+    check_gates(draw_gates(T, size, dtype, tempered=tempered), backend="triton")
 
 
-def test_gates_of_keys_shorter_than_eps():
-    inputs = draw_gates()
+@tempered_or_not
+def test_gates_of_keys_shorter_than_eps(tempered):
+    inputs = draw_gates(tempered=tempered)
     inputs["qk"][0] *= 2e-6  # some just shorter than eps
     check_gates(inputs, backend="triton")
 
 
-def test_gates_whose_softplus_underflows_or_is_large():
-    inputs = draw_gates(T=40)
+@tempered_or_not
+def test_gates_whose_softplus_underflows_or_is_large(tempered):
+    inputs = draw_gates(T=40, tempered=tempered)
     inputs["gates"][..., :6] = torch.linspace(-110, 60, 80).view(2, 40, 1)
     with torch.no_grad():
         inputs["bias"] *= 0.01
@@ -195,10 +201,11 @@ def test_gates_whose_softplus_underflows_or_is_large():
     assert_within("rodimus_gates", fused, exact, inputs, 2e-6)
 
 
+@tempered_or_not
 @pytest.mark.parametrize("selection", [-60.0, -15.5, -14.5, -7.0, -1.0, 3.0])
-def test_a_small_gate_is_exact_relative_to_itself(selection):
+def test_a_small_gate_is_exact_relative_to_itself(selection, tempered):
     """Decays near 0 are what remembers: an error of 1e-7 of 1 would be one of 1e-4 of a decay of 1e-3."""
-    inputs = draw_gates(T=3)
+    inputs = draw_gates(T=3, tempered=tempered)
     inputs["gates"][..., :6], inputs["bias"][:6] = selection, 0.0
     _, k, a = rodimus_gates(**inputs, eps=EPS, backend="triton")
     _, key, decay = rodimus_gates(**widened(inputs), eps=EPS)
@@ -206,6 +213,7 @@ def test_a_small_gate_is_exact_relative_to_itself(selection):
     assert ((k - key) / key).abs().max() < 5e-6
 
 
-def test_gates_that_are_not_contiguous():
-    spread = {name: x.repeat_interleave(2, -1)[..., ::2] for name, x in draw_gates().items()}
+@tempered_or_not
+def test_gates_that_are_not_contiguous(tempered):
+    spread = {name: x.repeat_interleave(2, -1)[..., ::2] for name, x in draw_gates(tempered=tempered).items()}
     check_gates(spread, backend="triton")

@@ -47,6 +47,10 @@ def gates():
     check_gates(draw_gates(T=70), backend="triton")
 
 
+def untempered():
+    check_gates(draw_gates(T=70, tempered=False), backend="triton")
+
+
 def short_keys():
     inputs = draw_gates()
     inputs["qk"] *= 2e-6  # some just shorter than eps
@@ -262,6 +266,18 @@ MUTANTS = {
         "dtemperature = (dexponent * log - ddecay * gate)",
         "dtemperature = (dexponent * log + ddecay * gate)",
         gates,
+    ),
+    "gates without a temperature: one of 1/2": (
+        rodimus_gates_triton,
+        "temperature = tl.full([1, 1], 1.0, tl.float32)",
+        "temperature = tl.full([1, 1], 0.5, tl.float32)",
+        untempered,
+    ),
+    "gates' backward without a temperature: selection without its decay": (
+        rodimus_gates_triton,
+        "dselection = (dkey * unit - ddecay) * slope",
+        "dselection = dkey * unit * slope",
+        untempered,
     ),
 }
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from zoo import relative, tokens
+from zoo import ZOO, relative, tokens
 
 from scrubjay.kernels import triton_tools
 from scrubjay.kernels.dispatch import choose
@@ -87,6 +87,21 @@ def test_a_padded_batch(entry, on_triton, cuts):
     assert relative(got[mask.bool()], want[mask.bool()]) < BOUND
     if triton_tools.interpreted() and len(cuts) > 1:
         assert taken >= EXPECTED[entry.name]
+
+
+def test_rodimus_without_its_parts(on_triton):
+    """The gates' kernel without a temperature, values that are a slice of a projection, a cache without a window."""
+    entry = next(entry for entry in ZOO if entry.name == "rodimus_plus")
+    off = dict(temperature_gate=False, input_gate="none", short_conv=False, two_hop=False, num_value_heads=1)
+    model = cpu(lambda: entry.build(**off))
+    ids, mask = cpu(lambda: tokens(2, 14)), cpu(lambda: torch.ones(2, 14, dtype=torch.long))
+    mask[1, :4] = 0
+    want = pieces(model, ids, mask, [9, 1, 1, 3])
+    fused, taken = on_triton(model)
+    assert relative(pieces(fused, ids, mask, [9, 1, 1, 3])[mask.bool()], want[mask.bool()]) < BOUND
+    if triton_tools.interpreted():
+        assert taken >= {"rodimus_gates", "ddts", "gated_rms_norm", "window_attention"}
+        assert "causal_conv" not in taken
 
 
 def test_packed_documents_and_gradients(entry, on_triton):

@@ -66,9 +66,10 @@ def check_step(*operands):
         assert_within("ddts", {"step": mine}, {"step": reference}, {}, MARGIN * DDTS_MEASURED[mine.dtype])
 
 
-def draw_gates(T=9, size=6, dtype=F32, spread=1.0):
+def draw_gates(T=9, size=6, dtype=F32, spread=1.0, tempered=True):
     torch.manual_seed(0)
-    shapes = {"qk": (2, T, 2 * size), "gates": (2, T, 2 * size), "bias": (2 * size,)}
+    gates = 2 * size if tempered else size
+    shapes = {"qk": (2, T, 2 * size), "gates": (2, T, gates), "bias": (gates,)}
     inputs = {name: spread * torch.randn(shape, dtype=F64) for name, shape in shapes.items()}
     return {name: x.to(F32 if name == "bias" and dtype != F64 else dtype) for name, x in inputs.items()}
 
@@ -78,7 +79,7 @@ def formula(qk, gates, bias, eps):
     n = qk.shape[-1] // 2
     q, k = qk[..., :n], qk[..., n:]
     g = (1 + (gates + bias)[..., :n].exp()).log()
-    t = 1 / (1 + (-(gates + bias)[..., n:]).exp())
+    t = 1 / (1 + (-(gates + bias)[..., n:]).exp()) if gates.shape[-1] > n else 1
     length = k.square().sum(-1, keepdim=True).sqrt().clamp(min=eps)
     return q / n**0.5, k / length * g**t, -g * t
 

@@ -35,8 +35,8 @@ def shake(model, seed=0):
         elif last == "mem_gate_bias":
             selection = torch.tensor([-110.0, -25.0, -6.0, -3.0, -1.0, 0.0, 3.0, 40.0])
             temperature = torch.tensor([-6.0, -4.0, -3.0, -1.0, 0.0, 2.0, -2.0, -5.0])
-            n = len(r) // 2
-            r = torch.cat([selection[torch.arange(n) % 8], temperature[torch.arange(n) % 8]]) + 0.1 * r
+            channels = torch.arange(model.config.state_size) % 8
+            r = torch.cat([selection[channels], temperature[channels]])[: len(r)] + 0.1 * r
         elif "conv1d" in name:
             r = 0.5 * r
         elif "norm" in name:

@@ -98,7 +98,7 @@ def _rodimus_token(weights, sizes, token, t, memory, wrong):
             Y = X + attended
             if wrong == "attention replaces the stream":
                 Y = attended
-            kept = Y if wrong == "attention kept in the stream" else X
+            kept = Y if wrong == "attention kept in the stream" or not sizes.two_hop else X
             X = kept + _swiglu(_under(w, "ffn."), _rms(Y, w["ffn_norm.weight"], eps), wrong)
     return _rms(X, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
 
@@ -108,17 +108,18 @@ def _rodimus_mixer(w, sizes, h, memory, wrong):
     x, z = (h @ w["fc.weight"].T).split([m, m], -1)
     if wrong == "x and z exchanged":
         x, z = z, x
-    x_hat = _conv(w, sizes.conv_kernel, x, memory, wrong)
+    x_hat = _conv(w, sizes.conv_kernel, x, memory, wrong) if sizes.short_conv else x
     q, k = (x_hat @ w["in_proj.weight"].T).split([n, n], -1)
     if wrong == "q and k exchanged":
         q, k = k, q
-    a, b = (x_hat @ w["mem_gate_proj.weight"].T + w["mem_gate_bias"]).split([n, n], -1)
+    a = x_hat @ w["mem_gate_proj.weight"].T + w["mem_gate_bias"]
+    a, b = a.split([n, n], -1) if sizes.temperature_gate else (a, None)
     if wrong == "selection and temperature exchanged":
         a, b = b, a
 
-    g, tau = _softplus(a), _sigmoid(b)
+    g, tau = _softplus(a), 1 if b is None else _sigmoid(b)
     alpha = torch.exp(-g * tau)
-    beta = g if wrong == "selection without temperature" else torch.exp(tau * torch.log(g))
+    beta = g if b is None or wrong == "selection without temperature" else torch.exp(tau * torch.log(g))
     if wrong == "decay without temperature":
         alpha = torch.exp(-g)
     if wrong == "decay not applied":
@@ -131,8 +132,11 @@ def _rodimus_mixer(w, sizes, h, memory, wrong):
     if wrong == "q normalised":
         q = q / q.square().sum(-1, keepdim=True).sqrt()
 
-    gated = x_hat if wrong == "input gate of the convolved stream" else x
-    gate = _sigmoid(gated @ w["ch_gate_down.weight"].T @ w["ch_gate_up.weight"].T + w["ch_gate_up.bias"])
+    gate = 1
+    if sizes.input_gate != "none":
+        gated = x_hat if wrong == "input gate of the convolved stream" else x
+        gated = gated @ w["ch_gate_down.weight"].T if sizes.input_gate == "low_rank" else gated
+        gate = _sigmoid(gated @ w["ch_gate_up.weight"].T + w["ch_gate_up.bias"])
     v = gate * (x_hat if wrong == "v of the convolved stream" else x)
 
     before = memory.get("state", torch.zeros(len(h), n, m, dtype=h.dtype))

@@ -28,6 +28,12 @@ RODIMUS_CASES = {
     | dict(conv_kernel=3, tie_word_embeddings=False, state_size=5, chunk_size=1, rms_norm_eps=1e-2),
     "rodimus, small keys": RODIMUS | dict(k_norm_eps=1e-5),
     "rodimus, scaled embedding": RODIMUS | dict(scale_embedding=True, chunk_size=64),
+    "rodimus, no temperature": RODIMUS | dict(temperature_gate=False),
+    "rodimus, full input gate": RODIMUS | dict(input_gate="full"),
+    "rodimus, no input gate": RODIMUS | dict(input_gate="none"),
+    "rodimus, no convolution": RODIMUS | dict(short_conv=False),
+    "rodimus, nothing but the recurrence": RODIMUS
+    | dict(temperature_gate=False, input_gate="none", short_conv=False, chunk_size=5),
     "plus": PLUS,
     "plus, window 1": PLUS | dict(sliding_window=1),
     "plus, window 2": PLUS | dict(sliding_window=2, rope_theta=100.0),
@@ -41,6 +47,11 @@ RODIMUS_CASES = {
     "plus, 2 key heads, 1 value head": PLUS | dict(num_key_heads=2, num_value_heads=1),
     "plus, as many key heads as heads": PLUS | dict(num_key_heads=4),
     "plus, 6 heads, 3 and 2 shared": PLUS | dict(num_attention_heads=6, num_key_heads=3, num_value_heads=2),
+    "plus, 1 key head, 1 value head": PLUS | dict(num_value_heads=1),
+    "plus, 2 key heads, 2 value heads": PLUS | dict(num_key_heads=2, num_value_heads=2),
+    "plus, attention kept in the stream": PLUS | dict(two_hop=False),
+    "plus, every part switched off": PLUS
+    | dict(temperature_gate=False, input_gate="none", short_conv=False, two_hop=False, num_value_heads=1),
     "plus, one head": PLUS | dict(num_attention_heads=1),
     "plus, normalised embedding": PLUS | dict(norm_embedding=True),
     "plus, scaled and normalised embedding": PLUS
@@ -132,9 +143,20 @@ def test_a_wrong_rodimus_recurrence_is_found(wrong, name):
     assert mistaken_error(model, rodimus_logits, ids, wrong) > 100 * BOUND
 
 
-@pytest.mark.parametrize(
-    "name", ["rodimus, small keys", "plus", "plus, 6 heads, 3 and 2 shared", "plus, normalised embedding"]
+WITH_GRADIENTS = (
+    "rodimus, small keys",
+    "rodimus, no temperature",
+    "rodimus, full input gate",
+    "rodimus, no convolution",
+    "plus",
+    "plus, 6 heads, 3 and 2 shared",
+    "plus, normalised embedding",
+    "plus, attention kept in the stream",
+    "plus, every part switched off",
 )
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
 def test_rodimus_gradients_equal_those_of_its_recurrence(name):
     model, ids, _ = rodimus_case(name)
     errors = gradient_errors(model, rodimus_logits, ids[:, :40])

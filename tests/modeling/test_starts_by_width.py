@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scrubjay import RodimusConfig, RodimusModel
+from scrubjay import RodimusConfig, RodimusModel, TaipanConfig, TaipanModel
 
 WIDTHS = (64, 256, 2048)
 TOKENS = 64
@@ -44,3 +44,36 @@ def test_keys_of_different_tokens_start_apart(block_type, width):
 def test_from_the_scale_of_2048_keys_of_a_narrow_model_start_collinear(block_type):
     """What the test above would find."""
     assert collinearity(rodimus_keys(block_type, 64, initializer_range=0.02)) > 0.4
+
+
+def taipan_spread(width, **changes):
+    """Standard deviations of the scores of attention, the gate's delta and what enters the feed-forward network."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=width, num_hidden_layers=2, attention_every=1, vocab_size=TOKENS, intermediate_size=64)
+    model = TaipanModel(TaipanConfig(**sizes, **dict(expand=1, state_size=16) | changes))
+    block, size = model.layers[1], model.config.attention_head_dim
+    with torch.no_grad():
+        x = made_by(model, block.attn.norm)[0]
+        q, k = (proj(x).unflatten(-1, (-1, size)).transpose(0, 1) for proj in (block.attn.q_proj, block.attn.k_proj))
+    scores = q @ k.mT * size**-0.5
+    return {
+        "scores": float(scores.std()),
+        "delta": float(made_by(model, block.attn.gate).std()),
+        "feed-forward": float(made_by(model, block.ffn.fc).std()),
+    }
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_selective_attention_starts_as_peaked_at_every_width(width):
+    spread = taipan_spread(width)
+    assert 0.7 < spread["scores"] < 0.95  # 0.905 ** 2 = 0.82: 0.02 ** 2 times 2048
+    assert 0.8 < spread["feed-forward"] < 1.0
+    assert spread["delta"] > 0.8
+
+
+def test_from_the_scale_of_2048_selective_attention_of_a_narrow_model_sees_all_keys_alike():
+    """What the test above would find."""
+    spread = taipan_spread(64, initializer_range=0.02)
+    assert spread["scores"] < 0.05
+    assert spread["feed-forward"] < 0.2
+    assert spread["delta"] < 0.4

@@ -32,6 +32,7 @@ LENGTH = 41  # divides by no number of ranks that is tried
 SELECTED = dict(kv_scope="selected")
 BY_RANK = SELECTED | dict(window_axis="rank")
 COMPACT = dict(train_attention="compact")
+ABLATED = dict(temperature_gate=False, input_gate="none", short_conv=False, two_hop=False)
 # name: (model, fields, columns for each rank (None: LENGTH in all), whether in training mode)
 CASES = {
     **{name: (name, {}, None, True) for name in RECURRENT},
@@ -39,6 +40,7 @@ CASES = {
     **{f"{name} in slices of one or two columns": (name, {}, 1.5, True) for name in RECURRENT},
     "rodimus_plus with a window over several ranks": ("rodimus_plus", dict(sliding_window=9), 3, True),
     "rodimus_plus with a window of one": ("rodimus_plus", dict(sliding_window=1), None, True),
+    "rodimus_plus without its parts": ("rodimus_plus", ABLATED, 1.5, True),
     "taipan with a window over several ranks": ("taipan", dict(sliding_window=9), 3, True),
     "taipan with positions": ("taipan", dict(sal_pos="rope", budget_reduction="batch"), None, True),
     "taipan attending for selected alone": ("taipan", COMPACT | dict(mamba_mlp=True), None, True),
