@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
+from scrubjay.configuration.named_sizes import RODIMUS, named
 from scrubjay.configuration.rodimus_configs import eights, fields_from, layout_of
 from scrubjay.configuration.starts import initial_std
 from scrubjay.configuration.tested_versions import tell_of_untested
@@ -113,6 +114,16 @@ class RodimusConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
+
+    @classmethod
+    def published(cls, name: str, **changes) -> "RodimusConfig":
+        """Sizes of a published model, some of them changed: "1.4b" (Rodimus), "plus-coder-1.6b", "plus-coder-4b"
+        (Rodimus+).
+
+        Raises:
+            ValueError: another name.
+        """
+        return cls(**named(RODIMUS, name, changes))
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -8,6 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.configuration.mamba2_configs import fields_from, layout_of
+from scrubjay.configuration.named_sizes import MAMBA2, named
 from scrubjay.configuration.ssd_attention import attention_sizes, check_attention
 from scrubjay.configuration.tested_versions import tell_of_untested
 
@@ -219,23 +220,21 @@ class SSDConfig(SSDSizes):
     """
 
     model_type = "scrubjay_ssd"
-    paper = {
-        "name": "SSD (Mamba-2)",
-        "title": "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space "
-        "Duality",
-        "arxiv": "2405.21060",
-        "open": {},
-    }
     attribute_map = {"d_intermediate": "intermediate_size"}
-
-    base_model_tp_plan = SSDSizes.base_model_tp_plan | {
-        "layers.*.mlp.fc1": "colwise_gather_output",
-        "layers.*.mlp.fc2": "rowwise_split_input",
-    }
 
     attn_layer_idx: list | tuple | None = None
     attn_cfg: dict | None = None
     intermediate_size: int = 0
+
+    @classmethod
+    def published(cls, name: str, **changes) -> "SSDConfig":
+        """Sizes of a published model, some of them changed: "130m", "370m", "780m", "1.3b", "2.7b", "2.7b-hybrid" (of
+        the authors), "codestral-7b" (of Mistral).
+
+        Raises:
+            ValueError: another name.
+        """
+        return cls(**named(MAMBA2, name, changes))
 
     def __post_init__(self, **kwargs):
         if (theirs := kwargs.pop("d_intermediate", None)) is not None:
@@ -244,7 +243,22 @@ class SSDConfig(SSDSizes):
         self.attn_cfg = dict(self.attn_cfg or {})
         if self.attn_layer_idx and self.hidden_size > 0:
             self.attn_cfg = attention_sizes(self.attn_cfg, self.hidden_size)
+        if self.intermediate_size:  # transformers warns of a plan for what is not there
+            mlp = {"layers.*.mlp.fc1": "packed_colwise", "layers.*.mlp.fc2": "rowwise"}
+            self.base_model_tp_plan = type(self).base_model_tp_plan | mlp
         super().__post_init__(**kwargs)
+
+    @property
+    def paper(self) -> dict:
+        """Name, title, arXiv number, and what the sources leave open, by field: nothing."""
+        parts = ["attention"] * bool(self.attn_layer_idx) + ["MLPs"] * bool(self.intermediate_size)
+        return {
+            "name": "SSD (Mamba-2)" + (f" with {' and '.join(parts)}" if parts else ""),
+            "title": "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State "
+            "Space Duality",
+            "arxiv": "2405.21060",
+            "open": {},
+        }
 
     @property
     def mlp_size(self) -> int:

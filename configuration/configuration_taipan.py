@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
 from scrubjay.configuration.configuration_ssd import SSDSizes
+from scrubjay.configuration.named_sizes import TAIPAN, named
 from scrubjay.configuration.starts import initial_std
 
 CHOICES = {
@@ -20,9 +21,6 @@ CHOICES = {
     "refine": ("convex", "residual"),
     "sal_pos": ("none", "rope"),
 }
-# Widths, units and heads that give the parameter counts in the paper's names; the paper prints no sizes.
-RECONSTRUCTED = {"190M": (768, 3), "450M": (1024, 6), "1.3B": (2048, 5)}
-LLAMA_3_VOCABULARY = {"vocab_size": 128256, "bos_token_id": 128000, "eos_token_id": 128001}
 
 
 @strict
@@ -202,10 +200,7 @@ class TaipanConfig(SSDSizes):
         Raises:
             ValueError: another name.
         """
-        if name not in RECONSTRUCTED:
-            raise ValueError(f"name must be one of {tuple(RECONSTRUCTED)}; got {name!r}.")
-        width, units = RECONSTRUCTED[name]
-        return cls(**{"hidden_size": width, "num_hidden_layers": 7 * units} | LLAMA_3_VOCABULARY | changes)
+        return cls(**named(TAIPAN, name, changes))
 
     @property
     def selective_layers(self) -> tuple[int, ...]:

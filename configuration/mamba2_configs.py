@@ -15,6 +15,8 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from scrubjay.configuration.ssd_attention import attention_sizes
+
 # For each of our fields: their name and their default.
 Table = dict[str, tuple[str, Any]]
 
@@ -73,6 +75,9 @@ TABLES: dict[str, Table] = {
         "num_hidden_layers": ("n_layer", 64),
         "residual_in_fp32": ("residual_in_fp32", True),
         "tie_word_embeddings": ("tie_embeddings", True),
+        "intermediate_size": ("d_intermediate", 0),
+        "attn_layer_idx": ("attn_layer_idx", []),
+        "attn_cfg": ("attn_cfg", {}),
     },
     "codestral": {
         "vocab_size": ("vocab_size", 32768),
@@ -98,9 +103,12 @@ MIXER: Table = {
     "time_step_max": ("dt_max", 0.1),
     "time_step_floor": ("dt_init_floor", 1e-4),
 }
+# What the constructor of mamba_ssm's attention takes where `attn_cfg` says nothing, and this library takes otherwise.
+ATTENTION = {"causal": False, "d_conv": 0, "out_proj_bias": True, "qkv_proj_bias": True, "rotary_emb_dim": 0}
+BESIDE = {"attn_layer_idx": "its Mamba-2 has no attention layers", "intermediate_size": "its Mamba-2 has no MLPs"}
 # Theirs, where only one value is what this model computes. transformers writes norm_before_gate and does not read it.
 ONLY: dict[str, dict[str, Any]] = {
-    "mamba_ssm": {"rms_norm": True, "attn_layer_idx": [], "d_intermediate": 0},
+    "mamba_ssm": {"rms_norm": True},
     "codestral": {"rms_norm": True},
     "fla": {"rmsnorm": True, "rms_norm": True, "norm_before_gate": False, "D_has_hdim": False},
     "transformers": {},
@@ -127,7 +135,7 @@ def fields_from(theirs: dict) -> dict[str, Any]:
     """Fields of `SSDConfig` from a configuration that `layout_of` knows.
 
     Raises:
-        ValueError: what this model does not compute: attention layers, an MLP, Mamba-1, other norms.
+        ValueError: what this model does not compute: Mamba-1, other norms, attention that is not as its authors'.
     """
     layout = layout_of(theirs)
     assert layout is not None, "ask layout_of first"
@@ -140,9 +148,7 @@ def fields_from(theirs: dict) -> dict[str, Any]:
     generic = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"model_type", "architectures"}
     fields = {name: theirs[name] for name in generic | PASSED if name in theirs}
     if layout == "mamba_ssm":
-        mixer = theirs.get("ssm_cfg") or {}
-        _check_mixer(mixer)
-        fields |= _read(MIXER, mixer)
+        fields |= _read(MIXER, theirs.get("ssm_cfg") or {})
     elif layout == "codestral":
         fields |= _read(MIXER, {}) | {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
     fields |= _read(TABLES[layout], theirs)
@@ -150,7 +156,7 @@ def fields_from(theirs: dict) -> dict[str, Any]:
         fields |= {name: theirs[name] for name in OLD_FLA if name in theirs}
     multiple = theirs.get("pad_vocab_size_multiple", 8 if layout == "mamba_ssm" else 1)
     fields["vocab_size"] = -(-fields["vocab_size"] // multiple) * multiple
-    return fields
+    return fields | _hybrid(theirs, fields) if layout == "mamba_ssm" else fields
 
 
 def config_for(layout: str, config: Any) -> dict[str, Any]:
@@ -182,7 +188,7 @@ def config_for(layout: str, config: Any) -> dict[str, Any]:
         if layout == "mamba_ssm":
             changed = {ours: mixer[name] for ours, (name, _) in MIXER.items() if mixer[name] != defaults[ours]}
             cfg = {"layer": "Mamba2"} | {MIXER[ours][0]: value for ours, value in changed.items()}
-            theirs |= {"d_intermediate": 0, "ssm_cfg": cfg, "attn_layer_idx": [], "attn_cfg": {}}
+            theirs["ssm_cfg"] = cfg
         else:
             theirs["model_type"] = "mamba"
             initial = ("A_initializer_range", "time_step_min", "time_step_max", "time_step_floor", "n_groups")
@@ -190,6 +196,8 @@ def config_for(layout: str, config: Any) -> dict[str, Any]:
     wrong = [
         f"{name} is {getattr(config, name)}, it has {v}" for name, v in fixed.items() if getattr(config, name) != v
     ]
+    if layout != "mamba_ssm":
+        wrong += [f"{name} is {getattr(config, name)}, {why}" for name, why in BESIDE.items() if getattr(config, name)]
     if wrong:
         raise ValueError(f"{layout} cannot express this model: {'; '.join(wrong)}. Nothing was written.")
     return theirs
@@ -198,6 +206,22 @@ def config_for(layout: str, config: Any) -> dict[str, Any]:
 def their_name(layout: str, field: str) -> str:
     """What another library calls a field of ours."""
     return (MIXER | TABLES[layout] if layout in ("mamba_ssm", "codestral") else TABLES[layout]).get(field, (field,))[0]
+
+
+def _hybrid(theirs, fields):
+    """What mamba_ssm has beside Mamba-2: attention layers in the place of some, MLPs behind all."""
+    places, hidden = sorted(set(fields["attn_layer_idx"] or ())), fields["hidden_size"]
+    if len(places) < fields["num_hidden_layers"]:  # or there is no Mamba layer of either kind
+        _check_mixer(theirs.get("ssm_cfg") or {})
+    width = fields["intermediate_size"]
+    attention = theirs.get("attn_cfg") or {}
+    if places and "num_heads" not in attention:
+        raise ValueError("attn_cfg has no num_heads, and mamba_ssm has no default for it. Add it to the configuration.")
+    return {
+        "attn_layer_idx": places,
+        "attn_cfg": attention_sizes(ATTENTION | attention, hidden) if places else {},
+        "intermediate_size": int(8 * hidden / 3) if width is None else width,
+    }
 
 
 def _read(table, theirs):

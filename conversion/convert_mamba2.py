@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from scrubjay.configuration.configuration_ssd import SSDConfig, numbers
+from scrubjay.configuration.configuration_ssd import MULTIPLE, SSDConfig, numbers
 from scrubjay.configuration.mamba2_configs import config_for, fields_from, layout_of, their_name
+from scrubjay.configuration.ssd_attention import attention_sizes, beside
 from scrubjay.conversion.checkpoint import Checkpoint
 from scrubjay.conversion.formats import Format
 from scrubjay.conversion.keymap import Shapes, our_shapes, require
+from scrubjay.conversion.reference_mamba2 import hybrid_logits
 from scrubjay.modeling.key_names import layer_of
 from scrubjay.modeling.modeling_ssd import KEY_NAMES, SSDForCausalLM
 
@@ -25,50 +27,96 @@ CONFIGS_OF = {
     "transformers": ("transformers", "fla"),
 }
 STATE_SIZE = 128  # of every published model; shapes tell only the product of groups and state size
+# Tensors of a Mamba-2 layer's mixer that tell its sizes, with their dimensions; and those that no attention layer has.
+MAMBA2_DIMS = {"in_proj.weight": 2, "conv1d.weight": 3, "A_log": 1, "norm.weight": 1}
+MAMBA2_ALONE = ("A_log", "D", "dt_bias", "norm.weight")
 
 
 def sizes_from(shapes: Shapes) -> dict[str, Any]:
     """What the shapes of the tensors, by our names, say of a Mamba-2 model.
 
-    Returns: fields of `SSDConfig`, and "groups_times_state" for the two that shapes do not tell apart.
+    Returns: fields of `SSDConfig`, those of Mamba-2 layers only where there are any; beside them "mlp_size",
+        "groups_times_state" for the two that shapes do not tell apart, and of attention layers "attn_rows" (of the
+        input projection), "attn_width" (columns of the output projection) and "attn_taps" (of the convolution).
 
     Raises:
         ValueError: names the tensors that are missing for it or of wrong shapes, or shapes that no Mamba-2 mixer has.
     """
-    embedding, first = "model.embed_tokens.weight", "model.layers.0.mixer."
-    needed = {name: first + name for name in ("in_proj.weight", "conv1d.weight", "A_log", "norm.weight")}
-    dims = dict(zip(needed.values(), (2, 3, 1, 1), strict=True))
-    require(shapes, {embedding: 2} | dims, "Mamba-2 model")
-    vocab, hidden = shapes[embedding]
-    inner, heads = shapes[needed["norm.weight"]][0], shapes[needed["A_log"]][0]
-    channels, _, taps = shapes[needed["conv1d.weight"]]
-    rows = shapes[needed["in_proj.weight"]][0]
+    found = (layer_of("model.layers.*.norm.weight", name) for name in shapes)
+    layers = sorted(int(number) for number in found if number)
+    attending = [i for i in layers if _attends(shapes, f"model.layers.{i}.mixer.")]
+    recurrent = min(set(layers) - set(attending), default=None if attending else 0)
+    attention = f"model.layers.{attending[0]}.mixer." if attending else None
+    mamba2 = f"model.layers.{recurrent}.mixer." if recurrent is not None else None
+    down = "model.layers.0.mlp.fc2.weight"
+    dims = {"model.embed_tokens.weight": 2}
+    if mamba2:
+        dims |= {f"{mamba2}{name}": n for name, n in MAMBA2_DIMS.items()}
+    if attention:
+        dims |= {f"{attention}in_proj.weight": 2, f"{attention}out_proj.weight": 2}
+    dims |= {name: n for name, n in ((f"{attention}conv1d.weight", 3), (down, 2)) if name in shapes}
+    require(shapes, dims, "Mamba-2 model")
+    vocab, hidden = shapes["model.embed_tokens.weight"]
+    sizes: dict[str, Any] = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": len(layers)}
+    sizes |= {"attn_layer_idx": attending, "mlp_size": shapes[down][1] if down in shapes else 0}
+    if mamba2:
+        sizes |= _mamba2_sizes(shapes, mamba2, hidden)
+    if attention:
+        sizes |= _attention_sizes(shapes, attention)
+    return sizes
+
+
+def _attends(shapes, mixer):
+    """Whether a mixer is an attention layer: it has nothing that Mamba-2 alone has."""
+    return f"{mixer}in_proj.weight" in shapes and not any(f"{mixer}{name}" in shapes for name in MAMBA2_ALONE)
+
+
+def _mamba2_sizes(shapes, mixer, hidden):
+    rows, channels, heads, inner = (shapes[f"{mixer}{name}"][0] for name in MAMBA2_DIMS)
     if rows != inner + channels + heads or (channels - inner) % 2 or inner % heads:
         raise ValueError(
             f"in_proj has {rows} rows; of {inner} channels, {channels} convolved ones and {heads} heads this model "
             f"makes {inner + channels + heads}. A mixer with an MLP inside (d_ssm) is not supported."
         )
-    layers = {int(layer) for name in shapes if (layer := layer_of("model.layers.*.norm.weight", name))}
     return {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "num_hidden_layers": len(layers),
         "expand": inner // hidden if inner % hidden == 0 else inner / hidden,
         "num_heads": heads,
         "head_dim": inner // heads,
-        "conv_kernel": taps,
-        "use_bias": first + "in_proj.bias" in shapes,
-        "use_conv_bias": first + "conv1d.bias" in shapes,
+        "conv_kernel": shapes[f"{mixer}conv1d.weight"][2],
+        "use_bias": f"{mixer}in_proj.bias" in shapes,
+        "use_conv_bias": f"{mixer}conv1d.bias" in shapes,
         "groups_times_state": (channels - inner) // 2,
     }
+
+
+def _attention_sizes(shapes, mixer):
+    return {
+        "attn_rows": shapes[f"{mixer}in_proj.weight"][0],
+        "attn_width": shapes[f"{mixer}out_proj.weight"][1],
+        "attn_taps": shapes.get(f"{mixer}conv1d.weight", (0, 0, 0))[2],
+    }
+
+
+def _derived(fields):
+    """What shapes tell and a configuration says in other words: the number, and the words."""
+    attention, width = fields.get("attn_cfg"), fields.get("intermediate_size", 0)
+    said = {"mlp_size": (-(-width // MULTIPLE) * MULTIPLE, f"d_intermediate {width!r}, which makes MLPs of")}
+    if attention:
+        heads, shared, size, more = (attention[n] for n in ("num_heads", "num_heads_kv", "head_dim", "mlp_dim"))
+        words = f"attn_cfg num_heads {heads!r}, num_heads_kv {shared!r}, head_dim {size!r} and mlp_dim {more!r}"
+        rows = (heads + 2 * shared) * size + beside(attention)
+        said["attn_rows"] = (rows, f"{words}, which make rows of in_proj")
+        said["attn_width"] = (heads * size + beside(attention) // 2, f"{words}, which make columns of out_proj")
+        said["attn_taps"] = (attention["d_conv"], "attn_cfg d_conv")
+    return said
 
 
 def read_config(layout: str, theirs: dict, shapes: Shapes, settings: dict) -> tuple[SSDConfig, list[str]]:
     """The configuration that the shapes tell, held against the file's, which tells the rest."""
     sizes = sizes_from(our_shapes(KEY_NAMES[layout], shapes))
-    product = sizes.pop("groups_times_state")
+    product = sizes.pop("groups_times_state", None)
     if not theirs:
-        fields, notes = _without_file(sizes, product, KEY_NAMES[layout][-1].theirs in shapes)
+        fields, notes = _without_file(sizes, product, KEY_NAMES[layout][-1].theirs in shapes, settings)
         return SSDConfig(**fields | settings), notes
     known = layout_of(theirs)
     if known is None or known not in CONFIGS_OF[layout]:
@@ -82,8 +130,13 @@ def read_config(layout: str, theirs: dict, shapes: Shapes, settings: dict) -> tu
         for name, found in sizes.items()
         if fields.get(name, found) != found
     ]
+    faults += [
+        f"{words} {said!r}, the tensors say {sizes[name]!r}"
+        for name, (said, words) in _derived(fields).items()
+        if sizes.get(name, said) != said
+    ]
     groups, state = fields["n_groups"], fields["state_size"]
-    if groups * state != product:
+    if product is not None and groups * state != product:
         faults.append(
             f"{name_of('n_groups')} {groups} and {name_of('state_size')} {state}, the tensors say {product} for their "
             "product"
@@ -118,12 +171,24 @@ def remarks(config: SSDConfig) -> list[str]:
     ]
 
 
-def _without_file(sizes, product, has_head):
-    state = STATE_SIZE if product % STATE_SIZE == 0 else product
-    fields = sizes | {"state_size": state, "n_groups": product // state, "tie_word_embeddings": not has_head}
-    notes = [
-        "sizes: read off the tensors; there is no configuration file",
-        f"state_size {state} and n_groups {product // state}: shapes tell their product alone; as the published models",
+def _without_file(sizes, product, has_head, settings):
+    if sizes["attn_layer_idx"] and not settings.get("attn_cfg"):
+        raise ValueError(
+            f"There is no configuration file, and layers {sizes['attn_layer_idx']} are attention layers, of whose "
+            "heads and positions shapes tell too little. Put the config.json beside the weights, or say attn_cfg, such "
+            """as --set 'attn_cfg={"num_heads": 30, "head_dim": 128, "d_conv": 4, "rotary_emb_dim": 64}'."""
+        )
+    fields = {name: value for name, value in sizes.items() if name not in ("attn_rows", "attn_width", "attn_taps")}
+    fields |= {"intermediate_size": fields.pop("mlp_size"), "tie_word_embeddings": not has_head}
+    notes = ["sizes: read off the tensors; there is no configuration file"]
+    if product is not None:
+        state = STATE_SIZE if product % STATE_SIZE == 0 else product
+        fields |= {"state_size": state, "n_groups": product // state}
+        notes.append(
+            f"state_size {state} and n_groups {product // state}: shapes tell their product alone; as the published "
+            "models"
+        )
+    notes += [
         f"tie_word_embeddings {not has_head}: the checkpoint has {'a' if has_head else 'no'} head of its own",
         "layer_norm_epsilon, time_step_limit, token ids: the defaults of this library",
     ]
@@ -131,10 +196,16 @@ def _without_file(sizes, product, has_head):
 
 
 def reference(checkpoint: Checkpoint, ids: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
-    """(B, T) ids to (B, T, V) logits by transformers' Mamba-2 in float32, from the checkpoint's own names and sizes.
+    """(B, T) ids to (B, T, V) logits by transformers' Mamba-2 in float32, from the checkpoint's own names and sizes;
+    where there are attention layers or MLPs, which it has not, by a recurrence in float64.
 
     Without a configuration file and settings, groups are those of the published models.
     """
+    if any(name.endswith(".norm2.weight") for name in checkpoint.shapes) or not _all_recurrent(checkpoint.shapes):
+        if attention := settings.get("attn_cfg"):
+            hidden = checkpoint.shapes["backbone.embedding.weight"][1]
+            settings = settings | {"attn_cfg": attention_sizes(attention, hidden)}
+        return hybrid_logits(checkpoint, ids, settings)
     tensors = {_plain(name): name for name in checkpoint.shapes}
     shapes = {plain: checkpoint.shapes[name] for plain, name in tensors.items()}
     vocab, hidden = shapes["backbone.embeddings.weight"]
@@ -179,6 +250,14 @@ def loaded(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     return model.eval()(ids).logits
 
 
+def _all_recurrent(shapes):
+    layers, recurrent = (
+        sum(layer_of(f"backbone.layers.*.{name}", found) is not None for found in map(_plain, shapes))
+        for name in ("norm.weight", "mixer.A_log")
+    )
+    return layers == recurrent
+
+
 def _check_groups(model):
     if model.config.n_groups > 1 and not hasattr(model.backbone.layers[0].mixer.norm, "group_size"):
         raise ValueError(
@@ -196,7 +275,8 @@ def _layout(name, weights, names, looks_for, config_name="config.json"):
     embedding = "embeddings" if names == "transformers" else "embedding"
 
     def recognises(config, shapes):
-        mine = f"{head}backbone.{embedding}.weight" in shapes and f"{head}backbone.layers.0.mixer.A_log" in shapes
+        recurrent = any(layer_of(f"{head}backbone.layers.*.mixer.A_log", found) is not None for found in shapes)
+        mine = f"{head}backbone.{embedding}.weight" in shapes and (recurrent or bool(config.get("attn_layer_idx")))
         # named alike, and told apart by the configuration
         return mine and (names != "transformers" or (name == "fla") == (layout_of(config) == "fla"))
 

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from scrubjay.conversion.checkpoint import Checkpoint
+from scrubjay.conversion.reference_parts import logits, rms, turn
 from scrubjay.kernels.ddts import ddts_reference
 from scrubjay.kernels.window import window_attention_reference
-
-ROWS = 8192  # of the head that are multiplied at a time: in float64 a whole one takes gigabytes
 
 
 @torch.no_grad()
@@ -68,7 +67,7 @@ def codefuse_logits(checkpoint: Checkpoint, ids: torch.Tensor, settings: dict[st
     if sizes.scale_embedding:
         x = x * mixer.get("mem_size", 64) ** 0.5
     if sizes.norm_embedding:
-        x = _rms(x, checkpoint.read("model.embed_norm.weight").double(), sizes.rms_norm_eps)
+        x = rms(x, checkpoint.read("model.embed_norm.weight").double(), sizes.rms_norm_eps)
     return _head(checkpoint, _blocks(x, part, sizes), "model.norm_f.weight", sizes)
 
 
@@ -124,11 +123,11 @@ def _blocks(x: torch.Tensor, part: Any, sizes: SimpleNamespace) -> torch.Tensor:
     """All layers. part: number of a layer -> its weights."""
     for i in range(sizes.layers):
         w = part(i)
-        x = x + _mixer(_rms(x, w.norms[0], sizes.rms_norm_eps), w, sizes)
+        x = x + _mixer(rms(x, w.norms[0], sizes.rms_norm_eps), w, sizes)
         if sizes.plus:
-            y = x + _attention(_rms(x, w.norms[2], sizes.rms_norm_eps), w, sizes)
+            y = x + _attention(rms(x, w.norms[2], sizes.rms_norm_eps), w, sizes)
             up, gate, down = w.up_gate_down
-            h = _rms(y, w.norms[3], sizes.rms_norm_eps)
+            h = rms(y, w.norms[3], sizes.rms_norm_eps)
             x = x + (F.silu(h @ gate.T) * (h @ up.T)) @ down.T
     return x
 
@@ -148,7 +147,7 @@ def _mixer(h, w, sizes):
     v = torch.sigmoid(x @ down.T @ up.T + up_bias) * x
     o, _ = ddts_reference(q / q.shape[-1] ** 0.5, k, v, -g * tau)
     y = (o + w.through * seen) * F.silu(z)
-    return _rms(y, w.norms[1], sizes.rms_norm_eps) @ w.out.T
+    return rms(y, w.norms[1], sizes.rms_norm_eps) @ w.out.T
 
 
 def _attention(h, w, sizes):
@@ -160,21 +159,8 @@ def _attention(h, w, sizes):
 
 
 def _turn(x, sizes):
-    """Each pair of channels of x (B, T, heads, P) as one complex number, times exp(i t rope_theta^(-2 j / turned))."""
-    turned = x.shape[-1] if sizes.rotary_dim is None else sizes.rotary_dim
-    if not turned:
-        return x
-    pairs = turned // 2
-    rates = sizes.rope_theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-    angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None, None] * rates
-    first = slice(0, 2 * pairs, 2) if sizes.rope_interleaved else slice(0, pairs)
-    second = slice(1, 2 * pairs, 2) if sizes.rope_interleaved else slice(pairs, 2 * pairs)
-    turned, result = (
-        torch.complex(x[..., first], x[..., second]) * torch.polar(torch.ones_like(angles), angles),
-        x.clone(),
-    )
-    result[..., first], result[..., second] = turned.real, turned.imag
-    return result
+    channels = x.shape[-1] if sizes.rotary_dim is None else sizes.rotary_dim
+    return turn(x, sizes.rope_theta, channels, sizes.rope_interleaved)
 
 
 def _config(checkpoint):
@@ -195,10 +181,6 @@ def _set(sizes, settings):
 
 
 def _head(checkpoint, x, norm, sizes):
-    x = _rms(x, checkpoint.read(norm).double(), sizes.rms_norm_eps)
+    x = rms(x, checkpoint.read(norm).double(), sizes.rms_norm_eps)
     head = checkpoint.read("model.embeddings.weight" if sizes.tie_word_embeddings else "lm_head.weight")
-    return torch.cat([x @ rows.double().T for rows in head.split(ROWS)], -1)
-
-
-def _rms(x, weight, eps):
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return logits(x, head)

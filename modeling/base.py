@@ -321,7 +321,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         wanted = generation_config.cache_implementation
         if wanted not in (None, "dynamic", "dynamic_full", "offloaded"):
             raise ValueError(
-                f"{type(self).__name__} has one cache, of constant size, and needs no {wanted!r} one. "
+                f"{type(self).__name__} has one cache, its own, and needs no {wanted!r} one. "
                 'Leave cache_implementation out, or pass "offloaded".'
             )
         if model_kwargs.get(CACHE) is not None or generation_config.use_cache is False:

@@ -5,6 +5,7 @@
     logits, *state = step.module()(logits.argmax(-1, keepdim=True), *state)
 
 `torch.export.save` writes a program, and `torch.export.load` reads it where neither this library nor transformers is.
+Keys and values of a hybrid's attention layers are part of the state: a step gives them back one slot longer, a copy.
 B batch, T time, V vocabulary. state: the tensors of `cache.layers[i].tensors()`, layer after layer, batch first.
 """
 
@@ -96,7 +97,7 @@ def export_decoding(
 def _check(model):
     if not isinstance(model, ZooForCausalLM) or not issubclass(model.cache_class, StateCache):
         raise ValueError(
-            "Decoding is exported of language models whose cache is a state of constant size (SSD, Rodimus, Taipan); "
+            "Decoding is exported of language models whose cache is a state (SSD and its hybrids, Rodimus, Taipan); "
             f"got {type(model).__name__}. Merge adapters first. Of a decoder of transformers export the whole forward "
             "pass, with use_cache=False."
         )

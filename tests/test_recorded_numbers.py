@@ -142,7 +142,7 @@ def test_weights_are_read_at_the_bandwidth_of_the_run():
 
 def test_conversions():
     cuts = recorded("conversion.json")["cuts"]
-    assert len(cuts) == 3
+    assert len(cuts) == 4
     for cut in cuts:
         files, peaks = cut["source_files"], cut["peak_bytes"]
         weights = max(files.values())
@@ -151,6 +151,7 @@ def test_conversions():
         assert row(CONVERSION, cut["name"]) == [f"{weights / 1e6:.0f} MB", f"{difference:.1e}", f"{above / 1e6:.0f} MB"]
         assert difference < 1e-4
         assert above < 1.3 * weights
+        assert cut["same_bits_back"] == cut["tensors"] + len(cut["left_out"])
 
 
 def test_qlora():

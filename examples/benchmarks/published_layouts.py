@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-# Sizes by the letters of the paper: d width, L layers, V rows of the embedding, P head size, N state, G groups, K taps.
+# Sizes by the letters of the paper: d width, L layers, V rows of the embedding, P head size, N state, G groups, K taps;
+# beside them A places of attention layers, whose sizes are `attention`, and F width of MLPs, as in config.json.
 MAMBA2_2B7 = dict(d=2560, L=64, V=50288, P=64, N=128, G=1, K=4)
+ATTENTION_2B7 = dict(causal=True, d_conv=4, head_dim=128, num_heads=30, out_proj_bias=False, qkv_proj_bias=False)
+ATTENTION_2B7 |= dict(rotary_emb_dim=64)
+MAMBA2ATTN_2B7 = MAMBA2_2B7 | dict(A=[9, 18, 27, 36, 45, 56], attention=ATTENTION_2B7)
 CODESTRAL = dict(d=4096, L=64, V=32768, P=64, N=128, G=8, K=4)
 
 
-def mixer_shapes(d: int, P: int, N: int, G: int, K: int, bias: bool = False, **_: int) -> dict[str, tuple[int, ...]]:
+def mixer_shapes(d: int, P: int, N: int, G: int, K: int, bias: bool = False, **_: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of one mixer. in_proj makes [z, x, B, C, dt]; the convolution takes x, B and C."""
     inner = 2 * d
     heads = inner // P
@@ -35,14 +39,40 @@ def mixer_shapes(d: int, P: int, N: int, G: int, K: int, bias: bool = False, **_
     return shapes
 
 
+def attention_shapes(d: int, attention: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one attention layer's mixer. in_proj makes queries, keys and values, which are all convolved,
+    and what a network beside the attention takes, which is not."""
+    heads = attention["num_heads"]
+    p, groups = attention.get("head_dim", d // heads), attention.get("num_heads_kv", heads)
+    qkv, network = p * (heads + 2 * groups), (attention.get("mlp_dim", 0) + 255) // 256 * 256
+    shapes: dict[str, tuple[int, ...]] = {"in_proj.weight": (qkv + network, d)}
+    shapes["out_proj.weight"] = (d, p * heads + network // 2)
+    if attention.get("d_conv", 0):
+        shapes |= {"conv1d.weight": (qkv, 1, attention["d_conv"]), "conv1d.bias": (qkv,)}
+    if attention.get("qkv_proj_bias", True):
+        shapes["in_proj.bias"] = (qkv + network,)
+    if attention.get("out_proj_bias", True):
+        shapes["out_proj.bias"] = (d,)
+    return shapes
+
+
+def mlp_shapes(d: int, F: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what follows a mixer. fc1 makes what is passed on, then its gate."""
+    width = (F + 127) // 128 * 128
+    return {"norm2.weight": (d,), "mlp.fc1.weight": (2 * width, d), "mlp.fc2.weight": (d, width)}
+
+
 def mamba2_shapes(embedding: str, sizes: dict[str, Any], prefix: str = "", head: bool = False) -> dict[str, tuple]:
     """Names and shapes of a whole checkpoint whose embedding is called `embedding`."""
     d, V = sizes["d"], sizes["V"]
     shapes: dict[str, tuple[int, ...]] = {f"{prefix}backbone.{embedding}.weight": (V, d)}
     for i in range(sizes["L"]):
         shapes[f"{prefix}backbone.layers.{i}.norm.weight"] = (d,)
-        for name, shape in mixer_shapes(**sizes).items():
-            shapes[f"{prefix}backbone.layers.{i}.mixer.{name}"] = shape
+        attends = i in sizes.get("A", ())
+        mixer = attention_shapes(d, sizes["attention"]) if attends else mixer_shapes(**sizes)
+        shapes |= {f"{prefix}backbone.layers.{i}.mixer.{name}": shape for name, shape in mixer.items()}
+        behind = mlp_shapes(d, sizes["F"]) if sizes.get("F") else {}
+        shapes |= {f"{prefix}backbone.layers.{i}.{name}": shape for name, shape in behind.items()}
     shapes[f"{prefix}backbone.norm_f.weight"] = (d,)
     if head:
         shapes[f"{prefix}lm_head.weight"] = (V, d)
@@ -71,17 +101,17 @@ def values(shapes: dict[str, tuple], dtype: torch.dtype = torch.float32, seed: i
 
 
 def mamba_ssm_config(sizes: dict[str, Any], pad: int = 16, unpadded: int | None = None, **changes: Any) -> dict:
-    """config.json of state-spaces/mamba2-*. What ssm_cfg leaves out has mamba_ssm's default."""
+    """config.json of state-spaces/mamba2-* and mamba2attn-*. What ssm_cfg leaves out has mamba_ssm's default."""
     default = dict(P=("headdim", 64), N=("d_state", 128), G=("ngroups", 1), K=("d_conv", 4), bias=("bias", False))
     ssm_cfg = {name: sizes[key] for key, (name, usual) in default.items() if sizes.get(key, usual) != usual}
     return {
         "d_model": sizes["d"],
-        "d_intermediate": 0,
+        "d_intermediate": sizes.get("F", 0),
         "n_layer": sizes["L"],
         "vocab_size": unpadded or sizes["V"],
         "ssm_cfg": {"layer": "Mamba2"} | ssm_cfg,
-        "attn_layer_idx": [],
-        "attn_cfg": {},
+        "attn_layer_idx": sizes.get("A", []),
+        "attn_cfg": sizes.get("attention", {}),
         "rms_norm": True,
         "residual_in_fp32": True,
         "fused_add_norm": True,
@@ -186,7 +216,7 @@ def fla_config(sizes: dict[str, Any], tied: bool, **changes: Any) -> dict:
 
 
 def write_mamba_ssm(folder: Path, sizes: dict[str, Any], dtype: torch.dtype = torch.float32, **changes: Any) -> dict:
-    """A folder of state-spaces/mamba2-*: a pickle with the head beside the embedding that it repeats."""
+    """A folder of state-spaces/mamba2*-*: a pickle with the head beside the embedding that it repeats."""
     tensors = values(mamba2_shapes("embedding", sizes), dtype)
     tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
     return write_folder(folder, "pytorch_model.bin", tensors, "config.json", mamba_ssm_config(sizes, **changes))

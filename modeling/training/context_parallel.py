@@ -1,11 +1,12 @@
 """Context parallelism: one long sequence over the ranks of a process group, for the models whose memory is a state.
 
-Each rank has a contiguous slice of the columns. A block needs three things of what lies before its slice, and gets them
+Each rank has a contiguous slice of the columns. A block needs some things of what lies before its slice, and gets them
 from the ranks that have it, once a layer:
     convolution    the K - 1 inputs before the slice
     recurrence     the state S that enters it. Rank r changes a state as S' = exp(A_r) S + Z_r; all ranks gather (A, Z),
                    whose size does not depend on T, and each composes those before it
     window         the W - 1 keys and values before the slice, from as many ranks as they lie on
+    attention      of a hybrid: all keys and values before the slice, which grow with T, from all ranks before it
 
         batch = shard_sequence(batch, group)     # of the whole batch, on every rank: this rank's part
         loss = model(**batch).loss               # that of the whole batch, the same number on every rank

@@ -16,10 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import own_fields, relative
 
 from scrubjay import SSDConfig, TaipanConfig, TaipanForCausalLM
+from scrubjay.configuration.configuration_ssd import SSDSizes
 from scrubjay.configuration.configuration_taipan import CHOICES
 
 # A value for each field that is not its default.
-OTHER_VALUES = SSD_VALUES[SSDConfig] | {
+SHARED = {name: value for name, value in SSD_VALUES[SSDConfig].items() if name in own_fields(SSDSizes)}
+OTHER_VALUES = SHARED | {
     "num_hidden_layers": 5,
     "attention_every": 2,
     "num_attention_heads": 6,

@@ -12,7 +12,8 @@ import threading
 import pytest
 import torch
 from command_helpers import ENVIRONMENT, error_of
-from conversion_cases import mamba_ssm, stored
+from conversion_cases import assert_same, mamba_ssm, stored
+from hybrid_cases import hybrid
 from recycled_cases import decoder
 from transformers.utils import logging
 
@@ -55,6 +56,14 @@ def test_arguments_arrive(tmp_path):
     back = ["convert", str(tmp_path / "new"), str(tmp_path / "back"), "--to", "mamba_ssm"]
     assert scrubjay_cli.main(back) == 0
     assert stored(tmp_path / "back")["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_a_hybrid_goes_there_and_back(tmp_path, capsys):
+    tensors = hybrid("attention and MLP", tmp_path / "source")
+    for source, destination, to in (("source", "ours", []), ("ours", "back", ["--to", "mamba_ssm"])):
+        assert scrubjay_cli.main(["convert", str(tmp_path / source), str(tmp_path / destination), "--check", *to]) == 0
+        assert "this library's model on the result: logits differ by at most" in capsys.readouterr().out
+    assert_same(stored(tmp_path / "back"), tensors)
 
 
 @pytest.mark.parametrize(
@@ -180,12 +189,15 @@ def test_the_bar_is_drawn_on_a_terminal(tmp_path):
 
 
 def test_the_example_of_cuts_smoke(tmp_path):
-    (record,) = conversion_check.main(["--smoke", "--only", "Mamba-2 2.7B", "--out", str(tmp_path / "out.json")])
+    argv = ["--smoke", "--only", "Mamba-2 with attention 2.7B", "--out", str(tmp_path / "out.json")]
+    (record,) = conversion_check.main(argv)
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["cuts"] == [record]
     assert record["layouts"] == ["mamba_ssm", "scrubjay"]
     assert 0 < max(record["check"]["max_logit_difference"].values()) < written["bound"] == 1e-4
+    assert record["same_bits_back"] == record["tensors"] + 1  # and the head, which repeats the embedding
     assert set(record["peak_bytes"]) == {"imports", "conversion", "with_check"}
     assert min(record["peak_bytes"].values()) > 10**8
     assert set(record["source_files"]) == {"config.json", "pytorch_model.bin"}
-    assert str(tmp_path) not in json.dumps(written)
+    assert str(tmp_path) not in json.dumps(written["cuts"])
+    assert written["command"].startswith("python examples/benchmarks/conversion_check.py --smoke --only 'Mamba-2 with")

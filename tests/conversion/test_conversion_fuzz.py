@@ -10,6 +10,7 @@ import pytest
 import torch
 from conversion_cases import assert_same, codestral, mamba_ssm, stored, tied
 from conversion_rodimus_cases import FLA, OFFICIAL, fla_shapes, write
+from hybrid_cases import hybrid
 from recycled_cases import decoder
 
 from scrubjay.conversion.checkpoint import Checkpoint
@@ -117,6 +118,7 @@ def rodimus(folder):
 
 LAYOUTS = {
     "mamba_ssm": (mamba_ssm, None),
+    "hybrid": (lambda folder: hybrid("attention and MLP", folder), None),
     "codestral": (codestral, None),
     "codefuse": (rodimus, None),
     "fla": (lambda folder: write(folder, FLA, values(fla_shapes(FLA))), None),

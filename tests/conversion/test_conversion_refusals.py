@@ -198,6 +198,8 @@ def test_a_head_that_is_no_copy_is_an_error_where_the_configuration_ties_it(tmp_
         (mamba_ssm, {"ssm_cfg": {"layer": "Mamba2", "headdim": 16, "d_state": 8, "expand": 4}}, "expand 4", "2"),
         (mamba_ssm, {"ssm_cfg": {"layer": "Mamba2", "headdim": 16, "d_state": 8, "d_conv": 3}}, "d_conv 3", "4"),
         (mamba_ssm, {"ssm_cfg": {"layer": "Mamba2", "headdim": 16, "d_state": 8, "bias": True}}, "bias True", "False"),
+        (mamba_ssm, {"d_intermediate": 64}, "d_intermediate 64, which makes MLPs of 128", "0"),
+        (mamba_ssm, {"attn_layer_idx": [1], "attn_cfg": {"num_heads": 2}}, r"attn_layer_idx \[1\]", r"\[\]"),
         (transformers, {"hidden_size": 4096}, "hidden_size 4096", "32"),
         (transformers, {"num_heads": 8}, "num_heads 8", "4"),
         (transformers, {"n_groups": 8}, "n_groups 8 and state_size 8", "16 for their product"),
@@ -217,8 +219,7 @@ def test_a_configuration_that_contradicts_the_tensors_is_said_with_both_values(t
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"attn_layer_idx": [9, 18]}, r"attn_layer_idx is \[9, 18\]"),
-        ({"d_intermediate": 64}, "d_intermediate is 64"),
+        ({"attn_layer_idx": [1]}, "attn_cfg has no num_heads"),
         ({"rms_norm": False}, "rms_norm is False"),
         ({"ssm_cfg": {"layer": "Mamba1"}}, "ssm_cfg.layer is 'Mamba1'"),
         ({"ssm_cfg": {}}, "ssm_cfg.layer is 'Mamba1'"),

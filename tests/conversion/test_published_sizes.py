@@ -1,13 +1,22 @@
 """Published models: their configurations, the shapes of their parameters and how many numbers those are."""
 
 import math
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Mamba2Config
 from zoo import own_fields
 
-from scrubjay import RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM
+from scrubjay import RodimusConfig, RodimusForCausalLM, SSDConfig, SSDForCausalLM, TaipanConfig
+from scrubjay.examples.benchmarks.published_layouts import (
+    CODESTRAL,
+    MAMBA2_2B7,
+    MAMBA2ATTN_2B7,
+    mamba_ssm_config,
+    params_json,
+)
+from scrubjay.examples.benchmarks.published_rodimus import PUBLISHED as RODIMUS_FILES
 
 # sizes, (channels of the convolution, rows of in_proj), number of parameters; what is not given is the default
 MAMBA2 = {
@@ -21,6 +30,14 @@ MAMBA2 = {
         (10240, 18560),
         7_285_403_648,
     ),
+}
+AUTHORS = {
+    "130m": dict(d=768, L=24),
+    "370m": dict(d=1024, L=48),
+    "780m": dict(d=1536, L=48),
+    "1.3b": dict(d=2048, L=48),
+    "2.7b": dict(d=2560, L=64),
+    "2.7b-hybrid": MAMBA2ATTN_2B7,
 }
 UNTIED = {"tie_word_embeddings": False}
 WIDE = {"hidden_size": 3072, "num_hidden_layers": 32}
@@ -38,6 +55,52 @@ RODIMUS_NAMES = {
     "rodimus-plus-1.6b, with a head": "1.6B-untied",
     "rodimus-plus-4b": "4B",
 }
+
+
+# by name, and the file that its authors publish
+PUBLISHED = {
+    **{name: (SSDConfig, mamba_ssm_config(MAMBA2_2B7 | sizes, unpadded=50277)) for name, sizes in AUTHORS.items()},
+    "codestral-7b": (SSDConfig, params_json(CODESTRAL)),
+    "1.4b": (RodimusConfig, RODIMUS_FILES["rodimus_1B4_base"][0]),
+    "plus-coder-1.6b": (RodimusConfig, RODIMUS_FILES["Rodimus-Plus-Coder-1.6B-Base"][0]),
+    "plus-coder-4b": (RodimusConfig, RODIMUS_FILES["Rodimus-Plus-Coder-4B-Base"][0]),
+}
+COUNTS = {
+    "130m": 128_989_632,
+    "370m": 368_346_624,
+    "780m": 780_161_280,
+    "1.3b": 1_343_757_312,
+    "2.7b": 2_702_599_680,
+    "2.7b-hybrid": 2_697_590_880,
+    "codestral-7b": 7_285_403_648,
+    "1.4b": 1_531_551_744,
+    "plus-coder-1.6b": 1_607_095_296,
+    "plus-coder-4b": 4_786_527_232,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_name_gives_what_the_published_file_says(name):
+    config_class, theirs = PUBLISHED[name]
+    config, want = config_class.published(name), config_class.from_dict(theirs)
+    fields = {*own_fields(config_class), "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+    assert {field: getattr(config, field) for field in fields} == {field: getattr(want, field) for field in fields}
+    assert getattr(config, "max_position_embeddings", 2048) == theirs.get("max_position_embeddings", 2048)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters() == COUNTS[name]
+
+
+def test_a_name_may_be_changed_and_an_unknown_one_lists_those_that_there_are():
+    config = SSDConfig.published("2.7b-hybrid", num_hidden_layers=3, attn_layer_idx=[1])
+    assert (config.hidden_size, config.num_hidden_layers, config.attn_layer_idx) == (2560, 3, [1])
+    config.attn_cfg["num_heads"] = 1
+    assert SSDConfig.published("2.7b-hybrid").attn_cfg["num_heads"] == 30
+    for config_class in (SSDConfig, RodimusConfig):
+        names = [name for name, (owner, _) in PUBLISHED.items() if owner is config_class]
+        with pytest.raises(ValueError, match=re.escape(f"name must be one of {tuple(names)}; got '7b'")):
+            config_class.published("7b")
+    assert not hasattr(TaipanConfig, "published")  # it has `reconstructed`
 
 
 @pytest.mark.parametrize("name", [*MAMBA2, *RODIMUS_NAMES])

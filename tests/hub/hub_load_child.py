@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa:
 from transformers.utils import logging  # noqa: E402
 
 OUT, TOKEN = Path(sys.argv[1]), sys.argv[2]
-NAMES = ("ssd", "rodimus", "rodimus_plus", "taipan", "adore", "recycled")
+NAMES = ("ssd", "rodimus", "rodimus_plus", "taipan", "ssd_hybrid", "adore", "recycled")
 IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 
 

@@ -116,6 +116,7 @@ VARIANTS = {
     "rodimus": [{}],
     "rodimus_plus": [{}],
     "taipan": [{}, {"kv_scope": "selected"}],
+    "ssd_hybrid": [{}, {"attn_cfg": {"d_conv": 0}}],
     "adore": [{}, {"score_mode": "static"}, {"rebuild": 0}, {"store": "embeds"}],
     "recycled": [{}, *({"policy": policy} for policy in ("full", "snapkv", "h2o", "streaming"))],
 }

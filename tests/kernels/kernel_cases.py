@@ -192,6 +192,7 @@ VARIANTS = [
     *(("ddts", {"states": states}, {}) for states in (0, 2)),
     *(("causal_conv", {"taps": taps, "states": states}, {}) for taps in (1, 2, 4) for states in (0, 2)),
     ("causal_conv", {"bias": False}, {}),
+    *(("causal_conv", {"taps": taps, "bias": bias}, {"activate": False}) for taps, bias in ((4, True), (2, False))),
     *(
         ("window_attention", {"keys": keys, "values": values, "states": past}, {"window": window})
         for keys, values in ((1, 4), (2, 4), (4, 1), (1, 2), (4, 4))

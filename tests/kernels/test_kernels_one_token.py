@@ -62,14 +62,15 @@ def test_gated_rms_norm(batch, dtype, bound, groups):
 
 @BATCHES
 @DTYPES
+@pytest.mark.parametrize("activate", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("taps", [1, 2, 4])
-def test_causal_conv(batch, dtype, bound, bias, taps):
+def test_causal_conv(batch, dtype, bound, bias, taps, activate):
     x, state = torch.randn(batch, 1, 20).to(dtype)[..., 3:14], torch.randn(batch, taps - 1, 11).to(dtype)
     weight, bias = torch.randn(11, taps).to(dtype), torch.randn(11).to(dtype) if bias else None
     wide = (None if t is None else t.double() for t in (x, weight, bias, state))
-    y, new = module.causal_conv_token(x, weight, bias, state)
-    want, after = causal_conv_reference(*wide)
+    y, new = module.causal_conv_token(x, weight, bias, state, activate)
+    want, after = causal_conv_reference(*wide, activate=activate)
     within(y, want, 4 * bound)  # a sum of several rounded terms
     assert torch.equal(new.double(), after)
 

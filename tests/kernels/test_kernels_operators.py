@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from scrubjay.kernels import conv, ddts, operators, select_attention, ssd, window
+from scrubjay.kernels import causal_attention, conv, ddts, operators, select_attention, ssd, window
 
 # Five times the worst difference that was measured; sums are taken in the same order.
 BOUND = 1e-12
@@ -42,7 +42,17 @@ def ddts_case(docs=None):
 def conv_case(docs=None):
     batch, rows, cut = (2, 2, None) if docs is None else (1, len(docs) - 1, torch.tensor(docs))
     lengths = torch.tensor([4, 9]) if docs is None else None
-    return conv._OPERATOR, [some(batch, 9, 4), some(4, 3), some(4), some(rows, 2, 4), cut, lengths], [], []
+    return conv._OPERATOR, [some(batch, 9, 4), some(4, 3), some(4), some(rows, 2, 4), cut, lengths], [1], []
+
+
+def bare_conv_case(docs=None):
+    """Without the activation."""
+    operator, tensors, _, _ = conv_case(docs)
+    return operator, tensors, [0], []
+
+
+def documents_case():
+    return causal_attention._DOCUMENTS, [some(1, 9, 4, 6), *some(2, 1, 9, 2, 6), torch.tensor(PACKED)], [], [0.4]
 
 
 def window_case(docs=None):
@@ -61,10 +71,13 @@ def select_case(docs=None):
 
 PACKED = (0, 5, 5, 9)
 CASES = {
-    **{f"{case.__name__[:-5]}": case for case in (ssd_case, ddts_case, conv_case, window_case, select_case)},
+    **{
+        f"{case.__name__[:-5]}": case
+        for case in (ssd_case, ddts_case, conv_case, bare_conv_case, window_case, select_case, documents_case)
+    },
     **{
         f"{case.__name__[:-5]} packed": lambda case=case: case(PACKED)
-        for case in (ssd_case, ddts_case, conv_case, window_case)
+        for case in (ssd_case, ddts_case, conv_case, bare_conv_case, window_case)
     },
 }
 

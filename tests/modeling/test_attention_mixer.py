@@ -145,6 +145,19 @@ def through_with(model, ids, mask, pieces):
     return torch.cat(found, 1)
 
 
+def test_a_prompt_in_segments_equals_one_pass():
+    """Without gradients a long one is taken in segments, which go on from one cache."""
+    model, ids = build(num_hidden_layers=2, intermediate_size=20), tokens(VOCAB, 2, 4500)
+    with torch.no_grad():
+        got = whole(model, ids)
+        mask = torch.ones_like(ids)
+        mask[0, 100:1000] = 0
+        padded = model(ids, attention_mask=mask).logits[0][mask[0].bool()]
+        alone = whole(model, ids[:1, mask[0].bool()])[0]
+    assert error(got, model(ids).logits.detach()) < BOUND
+    assert error(padded, alone) < BOUND
+
+
 @torch.no_grad()
 def test_long_pieces_beside_a_past_are_solved_in_blocks_of_queries():
     model, ids = build(), tokens(VOCAB, 1, 1500)

@@ -209,7 +209,7 @@ def test_packed_documents_are_refused_by_name_when_a_model_is_exported(entry, pa
 def test_export_decoding_says_what_it_cannot_export(entry):
     model = entry.build()
     if not entry.recurrent:
-        with pytest.raises(ValueError, match=f"a state of constant size.*got {entry.model.__name__}"):
+        with pytest.raises(ValueError, match=f"whose cache is a state .*got {entry.model.__name__}"):
             export_decoding(model)
         return
     with pytest.raises(ValueError, match=r"call model\.eval"):

@@ -50,6 +50,7 @@ CASES = {
     "taipan with selected keys by rank, over several ranks": ("taipan", BY_RANK | COMPACT, 1.5, True),
     "taipan with selected keys, in eval mode": ("taipan", SELECTED, 3, False),
     "taipan with nothing selected": ("taipan", SELECTED | dict(eval_threshold=1 - 1e-9), None, False),
+    "ssd_hybrid that begins with attention": ("ssd_hybrid", dict(attn_layer_idx=[0]), 1.5, True),
     "taipan with equation 3 as printed": ("taipan", dict(st_surrogate="chosen"), None, True),
 }
 DECAYS = ("A_log", "mem_gate_bias")
@@ -318,9 +319,15 @@ MUTANTS = {
         tuple(RECURRENT),
         replaced("halo", lambda self, x, steps: x.new_zeros(len(x), steps, x.shape[2])),
     ),
-    "the window sees nothing before a slice": (("rodimus_plus", "taipan"), replaced("past", seen_in_window(0))),
-    "the window sees half of what it should": (("rodimus_plus", "taipan"), replaced("past", seen_in_window(0.5))),
-    "positions start at 0 on every rank": (("rodimus_plus",), replaced("start", 0)),
+    "the window sees nothing before a slice": (
+        ("rodimus_plus", "taipan", "ssd_hybrid"),
+        replaced("past", seen_in_window(0)),
+    ),
+    "the window sees half of what it should": (
+        ("rodimus_plus", "taipan", "ssd_hybrid"),
+        replaced("past", seen_in_window(0.5)),
+    ),
+    "positions start at 0 on every rank": (("rodimus_plus", "ssd_hybrid"), replaced("start", 0)),
     "each rank's loss is its own": (tuple(RECURRENT), replaced("sum", lambda self, x: x)),
     "each rank's budget is its own": (("taipan",), replaced("sum", lambda self, x: x if x.ndim else total(self, x))),
 }

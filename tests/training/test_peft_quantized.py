@@ -24,7 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linea
 NF4 = 0.152 + 0.01
 # What stays in float32 whatever the model's dtype is.
 KEPT = {"ssd": {"A_log", "D", "dt_bias"}, "adore": {"controller"}}
-KEPT |= {"taipan": KEPT["ssd"] | {"gate"}} | {key: {"mem_gate_bias"} for key in ("rodimus", "rodimus_plus")}
+KEPT |= {"ssd_hybrid": KEPT["ssd"], "taipan": KEPT["ssd"] | {"gate"}} | {
+    key: {"mem_gate_bias"} for key in ("rodimus", "rodimus_plus")
+}
 # Outputs that are no multiple of 32, on which bitsandbytes stops, and ones that it would rearrange, on some CPUs.
 SIZES = {"odd": 64, "even": 128}
 
