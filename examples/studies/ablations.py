@@ -21,7 +21,6 @@ the training length.
 
 import argparse
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,19 +118,8 @@ class Study:
             for variant, given in question.variants.items()
         }
 
-    def cells(self, records: list[dict]) -> list[Cell]:
-        return [cell for name in QUESTIONS for cell in queue(self.tuning, name, self.variants(name), records)]
-
-    def planned(self, records: list[dict]) -> list[Cell]:
-        """As `cells`, with a rate of the grid where the best is not known yet."""
-        waiting = [
-            Cell(name, model, seed, self.tuning.rates[0], settings)
-            for name in QUESTIONS
-            for model, settings in self.variants(name).values()
-            for seed in self.tuning.reported
-            if self.tuning.best(name, model, settings, records) is None
-        ]
-        return self.cells(records) + waiting
+    def cells(self, records: list[dict], guess: bool = False) -> list[Cell]:
+        return [cell for name in QUESTIONS for cell in queue(self.tuning, name, self.variants(name), records, guess)]
 
     def results(self, name: str, records: list[dict]) -> dict[str, list[dict]]:
         """Of the reported seeds of each variant of a question, as far as they are there."""
@@ -207,14 +195,15 @@ def draw(study: Study, records: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def show(study: Study, records: list[dict], out: Path) -> None:
-    """Tables and the selection as text on the terminal, the figures beside the JSON."""
+def show(study: Study, records: list[dict], out: Path | None) -> None:
+    """Tables and the selection as text on the terminal, the figures beside the JSON if there is one."""
     print(tables(study, records))
-    draw(study, records, out.with_suffix(".png"))
     found = drawn(study, records)
-    if found is not None:
-        for place, numbers in found["layers"].items():
-            print(f"\nWhat layer {place} of a Taipan attends for:\n{marked(found['tokens'], numbers)}")
+    for place, numbers in (found["layers"] if found else {}).items():
+        print(f"\nWhat layer {place} of a Taipan attends for:\n{marked(found['tokens'], numbers)}")
+    if out:
+        draw(study, records, out.with_suffix(".png"))
+    if out and found:
         first = next(iter(QUESTIONS["capacity"].variants))
         draw_selection(found, out.with_name(f"{out.stem}_selection.png"), f"Taipan, capacity {first}")
 
@@ -233,16 +222,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     study = SMOKE if args.smoke else Study()
-    if args.smoke and args.out == RESULTS:  # which are of real runs
-        args.out = Path(tempfile.mkdtemp(), RESULTS.name)
     laboratory = opened(args, command_line("examples/studies/ablations.py", argv), VERSION)
     if args.plan:
-        print(laboratory.plan(study.planned(laboratory.records()), cost=lambda cell: cell.settings["tokens"]))
+        cells = study.cells(laboratory.records(), guess=True)
+        print(laboratory.plan(cells, cost=lambda cell: cell.settings["tokens"]))
         return laboratory.records()
     if not args.table:
         laboratory.run(study.cells, train_cell, args.minutes)
     records = laboratory.records()
-    show(study, records, args.out)
+    show(study, records, laboratory.out)
     return records
 
 

@@ -21,6 +21,7 @@ from scrubjay import (
     TaipanConfig,
     TaipanForCausalLM,
 )
+from scrubjay.examples.studies.recall_models import start
 
 CLASSES: dict[type, type] = {
     LlamaConfig: LlamaForCausalLM,
@@ -64,12 +65,13 @@ def places(blocks: int, attention: int) -> list[int]:
 
 
 def _llama(sizes: Sizes, blocks: int, spare: int | None = None) -> LlamaConfig:
-    """As it comes, with a head of `head_dim` channels; transformers' start is a deviation of 0.02 at any width."""
+    """As it comes, but for its start: transformers' is a deviation of 0.02 at any width."""
     return LlamaConfig(
         **sizes.shared(blocks),
         intermediate_size=spare or 8 * sizes.hidden_size // 3,
         num_attention_heads=sizes.heads,
         max_position_embeddings=1 << 20,
+        initializer_range=start(sizes.hidden_size),
         tie_word_embeddings=True,
     )
 
@@ -119,6 +121,7 @@ def _taipan(sizes: Sizes, blocks: int, spare: int | None = None, **switches) -> 
         attention_head_dim=sizes.head_dim,
         sliding_window=sizes.window,
         intermediate_size=spare,
+        initializer_range=start(sizes.hidden_size),
         **switches,
     )
 

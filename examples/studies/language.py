@@ -19,7 +19,6 @@ the training length, so that their states have something to do.
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,23 +86,11 @@ class Study:
     def variants(self) -> dict[str, tuple[str, dict]]:
         return {name: (name, self.settings) for name in FAMILIES}
 
-    def trainings(self, records: list[dict]) -> list[Cell]:
-        return queue(self.tuning, "language", self.variants, records)
+    def trainings(self, records: list[dict], guess: bool = False) -> list[Cell]:
+        return queue(self.tuning, "language", self.variants, records, guess)
 
     def decodes(self, records: list[dict]) -> list[Cell]:
         return [Cell("decode", name, 0, 0.0, self.settings | {"steps": self.steps}) for name in FAMILIES]
-
-    def planned(self, records: list[dict]) -> list[Cell]:
-        """As `trainings`, with a rate of the grid where the best is not known yet."""
-        known = self.trainings(records)
-        best = {name: self.tuning.best("language", name, self.settings, records) for name in FAMILIES}
-        waiting = [
-            Cell("language", name, seed, self.tuning.rates[0], self.settings)
-            for seed in self.tuning.reported
-            for name in FAMILIES
-            if best[name] is None
-        ]
-        return known + waiting
 
 
 SMOKE = Study(
@@ -268,17 +255,17 @@ def main(argv: list[str] | None = None) -> list[dict]:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     study = SMOKE if args.smoke else Study()
-    if args.smoke and args.out == RESULTS:  # which are of real runs
-        args.out = Path(tempfile.mkdtemp(), RESULTS.name)
     laboratory = opened(args, command_line("examples/studies/language.py", argv), VERSION)
     if args.plan:
-        print(laboratory.plan(study.planned(laboratory.records()), cost=lambda cell: cell.settings["tokens"]))
+        cells = study.trainings(laboratory.records(), guess=True)
+        print(laboratory.plan(cells, cost=lambda cell: cell.settings["tokens"]))
         return laboratory.records()
     if not args.table:
         laboratory.run(study.decodes if args.decode else study.trainings, work, args.minutes)
     records = laboratory.records()
     print(tables(study, records))
-    draw(study, records, args.out.with_suffix(".png"))
+    if laboratory.out:
+        draw(study, records, laboratory.out.with_suffix(".png"))
     return records
 
 

@@ -82,13 +82,16 @@ class ShortTrials(Tuning):
         return super().trials(study, model, {**settings, **self.short})
 
 
-def queue(tuning: Tuning, study: str, variants: Mapping[str, tuple[str, dict]], records: list[dict]) -> list[Cell]:
+def queue(
+    tuning: Tuning, study: str, variants: Mapping[str, tuple[str, dict]], records: list[dict], guess: bool = False
+) -> list[Cell]:
     """All trials, then the reported runs of what is tuned, seed by seed: whenever it stops, the variants are even.
 
     Args:
         variants: model and settings by a name.
+        guess: as `Tuning.cells` has it.
     """
-    cells = [tuning.cells(study, model, settings, records) for model, settings in variants.values()]
+    cells = [tuning.cells(study, model, settings, records, guess=guess) for model, settings in variants.values()]
     flat = [cell for some in cells for cell in some]
     return sorted(flat, key=lambda cell: [*tuning.seeds, *tuning.reported].index(cell.seed))
 
