@@ -18,32 +18,7 @@ MULTIPLE = 128  # the authors round the width of an MLP up to a multiple of this
 
 @strict
 class SSDSizes(PreTrainedConfig):
-    r"""Sizes of SSD (Mamba-2) blocks, of whichever model they are part.
-
-    Args:
-        vocab_size: rows of the embedding.
-        hidden_size: width of the residual stream.
-        num_hidden_layers: number of blocks.
-        state_size: N, key and query width of the recurrent state, per head. 128 in the paper.
-        expand: inner width over `hidden_size`; the inner width is num_heads * head_dim.
-        num_heads: H. None derives it from `head_dim`.
-        head_dim: P, value width per head. None is the largest of 64, 32, ... that divides the inner width.
-        n_groups: G, groups of heads that share keys and queries; divides `num_heads`. 1 in most published models, 8 in
-            Codestral.
-        conv_kernel: taps of the causal convolution.
-        use_conv_bias, use_bias: bias of the convolution; of the input and output projections.
-        chunk_size: steps solved as one product. Changes speed, never the result beyond rounding.
-        hidden_act: activation after the convolution and of the gate; "silu" is the one that the paper defines.
-        layer_norm_epsilon: added to the mean square in every norm.
-        residual_in_fp32: keep the residual stream in float32 whatever the dtype of the weights is.
-        time_step_limit: (low, high), clamp of the step size after softplus, in whole sequences and in single steps.
-        time_step_min, time_step_max, time_step_floor: range from which the initial step sizes are drawn (log-uniform),
-            and their floor.
-        A_initializer_range: (low, high), range from which the initial decay rates are drawn (uniform).
-        initializer_range: standard deviation of the initial embedding.
-        rescale_prenorm_residual: divide the initial output projections by sqrt(num_hidden_layers).
-        use_cache: whether forward returns a cache by default.
-    """
+    """Sizes of SSD (Mamba-2) blocks, of whichever model they are part; each model's class says what they mean."""
 
     keys_to_ignore_at_inference = list(CACHE_NAMES)
 

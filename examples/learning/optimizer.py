@@ -49,15 +49,19 @@ def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimi
     return InTurn(Muon(inner, lr=rate, weight_decay=recipe.weight_decay), adamw)
 
 
-def decay_groups(model: PreTrainedModel, weight_decay: float) -> list[dict]:
-    """Every parameter that is trained, in the group of those that decay or of those that do not."""
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Every parameter that is trained, in the group of those that decay or of those that do not.
+
+    A model of the zoo says itself which are spared; of others vectors are, and decay rates (`A_log`, a matrix in
+    Mamba-1).
+    """
     if hasattr(model, "weight_decay_groups"):
         return model.weight_decay_groups(weight_decay)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (kept if parameter.ndim < 2 or name.endswith("A_log") else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
 def inner_matrices(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -21,12 +21,14 @@ the training length.
 
 import argparse
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS
+from scrubjay.examples.studies.cells import Cell, Tuning
+from scrubjay.examples.studies.drawing import spread
 from scrubjay.examples.studies.equal_models import Sizes
-from scrubjay.examples.studies.laboratory import Cell, Tuning, add_arguments, command_line, opened, spread
+from scrubjay.examples.studies.laboratory import add_arguments, command_line, opened
 from scrubjay.examples.studies.language import markdown, millions, ranged, rate_in
 from scrubjay.examples.studies.language_runs import Budget, ShortTrials, queue, settings_of, train_cell
 from scrubjay.examples.studies.selection_picture import draw_selection, marked

@@ -35,14 +35,9 @@ from scrubjay.examples.learning.recipe import QUICK, Recipe
 from scrubjay.examples.learning.training import Windows, build_model, train
 from scrubjay.examples.measuring.baselines import NGram
 from scrubjay.examples.measuring.measure import stream_bits
-from scrubjay.examples.studies.laboratory import (
-    Cell,
-    add_arguments,
-    cell_of,
-    command_line,
-    opened,
-    spread,
-)
+from scrubjay.examples.studies.cells import Cell, cell_of
+from scrubjay.examples.studies.drawing import spread
+from scrubjay.examples.studies.laboratory import add_arguments, command_line, opened
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "demo_search.json"
 # Two cores of an AMD EPYC with AVX2: the demo's 114 seconds between its looks at held-out text, of which a step of the

@@ -1,7 +1,6 @@
-"""A queue of cells that resumes: many small trainings, their records in one JSON file, and figures with error bars.
+"""A queue of cells that resumes: many small trainings, their records in one JSON file.
 
-A cell is one training: a study, a model, a seed, a learning rate and settings, all that decides its result. A study is
-a list of cells and a function `work(cell) -> dict` that does one of them:
+A study is a list of cells (cells.py) and a function `work(cell) -> dict` that does one of them:
 
     cells = [Cell("recall", model, seed, 3e-3, {"pairs": 32}) for model in ("ssd", "mine") for seed in range(3)]
     Laboratory(Path("recall.json"), command).run(cells, work)
@@ -30,86 +29,15 @@ import statistics
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from multiprocessing import connection
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS, commit, machine, versions, write_whole
-
-# One colour and one name for a model in every study.
-COLORS = {
-    "ssd": OURS,
-    "ssd_mlp": "#5fb0d3",
-    "ssd_hybrid": "#0a3d62",
-    "rodimus": FULL,
-    "rodimus_plus": "#6a4c93",
-    "taipan": "#1b7f5c",
-    "llama": "#d4a017",
-    "mamba1": "#b5838d",
-    "mamba2": GRAY,
-}
-NAMES = {
-    "ssd": "SSD",
-    "ssd_mlp": "SSD with MLP",
-    "ssd_hybrid": "SSD hybrid",
-    "rodimus": "Rodimus",
-    "rodimus_plus": "Rodimus+",
-    "taipan": "Taipan",
-    "llama": "Llama",
-    "mamba1": "Mamba-1",
-    "mamba2": "Mamba-2 of Transformers",
-}
-# Student's t, 0.975, by degrees of freedom; a series in 1 / df is within 0.002 of it above.
-T975 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One training. Two cells are the same if all that decides their result is.
-
-    Args:
-        study: name of the study.
-        model: name of the model, also its row in tables and its colour in figures.
-        seed: of the weights and the data.
-        rate: learning rate.
-        settings: the rest, as JSON can hold it: sizes, steps, switches.
-    """
-
-    study: str
-    model: str
-    seed: int
-    rate: float
-    settings: Mapping = field(default_factory=dict)
-
-    def __post_init__(self):
-        object.__setattr__(self, "rate", float(self.rate))
-        object.__setattr__(self, "settings", json.loads(json.dumps(dict(self.settings), sort_keys=True)))
-
-    @property
-    def key(self) -> str:
-        """All that decides the result, as one string."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @property
-    def name(self) -> str:
-        """As people read it and as `--only` searches it: `recall ssd pairs=32 state_size=16 rate=0.003 seed=1`."""
-        settings = (f"{name}={value}" for name, value in self.settings.items())
-        return " ".join([self.study, self.model, *settings, f"rate={self.rate:g}", f"seed={self.seed}"])
-
-    def __eq__(self, other):
-        return isinstance(other, Cell) and self.key == other.key
-
-    def __hash__(self):
-        return hash(self.key)
-
-
-def cell_of(record: dict) -> Cell:
-    """The cell that a record on disk is of."""
-    return Cell(**record["cell"])
+from scrubjay.examples.measuring.run_report import commit, machine, versions, write_whole
+from scrubjay.examples.studies.cells import Cell, cell_of
 
 
 def said(line: str) -> None:
@@ -119,67 +47,6 @@ def said(line: str) -> None:
 
 Work = Callable[[Cell], dict]
 Cells = Sequence[Cell] | Callable[[list[dict]], Sequence[Cell]]
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Rates are tried on seeds of their own; the best is run on the seeds that are reported.
-
-    Args:
-        rates: the grid, the same for every model.
-        seeds: on which the grid is tried.
-        reported: other seeds.
-        score: what the mean over `seeds` is taken of, of a result; the rate with the highest is taken, and of equals
-            the lower rate. A rate at which a cell failed is not taken.
-    """
-
-    rates: Sequence[float]
-    seeds: Sequence[int]
-    reported: Sequence[int]
-    score: Callable[[dict], float]
-
-    def __post_init__(self):
-        if set(self.seeds) & set(self.reported):
-            raise ValueError(f"Seeds for tuning must not be reported; got {self.seeds} and {self.reported}.")
-
-    def trials(self, study: str, model: str, settings: Mapping) -> list[Cell]:
-        """The grid."""
-        return [Cell(study, model, seed, rate, settings) for seed in self.seeds for rate in self.rates]
-
-    def best(self, study: str, model: str, settings: Mapping, records: Iterable[dict]) -> float | None:
-        """The rate that is taken; None while the grid is not done, or where every rate failed."""
-        known = {cell_of(record): record for record in records}
-        trials = self.trials(study, model, settings)
-        if not all(cell in known for cell in trials):
-            return None
-        scores = {}
-        for rate in sorted(self.rates):
-            results = [known[cell].get("result") for cell in trials if cell.rate == rate]
-            if all(result is not None for result in results):
-                scores[rate] = statistics.fmean(self.score(result) for result in results)
-        return max(scores, key=lambda rate: scores[rate]) if scores else None
-
-    def cells(
-        self, study: str, model: str, settings: Mapping, records: Iterable[dict], *, guess: bool = False
-    ) -> list[Cell]:
-        """The grid, and once it is done the reported seeds at the best rate.
-
-        Args:
-            guess: until then, them at the middle of the grid: a plan has to count them.
-        """
-        rate = self.best(study, model, settings, records)
-        if rate is None and guess:
-            rate = sorted(self.rates)[len(self.rates) // 2]
-        reported = [] if rate is None else [Cell(study, model, seed, rate, settings) for seed in self.reported]
-        return self.trials(study, model, settings) + reported
-
-    def results(self, study: str, model: str, settings: Mapping, records: Iterable[dict]) -> list[dict]:
-        """Results of the reported seeds, as far as they are there."""
-        records = list(records)
-        rate = self.best(study, model, settings, records)
-        known = {cell_of(record): record for record in records if "result" in record}
-        cells = [] if rate is None else [Cell(study, model, seed, rate, settings) for seed in self.reported]
-        return [known[cell]["result"] for cell in cells if cell in known]
 
 
 class Laboratory:
@@ -426,99 +293,6 @@ def opened(args: argparse.Namespace, command: str, version: int = 1) -> Laborato
     return Laboratory(out, command, version=version, workers=args.workers, threads=args.threads, only=args.only)
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups for an optimizer: matrices decay; a model of the zoo says itself which of them are spared.
-
-    Of others spared are vectors and decay rates (`A_log`, a matrix in Mamba-1).
-    """
-    if hasattr(model, "weight_decay_groups"):
-        return model.weight_decay_groups(weight_decay)
-    decayed, kept = [], []
-    for name, parameter in model.named_parameters():
-        (kept if parameter.ndim < 2 or name.endswith("A_log") else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-
-
 def command_line(script: str, argv: Sequence[str]) -> str:
     """What was typed, without the folders of this machine: records go on elsewhere."""
     return shlex.join(["python", script, *(Path(word).name if Path(word).is_absolute() else word for word in argv)])
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, lowest, highest): what an error bar over seeds shows."""
-    return statistics.fmean(values), min(values), max(values)
-
-
-def confidence(values: Sequence[float]) -> tuple[float, float] | None:
-    """Interval of the mean at 95 %, by Student's t; None of fewer than three values."""
-    if len(values) < 3:
-        return None
-    df = len(values) - 1
-    t = T975.get(df, 1.96 + 2.37 / df + 2.9 / df**2)
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.fmean(values)
-    return mean - half, mean + half
-
-
-def write_between(guide: Path, name: str, text: str) -> None:
-    """Put `text` between the lines <!-- name --> and <!-- /name --> of a guide.
-
-    Raises:
-        ValueError: the guide has no such lines.
-    """
-    before, opening, rest = guide.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
-    _, closing, after = rest.partition(f"<!-- /{name} -->")
-    if not closing:
-        raise ValueError(f"{guide.name} has no lines <!-- {name} --> and <!-- /{name} --> to write between.")
-    write_whole(guide, f"{before}{opening}\n{text}\n\n{closing}{after}")
-
-
-def panels(count: int, *, width: float = 5.5, height: float = 4.4):
-    """(figure, list of axes) side by side, without a window or global state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * count, height), layout="constrained")
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def draw_line(axes, model: str, points: Mapping[float, Sequence[float]], **style) -> None:
-    """Mean over seeds against x, with bars from the lowest to the highest.
-
-    Args:
-        points: {x: values, one a seed}.
-        style: as matplotlib's `errorbar` takes; label and colour are the model's own unless given.
-    """
-    xs = sorted(x for x, values in points.items() if values)
-    if not xs:
-        return
-    means, lows, highs = zip(*(spread(points[x]) for x in xs), strict=True)
-    bars = [[m - low for m, low in zip(means, lows, strict=True)], [h - m for m, h in zip(means, highs, strict=True)]]
-    look = {"color": COLORS.get(model), "label": NAMES.get(model, model), "marker": "o", "markersize": 4, "capsize": 3}
-    axes.errorbar(xs, means, yerr=bars, **(look | style))
-
-
-def draw_bars(axes, columns: Sequence[str], rows: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    """A bar of the mean over seeds for each model in each column, with its error bar and every seed as a point.
-
-    Args:
-        columns: names below the groups of bars.
-        rows: {model: values of each column, one a seed, empty where there are none}.
-    """
-    width = 0.8 / max(len(rows), 1)
-    for place, (model, cells) in enumerate(rows.items()):
-        shift, label = width * (place - (len(rows) - 1) / 2), NAMES.get(model, model)
-        for column, values in enumerate(cells):
-            if not values:
-                continue
-            mean, low, high = spread(values)
-            at, color = column + shift, COLORS.get(model)
-            axes.bar(at, mean, width * 0.9, color=color, alpha=0.75, label=label)
-            axes.errorbar(at, mean, yerr=[[mean - low], [high - mean]], color="black", capsize=2, linewidth=0.8)
-            axes.plot([at] * len(values), values, ".", color="black", markersize=3)
-    axes.set(xticks=range(len(columns)), xticklabels=columns)
-    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one entry a model, not a bar
-    if named:
-        axes.legend(named.values(), named.keys(), frameon=False, fontsize=8)

@@ -31,18 +31,10 @@ from transformers import PreTrainedModel, StaticCache
 
 from scrubjay.examples.measuring.measure import cache_nbytes
 from scrubjay.examples.measuring.run_report import size
+from scrubjay.examples.studies.cells import Cell, Tuning
+from scrubjay.examples.studies.drawing import COLORS, NAMES, draw_line, spread
 from scrubjay.examples.studies.equal_models import FAMILIES, Sizes, build, configured
-from scrubjay.examples.studies.laboratory import (
-    COLORS,
-    NAMES,
-    Cell,
-    Tuning,
-    add_arguments,
-    command_line,
-    draw_line,
-    opened,
-    spread,
-)
+from scrubjay.examples.studies.laboratory import add_arguments, command_line, opened
 from scrubjay.examples.studies.language_runs import (
     PIECE,
     Budget,
@@ -95,9 +87,7 @@ class Study:
 
 SMOKE = Study(
     Sizes(hidden_size=32, blocks=2, vocab_size=300, state_size=16, head_dim=16, window=8),
-    Budget(
-        tokens=512, batch_size=2, length=16, scored=[16, 64], rows=2, validation=64, train_bytes=1 << 17
-    ),
+    Budget(tokens=512, batch_size=2, length=16, scored=[16, 64], rows=2, validation=64, train_bytes=1 << 17),
     ShortTrials((1e-3, 1e-2), (100,), (0, 1), lambda result: -result["validation"], {"tokens": 256, "scored": []}),
     steps=3,
 )

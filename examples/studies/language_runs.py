@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from scrubjay.examples.data.corpus import encode, load_corpus, train_tokenizer
+from scrubjay.examples.learning.optimizer import decay_groups
+from scrubjay.examples.studies.cells import Cell, Tuning
 from scrubjay.examples.studies.equal_models import Sizes, build, configured
-from scrubjay.examples.studies.laboratory import Cell, Tuning, decay_groups
 from scrubjay.examples.studies.selection_picture import read_selection
 from scrubjay.modeling.inputs.cache_argument import CACHE, named
 

@@ -32,20 +32,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from scrubjay.examples.studies.laboratory import (
-    NAMES,
-    Cell,
-    Tuning,
-    add_arguments,
-    command_line,
-    decay_groups,
-    draw_bars,
-    draw_line,
-    opened,
-    panels,
-    spread,
-    write_between,
-)
+from scrubjay.examples.learning.optimizer import decay_groups
+from scrubjay.examples.studies.cells import Cell, Tuning
+from scrubjay.examples.studies.drawing import NAMES, draw_bars, draw_line, panels, spread, write_between
+from scrubjay.examples.studies.laboratory import add_arguments, command_line, opened
 from scrubjay.examples.studies.mqar import accuracy, causal_labels, mqar_batch
 from scrubjay.examples.studies.recall_models import MAKERS, STATELESS, Sizes, build
 from scrubjay.examples.studies.selective_scan import fast_mamba1

@@ -27,7 +27,9 @@ import torch
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
 from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS
-from scrubjay.examples.studies.laboratory import Cell, add_arguments, command_line, opened, panels, write_between
+from scrubjay.examples.studies.cells import Cell
+from scrubjay.examples.studies.drawing import panels, write_between
+from scrubjay.examples.studies.laboratory import add_arguments, command_line, opened
 from scrubjay.examples.studies.selective_scan import selective_scan
 from scrubjay.kernels.ssd import ssd
 

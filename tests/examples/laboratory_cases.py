@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from scrubjay.examples.studies.laboratory import Cell, Laboratory
+from scrubjay.examples.studies.cells import Cell
+from scrubjay.examples.studies.laboratory import Laboratory
 
 FAILS, DIES, WAITS = "fails", "dies", "waits"
 

@@ -3,6 +3,7 @@
 import pytest
 
 from scrubjay.examples.learning.recipe import QUICK
+from scrubjay.examples.studies.cells import Cell
 from scrubjay.examples.studies.demo_search import (
     BUDGET,
     CHOICES,
@@ -15,7 +16,7 @@ from scrubjay.examples.studies.demo_search import (
     recipe_of,
     tables,
 )
-from scrubjay.examples.studies.laboratory import Cell, Laboratory
+from scrubjay.examples.studies.laboratory import Laboratory
 
 STEP = {"adamw": 0.1, "muon": 0.125}  # seconds
 

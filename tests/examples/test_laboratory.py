@@ -12,17 +12,10 @@ import pytest
 import torch
 from laboratory_cases import DIES, FAILS, WAITS, cells, drawn
 
-from scrubjay.examples.studies import laboratory
-from scrubjay.examples.studies.laboratory import (
-    Cell,
-    Laboratory,
-    Tuning,
-    cell_of,
-    command_line,
-    confidence,
-    decay_groups,
-    spread,
-)
+from scrubjay.examples.learning.optimizer import decay_groups
+from scrubjay.examples.studies.cells import Cell, Tuning, cell_of
+from scrubjay.examples.studies.drawing import confidence, draw_bars, draw_line, panels, spread
+from scrubjay.examples.studies.laboratory import Laboratory, command_line
 
 
 @pytest.fixture
@@ -277,9 +270,9 @@ def test_commands_do_not_name_the_folders_of_this_machine():
 
 
 def test_figures_have_error_bars_in_the_house_colours():
-    figure, (left, right) = laboratory.panels(2)
-    laboratory.draw_line(left, "ssd", {16: [0.1, 0.3], 64: [0.5], 128: []})
-    laboratory.draw_bars(right, ["8 pairs", "32 pairs"], {"ssd": [[0.1, 0.3], []], "rodimus": [[0.5], [0.7, 0.8]]})
+    figure, (left, right) = panels(2)
+    draw_line(left, "ssd", {16: [0.1, 0.3], 64: [0.5], 128: []})
+    draw_bars(right, ["8 pairs", "32 pairs"], {"ssd": [[0.1, 0.3], []], "rodimus": [[0.5], [0.7, 0.8]]})
     (line,) = left.containers
     assert list(line.lines[0].get_ydata()) == pytest.approx([0.2, 0.5])
     segments = line.lines[2][0].get_segments()

@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from scrubjay.examples.studies import language_runs
 from scrubjay.examples.studies.ablations import QUESTIONS
 from scrubjay.examples.studies.ablations import Study as Ablations
+from scrubjay.examples.studies.cells import Cell, cell_of
+from scrubjay.examples.studies.drawing import NAMES
 from scrubjay.examples.studies.equal_models import FAMILIES, Sizes, build, configured, count, fitted, places, target
-from scrubjay.examples.studies.laboratory import NAMES, Cell, cell_of
 from scrubjay.examples.studies.language import SMOKE, Study, decode_cell, main, ranged, rate_in, work
 from scrubjay.examples.studies.language_runs import Budget, excerpt, learn, read_settings, read_text, score, settings_of
 

@@ -10,7 +10,7 @@ import torch
 from transformers.models.mamba import modeling_mamba
 
 from scrubjay.examples.studies import recall
-from scrubjay.examples.studies.laboratory import Cell
+from scrubjay.examples.studies.cells import Cell
 from scrubjay.examples.studies.recall import LINES, SMOKE, TUNING, cells, groups, settings, sizes_of, verdict, work
 from scrubjay.examples.studies.recall_models import MAKERS, Sizes, build, configuration, num_parameters
 from scrubjay.examples.studies.selective_scan import fast_mamba1, selective_scan
