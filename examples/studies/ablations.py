@@ -1,9 +1,11 @@
 """Ablations: what are the parts of Rodimus, the attention layers of a hybrid and the capacity of Taipan worth?
 
 Small models read half a million tokens of the standard library's source, in windows of 128. Every variant has the same
-effort: three rates in runs of a quarter of the tokens on a seed of its own, then three seeds at the best one.
+effort: three rates in runs of a quarter of the tokens on a seed of its own, then three seeds at the best one. Where the
+question is what a state remembers, the task is that of recall.py, and rates are tried in runs as long as the others.
 
     gates      Rodimus without the temperature, with a full input gate or none, without the short convolution
+    recall     the same, recalling 32 pairs from a state of 16 keys
     keys       Rodimus+ whose attention stays in the residual stream, or has keys and values shared otherwise
     layers     SSD in which so many of ten blocks are attention; as many parameters each
     capacity   Taipan with capacity .10 to .25, with and without rotary positions; and which tokens it attends for
@@ -11,29 +13,37 @@ effort: three rates in runs of a quarter of the tokens on a seed of its own, the
     python examples/studies/ablations.py                      trains what is missing; goes on where it stopped
     python examples/studies/ablations.py --only '^layers'     of one question
     python examples/studies/ablations.py --plan               what is missing, and its time by what is there
-    python examples/studies/ablations.py --table              prints the tables and draws the figures of what is there
+    python examples/studies/ablations.py --table              tables and figures of what is there, into the guide too
     python examples/studies/ablations.py --smoke              the code path in seconds, learns nothing
 
-Depth and widths of `gates` and `keys` are those of the model as published: a switch that adds or removes parameters
-shows in the tables, nothing makes up for it. Bits per byte are of one held-out text, read in contexts of 1 and 16 times
-the training length.
+Depth and widths of `gates`, `recall` and `keys` are those of the model as published: a switch that adds or removes
+parameters shows in the tables, nothing makes up for it. Bits per byte are of one held-out text, read in contexts of 1
+and 16 times the training length.
 """
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS
 from scrubjay.examples.studies.cells import Cell, Tuning
-from scrubjay.examples.studies.drawing import spread
+from scrubjay.examples.studies.drawing import spread, write_between
 from scrubjay.examples.studies.equal_models import Sizes
 from scrubjay.examples.studies.laboratory import add_arguments, command_line, opened
 from scrubjay.examples.studies.language import markdown, millions, ranged, rate_in
 from scrubjay.examples.studies.language_runs import Budget, ShortTrials, queue, settings_of, train_cell
+from scrubjay.examples.studies.recall import cost as recall_cost
+from scrubjay.examples.studies.recall import score as recall_score
+from scrubjay.examples.studies.recall import settings as recall_settings
+from scrubjay.examples.studies.recall import work as recall_work
 from scrubjay.examples.studies.selection_picture import draw_selection, marked
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "ablations.json"
+HERE = Path(__file__).resolve().parent
+RESULTS, GUIDE = HERE.parent / "results" / "ablations.json", HERE / "README.md"
 VERSION = 1  # raised when records of an older one are worth nothing beside new ones
 
 
@@ -56,18 +66,17 @@ def switched(**switches) -> dict:
     return {"switches": switches}
 
 
+GATES = {
+    "as published": {},
+    "no temperature": switched(temperature_gate=False),
+    "full input gate": switched(input_gate="full"),
+    "no input gate": switched(input_gate="none"),
+    "no short convolution": switched(short_conv=False),
+}
+RECALL = "recall_gates"  # the question that is asked of another task
 QUESTIONS = {
-    "gates": Question(
-        "Rodimus' mixer",
-        "rodimus",
-        {
-            "as published": {},
-            "no temperature": switched(temperature_gate=False),
-            "full input gate": switched(input_gate="full"),
-            "no input gate": switched(input_gate="none"),
-            "no short convolution": switched(short_conv=False),
-        },
-    ),
+    "gates": Question("Rodimus' mixer", "rodimus", GATES),
+    RECALL: Question("Rodimus' mixer, recall", "rodimus", GATES),
     "keys": Question(
         "Rodimus+'s attention",
         "rodimus_plus",
@@ -101,42 +110,62 @@ QUESTIONS = {
 class Study:
     """What the command line decides."""
 
-    sizes: Sizes = Sizes(hidden_size=128, blocks=10, vocab_size=2048, state_size=64, head_dim=32)
-    budget: Budget = Budget(tokens=1 << 19, scored=[128, 2048], rows=16, validation=1 << 15)
-    tuning: Tuning = ShortTrials(
-        rates=(2e-3, 4e-3, 8e-3),
-        seeds=(100,),
-        reported=(0, 1, 2),
-        score=lambda result: -result["validation"],
-        short={"tokens": 1 << 17, "scored": [], "drawn": 0},
-    )
+    sizes: Sizes
+    budget: Budget
+    tuning: Tuning
+    recall: dict
+    recall_tuning: Tuning
+
+    def tuned(self, name: str) -> Tuning:
+        return self.recall_tuning if name == RECALL else self.tuning
 
     def variants(self, name: str) -> dict[str, tuple[str, dict]]:
         """Model and settings of each variant of a question."""
         question = QUESTIONS[name]
         more = {"drawn": question.drawn} if question.drawn else {}
-        return {
-            variant: (question.model, settings_of(self.sizes, self.budget, **given, **more))
-            for variant, given in question.variants.items()
-        }
+        common = self.recall if name == RECALL else settings_of(self.sizes, self.budget, **more)
+        return {variant: (question.model, common | given) for variant, given in question.variants.items()}
 
     def cells(self, records: list[dict], guess: bool = False) -> list[Cell]:
-        return [cell for name in QUESTIONS for cell in queue(self.tuning, name, self.variants(name), records, guess)]
+        queues = (queue(self.tuned(name), name, self.variants(name), records, guess) for name in QUESTIONS)
+        return [cell for some in queues for cell in some]
 
     def results(self, name: str, records: list[dict]) -> dict[str, list[dict]]:
         """Of the reported seeds of each variant of a question, as far as they are there."""
         found = {
-            variant: self.tuning.results(name, model, settings, records)
+            variant: self.tuned(name).results(name, model, settings, records)
             for variant, (model, settings) in self.variants(name).items()
         }
         return {variant: results for variant, results in found.items() if results}
 
 
+STUDY = Study(
+    Sizes(hidden_size=128, blocks=10, vocab_size=2048, state_size=64, head_dim=32),
+    Budget(tokens=1 << 19, scored=[128, 2048], rows=16),
+    ShortTrials(
+        rates=(4e-3, 8e-3, 16e-3),
+        seeds=(100,),
+        reported=(0, 1, 2),
+        score=lambda result: -result["validation"],
+        short={"tokens": 1 << 17, "scored": [], "drawn": None},
+    ),
+    recall_settings("rodimus", 32, 16),
+    Tuning((3e-3, 1e-2, 3e-2), seeds=(100,), reported=(0, 1, 2), score=recall_score),
+)
 SMOKE = Study(
     Sizes(hidden_size=32, blocks=10, vocab_size=300, state_size=8, head_dim=8, window=8),
     Budget(tokens=64, batch_size=2, length=16, scored=[16, 64], rows=1, validation=32, train_bytes=1 << 17),
-    ShortTrials((1e-3,), (100,), (0,), lambda result: -result["validation"], {"tokens": 32, "scored": [], "drawn": 0}),
+    ShortTrials(
+        (1e-3,), (100,), (0,), lambda result: -result["validation"], {"tokens": 32, "scored": [], "drawn": None}
+    ),
+    recall_settings("rodimus", 4, 8) | {"length": 16, "vocab_size": 32, "steps": 2},
+    Tuning((1e-3,), (100,), (0,), recall_score),
 )
+
+
+def work(cell: Cell) -> dict:
+    """A training on text, or on recall."""
+    return recall_work(cell) if cell.study == RECALL else train_cell(cell)
 
 
 def tables(study: Study, records: list[dict]) -> str:
@@ -145,21 +174,37 @@ def tables(study: Study, records: list[dict]) -> str:
     parts = []
     for name, question in QUESTIONS.items():
         results, settings = study.results(name, records), study.variants(name)
-        if not results:
-            continue
-        picks = any("selected" in found for some in results.values() for found in some)
-        header = [question.title, "parameters", "rate", *(f"{length} tokens" for length in lengths)]
-        header += [f"selected of {length}" for length in lengths] if picks else []
+        columns = measures(name, lengths)
+        if name == "capacity":
+            columns |= {f"selected of {at}": partial(_selected, at) for at in lengths}
         rows = []
         for variant, some in results.items():
-            rate = study.tuning.best(name, *settings[variant], records)
-            row = [variant, millions(some[0]["parameters"]), rate_in(study.tuning, rate)]
-            row += [ranged([found["bits_per_byte"][length] for found in some]) for length in lengths]
-            if picks:
-                row += [ranged([found["selected"][length][0] for found in some], 2) for length in lengths]
-            rows.append(row)
-        parts.append(markdown(header, rows))
+            rate = study.tuned(name).best(name, *settings[variant], records)
+            row = [variant, millions(some[0]["parameters"]), rate_in(study.tuned(name), rate)]
+            rows.append(row + [ranged([measure(found) for found in some]) for measure in columns.values()])
+        if rows:
+            parts.append(markdown([question.title, "parameters", "rate", *columns], rows))
     return "\n\n".join(parts)
+
+
+def table(records: list[dict]) -> str:
+    """What the guide shows."""
+    return tables(STUDY, records)
+
+
+def measures(name: str, lengths: Sequence[str]) -> dict[str, Callable[[dict], float]]:
+    """What a question is answered by, of a result: a column each."""
+    if name == RECALL:
+        return {"accuracy": lambda found: found["accuracy"]}
+    return {f"{at} tokens": partial(_bits, at) for at in lengths}
+
+
+def _bits(length: str, found: dict) -> float:
+    return found["bits_per_byte"][length]
+
+
+def _selected(length: str, found: dict) -> float:
+    return fmean(found["selected"][length])
 
 
 def drawn(study: Study, records: list[dict]) -> dict | None:
@@ -169,32 +214,37 @@ def drawn(study: Study, records: list[dict]) -> dict | None:
 
 
 def draw(study: Study, records: list[dict], path: Path) -> None:
-    """A panel for each question: bits per byte of its variants at the shortest and the longest context."""
+    """A panel for each question: its variants against what it is answered by, at the shortest and longest context."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    lengths = study.budget.scored[0], study.budget.scored[-1]
-    for axes, (name, question) in zip(figure.subplots(2, 2).flat, QUESTIONS.items(), strict=True):
-        results = study.results(name, records)
-        rows = [variant for variant in question.variants if variant in results]
-        for length, color in zip(lengths, (OURS, FULL), strict=True):
-            for place, variant in enumerate(rows):
-                values = [found["bits_per_byte"][str(length)] for found in results[variant]]
-                mean, low, high = spread(values)
-                label = f"{length} tokens of context" if place == 0 else None
-                bars = {"xerr": [[mean - low], [high - mean]], "fmt": "o", "capsize": 3, "color": color}
-                axes.errorbar(mean, place, label=label, **bars)
-                axes.plot(values, [place] * len(values), "|", color=color, markersize=5)
-            if rows:
-                axes.axvline(spread([found["bits_per_byte"][str(length)] for found in results[rows[0]]])[0],
-                             color=color, linewidth=0.8, linestyle="--", zorder=0)  # fmt: skip
-        axes.set(yticks=range(len(rows)), yticklabels=rows, xlabel="bits per byte", title=question.title)
+    figure = Figure(figsize=(18, 8), layout="constrained")
+    panels = figure.subplots(2, 3).flat
+    ends = [str(study.budget.scored[0]), str(study.budget.scored[-1])]
+    for (name, question), axes in zip(QUESTIONS.items(), panels, strict=False):  # panels last: none is lost
+        results, columns = study.results(name, records), measures(name, ends)
+        for (label, measure), color in zip(columns.items(), (OURS, FULL), strict=False):
+            _dots(axes, [[measure(found) for found in some] for some in results.values()], color, label)
+        axes.set(yticks=range(len(results)), yticklabels=results, title=question.title)
+        axes.set_xlabel("accuracy" if name == RECALL else "bits per byte")
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, axis="x", color=GRAY, alpha=0.2)
-        if rows:
+        if results and len(columns) > 1:
             axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    for axes in panels:  # of no question
+        axes.axis("off")
+    figure.savefig(path, dpi=120)
+
+
+def _dots(axes, rows: Sequence[Sequence[float]], color: str, label: str) -> None:
+    """A row for each variant: mean, range and every seed; a line where the first one's mean is."""
+    for place, values in enumerate(rows):
+        mean, low, high = spread(values)
+        if place == 0:
+            axes.axvline(mean, color=color, linewidth=0.8, linestyle="--", zorder=0)
+        bars = {"xerr": [[mean - low], [high - mean]], "fmt": "o", "capsize": 3, "color": color}
+        axes.errorbar(mean, place, label=label if place == 0 else None, **bars)
+        axes.plot(values, [place] * len(values), "|", color=color, markersize=5)
 
 
 def show(study: Study, records: list[dict], out: Path | None) -> None:
@@ -215,7 +265,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="ablations.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, RESULTS)
-    parser.add_argument("--table", action="store_true", help="run nothing: print the tables, draw the figures")
+    parser.add_argument("--table", action="store_true", help="run nothing: tables into the guide, figures")
     return parser.parse_args(argv)
 
 
@@ -223,17 +273,23 @@ def main(argv: list[str] | None = None) -> list[dict]:
     """Run what the command line asks for; returns all records of the study."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    study = SMOKE if args.smoke else Study()
+    study = SMOKE if args.smoke else STUDY
     laboratory = opened(args, command_line("examples/studies/ablations.py", argv), VERSION)
     if args.plan:
-        cells = study.cells(laboratory.records(), guess=True)
-        print(laboratory.plan(cells, cost=lambda cell: cell.settings["tokens"]))
+        print(laboratory.plan(study.cells(laboratory.records(), guess=True), cost))
         return laboratory.records()
     if not args.table:
-        laboratory.run(study.cells, train_cell, args.minutes)
+        laboratory.run(study.cells, work, args.minutes)
     records = laboratory.records()
     show(study, records, laboratory.out)
+    if args.table and args.out == args.results:
+        write_between(GUIDE, "ablations", table(records))
     return records
+
+
+def cost(cell: Cell) -> float:
+    """Tokens of a run."""
+    return recall_cost(cell) if cell.study == RECALL else cell.settings["tokens"]
 
 
 if __name__ == "__main__":

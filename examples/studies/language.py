@@ -1,20 +1,20 @@
 """Language: what do models of equal size learn of real text, and what are they worth, and cost, far beyond it?
 
 Llama, SSD, SSD with MLP, the hybrid of SSD and attention, Rodimus, Rodimus+ and Taipan with equally many parameters
-(examples/studies/equal_models.py) read equally many tokens of the standard library's source, in windows of 128. For each
-of them the same learning rates are tried in runs of a quarter of the tokens, on a seed that is not reported and by
-held-out text that is not reported either; the best one is run on three seeds.
+(equal_models.py) read equally many tokens of the standard library's source, in windows of 128. For each of them the
+same learning rates are tried in runs of a quarter of the tokens, on a seed that is not reported and by held-out text
+that is not reported either; the best one is run on three seeds.
 
     python examples/studies/language.py              trains and scores what is missing; goes on where it stopped
     python examples/studies/language.py --plan       what is missing, and its time by what is there
     python examples/studies/language.py --decode     time of a decode step and bytes of a cache; on an idle machine
-    python examples/studies/language.py --table      prints the tables and draws the figure of what is there
+    python examples/studies/language.py --table      tables and figure of what is there, into the guide too
     python examples/studies/language.py --smoke      the code path in seconds, learns nothing
 
-What is compared: cross-entropy in training; bits per byte of one held-out text, read in contexts of 1, 4, 16 and 64 times
-the training length, each from an empty cache on; time and memory. Llama and the hybrid's attention have rotary positions
-as they are, of which training has seen the first 128: nothing is rescaled. Rodimus+ and Taipan attend a window of half
-the training length, so that their states have something to do.
+What is compared: cross-entropy in training; bits per byte of one held-out text, read in contexts of 1, 4, 16 and 64
+times the training length, each from an empty cache on; time and memory. Llama and the hybrid's attention have rotary
+positions as they are, of which training has seen the first 128: nothing is rescaled. Rodimus+ and Taipan attend a
+window of half the training length, so that their states have something to do.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, StaticCache
 from scrubjay.examples.measuring.measure import cache_nbytes
 from scrubjay.examples.measuring.run_report import size
 from scrubjay.examples.studies.cells import Cell, Tuning
-from scrubjay.examples.studies.drawing import COLORS, NAMES, draw_line, spread
+from scrubjay.examples.studies.drawing import COLORS, NAMES, draw_line, spread, write_between
 from scrubjay.examples.studies.equal_models import FAMILIES, Sizes, build, configured
 from scrubjay.examples.studies.laboratory import add_arguments, command_line, opened
 from scrubjay.examples.studies.language_runs import (
@@ -47,7 +47,8 @@ from scrubjay.examples.studies.language_runs import (
 )
 from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "language.json"
+HERE = Path(__file__).resolve().parent
+RESULTS, GUIDE = HERE.parent / "results" / "language.json", HERE / "README.md"
 VERSION = 1  # raised when records of an older one are worth nothing beside new ones
 
 
@@ -59,15 +60,9 @@ class Study:
         steps: decode steps that are timed at each length.
     """
 
-    sizes: Sizes = Sizes()
-    budget: Budget = Budget()
-    tuning: Tuning = ShortTrials(
-        rates=(1e-3, 2e-3, 4e-3, 8e-3),
-        seeds=(100,),
-        reported=(0, 1, 2),
-        score=lambda result: -result["validation"],
-        short={"tokens": 1 << 18, "scored": []},
-    )
+    sizes: Sizes
+    budget: Budget
+    tuning: Tuning
     steps: int = 64
 
     @property
@@ -85,6 +80,17 @@ class Study:
         return [Cell("decode", name, 0, 0.0, self.settings | {"steps": self.steps}) for name in FAMILIES]
 
 
+STUDY = Study(
+    Sizes(),
+    Budget(),
+    ShortTrials(
+        rates=(2e-3, 4e-3, 8e-3, 16e-3),
+        seeds=(100,),
+        reported=(0, 1, 2),
+        score=lambda result: -result["validation"],
+        short={"tokens": 1 << 18, "scored": []},
+    ),
+)
 SMOKE = Study(
     Sizes(hidden_size=32, blocks=2, vocab_size=300, state_size=16, head_dim=16, window=8),
     Budget(tokens=512, batch_size=2, length=16, scored=[16, 64], rows=2, validation=64, train_bytes=1 << 17),
@@ -145,7 +151,7 @@ def decoded(study: Study, records: list[dict]) -> dict[str, dict]:
 
 
 def tables(study: Study, records: list[dict]) -> str:
-    """What was learned, and what it costs, as Markdown. A cell is the mean over the seeds and their range."""
+    """What was learned, and what it costs, as Markdown. A cell is the mean over the seeds, and their range."""
     lengths = [str(length) for length in study.budget.scored]
     header = ["", "parameters", "rate", "training, last tenth", *(f"{length} tokens" for length in lengths)]
     rows = []
@@ -167,6 +173,11 @@ def tables(study: Study, records: list[dict]) -> str:
         ]
         parts.append(markdown(header, rows))
     return "\n\n".join(parts)
+
+
+def table(records: list[dict]) -> str:
+    """What the guide shows."""
+    return tables(STUDY, records)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -236,7 +247,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add_arguments(parser, RESULTS)
     parser.add_argument("--decode", action="store_true", help="time decoding, train nothing")
-    parser.add_argument("--table", action="store_true", help="run nothing: print the tables, draw the figure")
+    parser.add_argument("--table", action="store_true", help="run nothing: tables into the guide, figure beside --out")
     return parser.parse_args(argv)
 
 
@@ -244,7 +255,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     """Run what the command line asks for; returns all records of the study."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    study = SMOKE if args.smoke else Study()
+    study = SMOKE if args.smoke else STUDY
     laboratory = opened(args, command_line("examples/studies/language.py", argv), VERSION)
     if args.plan:
         cells = study.trainings(laboratory.records(), guess=True)
@@ -254,6 +265,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         laboratory.run(study.decodes if args.decode else study.trainings, work, args.minutes)
     records = laboratory.records()
     print(tables(study, records))
+    if args.table and args.out == args.results:
+        write_between(GUIDE, "language", table(records))
     if laboratory.out:
         draw(study, records, laboratory.out.with_suffix(".png"))
     return records

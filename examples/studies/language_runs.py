@@ -1,7 +1,7 @@
 """One training of a language model on real text, and what it is worth at lengths that it was not trained at.
 
-Text is the source of Python's standard library. Rates are chosen by the first part of the held-out files, reports are of
-the second. Everything is float32. T tokens, W windows.
+Text is the source of Python's standard library. Rates are chosen by the first part of the held-out files, reports are
+of the second. Everything is float32. T tokens.
 """
 
 import math
@@ -74,13 +74,14 @@ class ShortTrials(Tuning):
     """Rates are tried in runs that are shorter, or score less.
 
     Args:
-        short: settings of the trials, in place of those of the reported runs.
+        short: settings of the trials, in place of those of the reported runs; None: without.
     """
 
     short: Mapping
 
     def trials(self, study: str, model: str, settings: Mapping) -> list[Cell]:
-        return super().trials(study, model, {**settings, **self.short})
+        shorter = {name: value for name, value in {**settings, **self.short}.items() if value is not None}
+        return super().trials(study, model, shorter)
 
 
 def queue(

@@ -138,7 +138,7 @@ def _work(cell: Cell, every: int, num_validation: int, num_test: int) -> dict:
     task = chosen["length"], chosen["pairs"], chosen["vocab_size"]
     # Three streams of examples from one seed: validation and test are the same for every model, and never trained on.
     train_rng, validation_rng, test_rng = (np.random.default_rng([cell.seed, stream]) for stream in range(3))
-    model = build(cell.model, sizes_of(chosen))
+    model = build(cell.model, sizes_of(chosen), chosen.get("switches"))
     steps = chosen["steps"]
     optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=cell.rate, betas=(0.9, 0.98))
     scheduler = get_cosine_schedule_with_warmup(optimizer, max(steps // 10, 1), steps)

@@ -6,7 +6,7 @@ have the same number of parameters. Attention has two heads everywhere, and so h
 """
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -186,6 +186,9 @@ def configuration(name: str, sizes: Sizes) -> PretrainedConfig:
     return config
 
 
-def build(name: str, sizes: Sizes) -> PreTrainedModel:
-    """The model, freshly initialised in float32."""
-    return MAKERS[name].model(configuration(name, sizes))
+def build(name: str, sizes: Sizes, switches: Mapping | None = None) -> PreTrainedModel:
+    """The model, freshly initialised in float32. Switches change fields of its configuration, and not the others."""
+    config = configuration(name, sizes)
+    if switches:
+        config = type(config).from_dict({**config.to_dict(), **switches})
+    return MAKERS[name].model(config)
