@@ -10,7 +10,7 @@ import pytest
 from scrubjay.examples.benchmarks import benchmark_tables as tables
 from scrubjay.examples.measuring.processor import slug
 from scrubjay.examples.measuring.run_report import size
-from scrubjay.examples.studies import recall, scan
+from scrubjay.examples.studies import ablations, language, recall, scan
 
 ROOT = Path(__file__).parents[1]
 FIRST, EXAMPLES, KERNELS, CONVERSION, MODELING = (
@@ -36,7 +36,10 @@ def row(text, start):
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-@pytest.mark.parametrize(("name", "table"), [("recall", recall.table), ("scan_cpu", scan.table)])
+STUDIES = {"recall": recall, "scan_cpu": scan, "language": language, "ablations": ablations}
+
+
+@pytest.mark.parametrize(("name", "table"), [(name, study.table) for name, study in STUDIES.items()])
 def test_tables_of_studies(name, table):
     guide = (ROOT / "examples" / "studies" / "README.md").read_text(encoding="utf-8")
     shown = guide.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0].strip()

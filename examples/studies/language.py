@@ -224,6 +224,13 @@ def draw(study: Study, records: list[dict], path: Path) -> None:
         late = [value for results in trained.values() for result in results for _, value in result["curve"]]
         axes["loss"].set_ylim(min(late) * 0.95, float(np.quantile(late, 0.9)))
         axes["length"].legend(frameon=False, fontsize=8)
+        scores = [
+            value for results in trained.values() for found in results for value in found["bits_per_byte"].values()
+        ]
+        if max(scores) > 1.5 * min(scores):  # one that fails beyond its length would hide the others
+            axes["length"].set_yscale("log")
+            axes["length"].yaxis.set_major_formatter("{x:.1f}")
+            axes["length"].yaxis.set_minor_formatter("{x:.1f}")
     axes["loss"].set(xlabel="million tokens read", ylabel="bits per byte", title="training text, before it is learned")
     axes["length"].set(xlabel="tokens of context", ylabel="bits per byte", title="held-out text")
     axes["length"].axvline(study.budget.length, color="#bbbbbb", linewidth=0.8, linestyle="--", zorder=0)

@@ -16,7 +16,7 @@ TAB = 4
 @torch.no_grad()
 def read_selection(model: PreTrainedModel, ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> dict:
     """{"tokens": T strings, "layers": {place: T numbers}} of ids (T,), read from the start. The numbers are what the
-    gate says against its threshold, in nats: above 0 the token attends."""
+    gate says against its threshold, in nats: above 0 the token attends. Of a text's end the string is empty."""
     config, found = model.config, {}
     hooks = [
         model.base_model.layers[place].attn.gate.register_forward_hook(
@@ -33,7 +33,7 @@ def read_selection(model: PreTrainedModel, ids: torch.Tensor, tokenizer: PreTrai
         str(place): [round(value, 3) for value in (found[place] - logit(threshold)).tolist()]
         for place, threshold in zip(config.selective_layers, config.thresholds, strict=True)
     }
-    return {"tokens": [tokenizer.decode([token]) for token in ids.tolist()], "layers": above}
+    return {"tokens": [tokenizer.decode([token], skip_special_tokens=True) for token in ids.tolist()], "layers": above}
 
 
 def marked(tokens: Sequence[str], numbers: Sequence[float], marks: str = "‹›") -> str:
@@ -68,7 +68,7 @@ def draw_selection(found: dict, path: Path, title: str) -> None:
     page = cells(found["tokens"])
     lines = 1 + max((line for token in page for line, _, _ in token), default=0)
     layers = found["layers"]
-    figure = Figure(figsize=(COLUMNS * 0.095, len(layers) * (0.5 + 0.19 * lines)), layout="constrained")
+    figure = Figure(figsize=(COLUMNS * 0.075, len(layers) * (0.5 + 0.16 * lines)), layout="constrained")
     panels = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
     for axes, (place, numbers) in zip(panels, layers.items(), strict=True):
         for token, number in zip(page, numbers, strict=True):
@@ -77,7 +77,7 @@ def draw_selection(found: dict, path: Path, title: str) -> None:
                     shade = 0.25 + 0.5 * min(number, 3) / 3
                     axes.add_patch(Rectangle((column, line), 1, 1, color=OURS, alpha=shade, linewidth=0))
                 faint = {"color": "#bbbbbb"} if character in "↵→" else {}
-                middle = {"ha": "center", "va": "center", "family": "monospace", "fontsize": 7, "parse_math": False}
+                middle = {"ha": "center", "va": "center", "family": "monospace", "fontsize": 8, "parse_math": False}
                 axes.text(column + 0.5, line + 0.5, character, **middle, **faint)
         share = sum(number > 0 for number in numbers) / len(numbers)
         axes.set(xlim=(0, COLUMNS), ylim=(lines, 0))

@@ -110,7 +110,7 @@ def test_what_is_drawn_is_what_the_model_selects():
         shares = model(ids[None]).selection[:, 0]
     for numbers, share in zip(found["layers"].values(), shares.tolist(), strict=True):
         assert sum(number > 0 for number in numbers) == pytest.approx(200 * share, abs=1.5)  # numbers are rounded
-    assert "".join(found["tokens"]) == text.tokenizer.decode(ids)
+    assert "".join(found["tokens"]) == text.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_selected_tokens_are_marked():

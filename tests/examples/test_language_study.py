@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +50,17 @@ def test_every_model_has_the_parameters_of_the_measure(name):
     assert config.vocab_size == 4096
     assert config.tie_word_embeddings
     assert config.hidden_size == 256
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_guide_says_the_sizes(name):
+    guide = (Path(__file__).parents[2] / "examples" / "studies" / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(
+        rf"^\| {re.escape(NAMES[name])}(?:, state.*?)? \| (\d+)(?:,[^|]*)? \|([^|]*)\|$", guide, re.MULTILINE
+    )
+    blocks, spare = fitted(name, STUDY.sizes)
+    assert int(row[0]) == blocks
+    assert spare is None or str(spare) in row[1]
 
 
 def test_the_studies_show_every_family():
