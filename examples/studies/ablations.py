@@ -141,13 +141,13 @@ class Study:
 
 STUDY = Study(
     Sizes(hidden_size=128, blocks=10, vocab_size=2048, state_size=64, head_dim=32),
-    Budget(tokens=1 << 19, scored=[128, 2048], rows=16),
+    Budget(tokens=1 << 18, scored=[128, 2048], rows=16),
     ShortTrials(
         rates=(4e-3, 8e-3, 16e-3),
         seeds=(100,),
         reported=(0, 1, 2),
         score=lambda result: -result["validation"],
-        short={"tokens": 1 << 17, "scored": [], "drawn": None},
+        short={"tokens": 1 << 16, "scored": [], "drawn": None},
     ),
     recall_settings("rodimus", 32, 16),
     Tuning((3e-3, 1e-2, 3e-2), seeds=(100,), reported=(0, 1, 2), score=recall_score),

@@ -88,7 +88,7 @@ STUDY = Study(
         seeds=(100,),
         reported=(0, 1, 2),
         score=lambda result: -result["validation"],
-        short={"tokens": 1 << 18, "scored": []},
+        short={"tokens": 1 << 17, "scored": []},
     ),
 )
 SMOKE = Study(

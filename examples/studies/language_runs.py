@@ -40,7 +40,7 @@ class Budget:
         train_bytes: of the corpus; 0 is all of it.
     """
 
-    tokens: int = 1 << 20
+    tokens: int = 1 << 19
     batch_size: int = 8
     length: int = 128
     scored: Sequence[int] = (128, 512, 2048, 8192)
