@@ -1,6 +1,7 @@
 """Cells that cost nothing, in a module that processes can import; as a command, a laboratory that is killed."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -29,5 +30,6 @@ def cells(model="draws", seeds=4, **settings):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     listed = [*cells(seeds=2), *cells(WAITS, seeds=1, seconds=60)]
     Laboratory(Path(sys.argv[1]), "python killed.py", workers=int(sys.argv[2])).run(listed, drawn)

@@ -99,7 +99,11 @@ def test_a_laboratory_that_is_stopped_leaves_whole_records_and_no_process(out, w
         workers_of_it = below.read_text().split() if below.exists() else []
     finally:
         child.send_signal(how)
-        child.wait(20)
+        try:
+            child.wait(20)
+        finally:
+            child.kill()
+            child.wait()
     assert sorted(record["cell"]["seed"] for record in on_disk(out)) == [0, 1]
     end = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in workers_of_it):

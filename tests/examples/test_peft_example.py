@@ -108,9 +108,8 @@ def test_qlora_smoke(tmp_path, capsys):
     assert record["command"].startswith("python examples/qlora.py --smoke")
     loss = record["loss"]
     assert loss["adapter on 4 bits"] < loss["base in 4 bits"]
-    assert loss["merged into float32"] == pytest.approx(
-        loss["adapter on 4 bits"], abs=0.02
-    )  # 0.001 here: 4 bits' share
+    gain = loss["base in 4 bits"] - loss["adapter on 4 bits"]
+    assert loss["base in float32"] - loss["merged into float32"] == pytest.approx(gain, rel=0.2)  # 4 % apart here
     sides = record["memory"]["base"]
     assert sides["4 bits"]["weights"] < 0.5 * sides["float32"]["weights"]
     assert sides["4 bits"]["adapter"] == sides["float32"]["adapter"] == 4 * 2 * record["adapter"]["parameters"]
