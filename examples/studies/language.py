@@ -253,9 +253,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="language.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, RESULTS)
-    parser.add_argument("--decode", action="store_true", help="time decoding, train nothing")
+    parser.add_argument("--decode", action="store_true", help="time decoding, with one thread; train nothing")
     parser.add_argument("--table", action="store_true", help="run nothing: tables into the guide, figure beside --out")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.decode and args.workers > 1:
+        parser.error("workers would time each other; take --workers 1")
+    if args.decode:
+        args.threads = args.threads or 1
+    return args
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

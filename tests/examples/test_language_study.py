@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from scrubjay.examples.studies import language_runs
+from scrubjay.examples.studies import language, language_runs
 from scrubjay.examples.studies.ablations import QUESTIONS
 from scrubjay.examples.studies.ablations import STUDY as ABLATIONS
 from scrubjay.examples.studies.cells import Cell, cell_of
@@ -228,6 +228,13 @@ def test_caches_are_weighed_after_their_lengths():
     assert llama["1024"] == 64 * llama["16"] == 2 * 4 * config.num_hidden_layers * 1024 * config.hidden_size
     assert ssd["16"] == ssd["1024"]
     assert hybrid["16"] < hybrid["1024"]
+
+
+def test_decoding_is_timed_alone(capsys):
+    assert language.parse(["--decode"]).threads == 1
+    with pytest.raises(SystemExit):
+        language.parse(["--decode", "--workers", "2"])
+    assert "time each other" in capsys.readouterr().err
 
 
 def test_an_excerpt_begins_where_a_file_does(text):
