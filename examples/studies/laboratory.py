@@ -29,7 +29,8 @@ import statistics
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from multiprocessing import connection
 from pathlib import Path
@@ -38,6 +39,11 @@ import torch
 
 from scrubjay.examples.measuring.run_report import commit, machine, versions, write_whole
 from scrubjay.examples.studies.cells import Cell, cell_of
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def said(line: str) -> None:
@@ -149,12 +155,31 @@ class Laboratory:
 
     def keep(self, cell: Cell, outcome: dict) -> None:
         """A cell's outcome, on disk: the whole file or none of it."""
-        record = {"cell": asdict(cell)} | outcome | self.origin
-        self.found[cell.key] = json.loads(json.dumps(record))
-        if self.out is None:
+        record = json.loads(json.dumps({"cell": asdict(cell)} | outcome | self.origin))
+        with self._alone():
+            there = self.stored().get(cell.key, {})
+            if "result" in there and "error" in record and there["version"] == self.version:
+                self.found.pop(cell.key, None)  # another process did it meanwhile
+                return
+            self.found[cell.key] = record
+            if self.out is not None:
+                lines = ",\n".join(json.dumps(record) for record in self.stored().values())
+                write_whole(self.out, f"[\n{lines}\n]\n")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process reads the file to write it back meanwhile, where the system has such locks."""
+        if self.out is None or fcntl is None:
+            yield
             return
-        lines = ",\n".join(json.dumps(record) for record in self.stored().values())
-        write_whole(self.out, f"[\n{lines}\n]\n")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        place = os.open(self.out.parent, os.O_RDONLY)  # the folder's: the file itself is replaced
+        try:
+            with suppress(OSError):  # some network folders have none
+                fcntl.flock(place, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(place)
 
     def plan(self, cells: Sequence[Cell], cost: Callable[[Cell], float] = lambda cell: 1.0) -> str:
         """What is missing, a line for what differs in seeds and rates alone with its time by what like it took, and the

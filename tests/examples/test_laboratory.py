@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,27 @@ def test_another_process_may_add_to_the_file_meanwhile(out):
 
     opened(out)[0].run(cells(seeds=2), work)
     assert [record["cell"]["model"] for record in on_disk(out)] == ["other", "draws", "draws"]
+
+
+def test_processes_that_finish_at_once_lose_no_record(out):
+    def keeps(part):
+        laboratory = opened(out)[0]
+        for cell in part:
+            laboratory.keep(cell, {"result": {}, "seconds": 0.0})
+
+    parts = [cells(f"model{i}", seeds=15) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:  # each with a laboratory of its own, as processes have
+        list(pool.map(keeps, parts))
+    assert {cell_of(record) for record in on_disk(out)} == {cell for part in parts for cell in part}
+
+
+def test_a_cell_that_fails_here_and_was_done_elsewhere_stays_done(out):
+    here, elsewhere = opened(out)[0], opened(out)[0]
+    (cell,) = cells(seeds=1)
+    elsewhere.keep(cell, {"result": {"score": 1.0}, "seconds": 0.0})
+    here.keep(cell, {"error": "no memory left", "seconds": 0.0})
+    assert [record.get("result") for record in on_disk(out)] == [{"score": 1.0}]
+    assert [record.get("result") for record in here.records()] == [{"score": 1.0}]
 
 
 def test_a_file_of_something_else_is_left_alone(out):
