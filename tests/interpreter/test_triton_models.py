@@ -68,6 +68,7 @@ def pieces(model, ids, mask, cuts):
 CHANGES = {"recycled": {"budget": 6, "stride": 2}, "adore": {"cache_size": 6, "label_k": 6}}
 EXPECTED = {  # operations that must have run on Triton
     "ssd": {"ssd", "causal_conv", "gated_rms_norm"},
+    "ssd_hybrid": {"ssd", "causal_conv", "gated_rms_norm"},
     "rodimus": {"ddts", "causal_conv", "gated_rms_norm"},
     "rodimus_plus": {"ddts", "causal_conv", "gated_rms_norm", "window_attention"},
     "taipan": {"ssd", "causal_conv", "gated_rms_norm", "select_attention"},
