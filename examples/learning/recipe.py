@@ -17,8 +17,8 @@ MODELS: dict[str, dict] = {
 }
 # For a run of at most QUICK_MINUTES on two cores: about 0.6M parameters each. What counts in two minutes is how much
 # text a model sees: half as wide, with a quarter of the blocks and half the vocabulary, Rodimus+ sees six times as much
-# as above, and learns far more. Found by `python examples/studies/demo_search.py` (examples/results/demo_search.json):
-# sizes, vocabulary and batch with Rodimus+, then for every model the same trials of optimizers and rates.
+# as above, and learns far more. Size and rate are Rodimus+'s, and Llama's rate is the best of two; the other models'
+# rates are not tuned yet: `python examples/studies/demo_search.py` tries the same for every model.
 QUICK_MINUTES = 8
 QUICK_SIZES = {"hidden_size": 128, "vocab_size": 2048, "learning_rate": 12e-3}
 QUICK: dict[str, dict] = {
