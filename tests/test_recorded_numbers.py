@@ -70,6 +70,14 @@ def test_bits_per_byte_of_the_long_demo():
         assert row(FIRST, f"{name} |") == [f"{table[name.partition(',')[0]]:.2f}"]
 
 
+def test_bits_per_byte_of_the_first_demo():
+    record = recorded("demo_2.json")
+    assert record["command"] == "scrubjay demo"
+    assert f"it came to {record['bits_per_byte']['rodimus_plus']:.2f};" in FIRST
+    assert f"(of the small model's: {record['bits_per_byte']['trigram']:.2f})" in FIRST
+    assert f"a Rodimus+ of {record['parameters'] / 1e6:.1f}M parameters" in FIRST
+
+
 def test_cache_of_the_long_demo():
     cache = recorded("demo_30.json")["cache"]
     for name, start in (("ours", "Rodimus+ |"), ("full", "full keys and values")):

@@ -38,7 +38,7 @@ from scrubjay import (
 from scrubjay.examples.learning.optimizer import make_optimizer
 from scrubjay.examples.learning.recipe import Recipe
 
-TIMED_STEPS = 6  # the first two also build the optimiser's state and are left out
+TIMED_STEPS = 16  # the first two also build the optimiser's state and are left out
 
 
 class Windows(Dataset):
