@@ -98,7 +98,7 @@ class TaipanConfig(SSDSizes):
         initializer_range: standard deviation of the initial embedding, gate, attention and feed-forward networks.
             None is 0.02 * max(1, 2048 / hidden_size) ** 0.5: 0.02 at the width of the largest reconstructed model, and
             below it what gives scores of attention the same variance. From 0.02 at width 64 a query sees all keys
-            alike and the feed-forward network gives next to nothing: associative recall was not learned at all.
+            alike and the feed-forward network gives next to nothing (tests/modeling/test_starts_by_width.py).
         rescale_prenorm_residual: divide the initial output projections of Mamba-2 blocks by sqrt(num_hidden_layers), as
             its authors do, those of attention and feed-forward networks by sqrt(number of residual branches).
         use_cache: whether forward returns a cache by default.

@@ -10,8 +10,8 @@ gradient G:
 f drives every singular value towards 1, so the step turns W in all directions alike. 0.2 sqrt(max(m, n)) makes its
 entries about as large as AdamW's are: one learning rate, and one weight decay, serve both.
 
-torch.optim.Muon takes the same step with f in bfloat16. Where a processor has no products in bfloat16 that is slower
-than the model itself; here f is in the weights' dtype.
+torch.optim.Muon takes the same step with f in bfloat16, whose products many processors have to emulate; here f is in
+the weights' dtype.
 """
 
 import torch

@@ -16,9 +16,8 @@ MODELS: dict[str, dict] = {
     "llama": {"num_hidden_layers": 5, "learning_rate": 2e-3},
 }
 # For a run of at most QUICK_MINUTES on two cores: about 0.6M parameters each. What counts in two minutes is how much
-# text a model sees: half as wide, with a quarter of the blocks and half the vocabulary, Rodimus+ sees six times as much
-# as above, and learns far more. Size and rate are Rodimus+'s, and Llama's rate is the best of two; the other models'
-# rates are not tuned yet: `python examples/studies/demo_search.py` tries the same for every model.
+# text a model sees (examples/results/demo_2.json says how much that was). Sizes and rates were chosen for Rodimus+, and
+# Llama's rate; the other models' are not tuned yet: `python examples/studies/demo_search.py` tries the same for all.
 QUICK_MINUTES = 8
 QUICK_SIZES = {"hidden_size": 128, "vocab_size": 2048, "learning_rate": 12e-3}
 QUICK: dict[str, dict] = {

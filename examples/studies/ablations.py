@@ -33,7 +33,7 @@ from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS
 from scrubjay.examples.studies.cells import Cell, Tuning
 from scrubjay.examples.studies.drawing import spread, write_between
 from scrubjay.examples.studies.equal_models import Sizes
-from scrubjay.examples.studies.laboratory import add_arguments, command_line, opened
+from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
 from scrubjay.examples.studies.language import markdown, millions, ranged, rate_in
 from scrubjay.examples.studies.language_runs import Budget, ShortTrials, queue, settings_of, train_cell
 from scrubjay.examples.studies.recall import cost as recall_cost
@@ -261,11 +261,7 @@ def show(study: Study, records: list[dict], out: Path | None) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="ablations.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser, RESULTS)
-    parser.add_argument("--table", action="store_true", help="run nothing: tables into the guide, figures")
+    parser = study_parser("ablations.py", __doc__, RESULTS)
     return parser.parse_args(argv)
 
 

@@ -17,7 +17,6 @@ nothing of how a model gains from a second one: in the demo's own two minutes th
     whole    every model at the best of its rates, the whole budget, other seeds
 """
 
-import argparse
 import math
 import sys
 import tempfile
@@ -38,7 +37,7 @@ from scrubjay.examples.measuring.baselines import NGram
 from scrubjay.examples.measuring.measure import stream_bits
 from scrubjay.examples.studies.cells import Cell, cell_of
 from scrubjay.examples.studies.drawing import spread
-from scrubjay.examples.studies.laboratory import add_arguments, command_line, opened
+from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "demo_search.json"
 # Two cores of an AMD EPYC with AVX2: the demo's 114 seconds between its looks at held-out text, of which a step of the
@@ -240,9 +239,7 @@ def trigram() -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_arguments(parser, RESULTS)
-    parser.add_argument("--table", action="store_true", help="run nothing: print the tables of what is there")
+    parser = study_parser("demo_search.py", __doc__, RESULTS)
     args = parser.parse_args(argv)
     laboratory = opened(args, command_line("examples/studies/demo_search.py", argv))
 

@@ -9,7 +9,7 @@ Every finished cell is on disk at once and is not run again; Ctrl-C loses the ce
 goes on. A cell that fails is recorded with its error, stops no other, and is tried again by the next command. Where
 rates are tuned, `Tuning` lists the cells: first the grid on seeds of its own, then the reported seeds at the best rate.
 
-A study's command line has, from `add_arguments`:
+A study's command line has, from `study_parser`:
 
     --plan               what is missing, with the time that it will take by the cells that are there
     --only PATTERN       cells whose name has the regular expression: --only 'rodimus .*pairs=32'
@@ -300,8 +300,11 @@ def _serve(pipe, work: Work, threads: int) -> None:
         pipe.send(attempt(cell, work))
 
 
-def add_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
-    """The flags that all studies have."""
+def study_parser(script: str, about: str | None, out: Path) -> argparse.ArgumentParser:
+    """The flags that all studies have. script: its file name; about: its docstring; out: where its records belong."""
+    parser = argparse.ArgumentParser(
+        prog=script, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.set_defaults(results=out)
     parser.add_argument("--out", type=Path, default=out, help="JSON of the records, continued where it is there")
     parser.add_argument("--minutes", type=float, help="begin no cell after that time")
@@ -309,11 +312,13 @@ def add_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
     parser.add_argument("--threads", type=int, help="torch threads of each; default: cpu_count / workers")
     parser.add_argument("--only", metavar="PATTERN", help="cells whose name has this regular expression")
     parser.add_argument("--plan", action="store_true", help="run nothing: list what is missing and its time")
+    parser.add_argument("--table", action="store_true", help="run nothing: tables and figures of what is there")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes and few steps, to check that everything runs")
+    return parser
 
 
 def opened(args: argparse.Namespace, command: str, version: int = 1) -> Laboratory:
-    """The laboratory that the flags of `add_arguments` describe; a smoke run keeps nothing unless --out is given."""
+    """The laboratory that the flags of `study_parser` describe; a smoke run keeps nothing unless --out is given."""
     out = None if args.smoke and args.out == args.results else args.out
     return Laboratory(out, command, version=version, workers=args.workers, threads=args.threads, only=args.only)
 

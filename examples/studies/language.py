@@ -34,7 +34,7 @@ from scrubjay.examples.measuring.run_report import size
 from scrubjay.examples.studies.cells import Cell, Tuning
 from scrubjay.examples.studies.drawing import COLORS, NAMES, draw_line, spread, write_between
 from scrubjay.examples.studies.equal_models import FAMILIES, Sizes, build, configured
-from scrubjay.examples.studies.laboratory import add_arguments, command_line, opened
+from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
 from scrubjay.examples.studies.language_runs import (
     PIECE,
     Budget,
@@ -249,12 +249,8 @@ def draw(study: Study, records: list[dict], path: Path) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="language.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser, RESULTS)
+    parser = study_parser("language.py", __doc__, RESULTS)
     parser.add_argument("--decode", action="store_true", help="time decoding, with one thread; train nothing")
-    parser.add_argument("--table", action="store_true", help="run nothing: tables into the guide, figure beside --out")
     args = parser.parse_args(argv)
     if args.decode and args.workers > 1:
         parser.error("workers would time each other; take --workers 1")

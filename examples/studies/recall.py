@@ -18,7 +18,6 @@ are told apart by the step at which accuracy reaches one half.
 A researcher adds a model by a line in `MAKERS` and its name here, and a cell by a line in `LINES`.
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -35,7 +34,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from scrubjay.examples.learning.optimizer import decay_groups
 from scrubjay.examples.studies.cells import Cell, Tuning
 from scrubjay.examples.studies.drawing import NAMES, draw_bars, draw_line, panels, spread, write_between
-from scrubjay.examples.studies.laboratory import add_arguments, command_line, opened
+from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
 from scrubjay.examples.studies.mqar import accuracy, causal_labels, mqar_batch
 from scrubjay.examples.studies.recall_models import MAKERS, STATELESS, Sizes, build
 from scrubjay.examples.studies.selective_scan import fast_mamba1
@@ -278,11 +277,7 @@ def figure(records: Iterable[dict], path: Path) -> None:
 def main(argv: list[str] | None = None) -> list[dict]:
     """Run what the command line asks for; returns the records."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="recall.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser, RESULTS)
-    parser.add_argument("--table", action="store_true", help="run nothing: table into the guide, figure beside --out")
+    parser = study_parser("recall.py", __doc__, RESULTS)
     args = parser.parse_args(argv)
     laboratory = opened(args, command_line("examples/studies/recall.py", argv), VERSION)
     if args.smoke:

@@ -15,7 +15,6 @@ Operations for each token, N numbers of state a value, Q = 64 steps a chunk, one
     SSD               4 M N + 2 Q M + 2 Q N            state in and out, outputs and scores within the chunk: products
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS
 from scrubjay.examples.studies.cells import Cell
 from scrubjay.examples.studies.drawing import panels, write_between
-from scrubjay.examples.studies.laboratory import add_arguments, command_line, opened
+from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
 from scrubjay.examples.studies.selective_scan import selective_scan
 from scrubjay.kernels.ssd import ssd
 
@@ -189,11 +188,7 @@ def figure(records: Iterable[dict], path: Path) -> None:
 def main(argv: list[str] | None = None) -> list[dict]:
     """Run what the command line asks for; returns the records."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="scan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser, RESULTS)
-    parser.add_argument("--table", action="store_true", help="time nothing: table into the guide, figure beside --out")
+    parser = study_parser("scan.py", __doc__, RESULTS)
     args = parser.parse_args(argv)
     if args.workers > 1:
         parser.error("workers would time each other; take --workers 1")
