@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -11,6 +12,7 @@ from scrubjay.examples.benchmarks import benchmark_tables as tables
 from scrubjay.examples.measuring.processor import slug
 from scrubjay.examples.measuring.run_report import size
 from scrubjay.examples.studies import ablations, language, recall, scan
+from scrubjay.examples.studies.language_runs import read_settings
 
 ROOT = Path(__file__).parents[1]
 FIRST, EXAMPLES, KERNELS, CONVERSION, MODELING = (
@@ -45,6 +47,29 @@ def test_tables_of_studies(name, table):
     shown = guide.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0].strip()
     done = (ROOT / "examples" / "results" / f"{name}.json").is_file()
     assert shown == (table(recorded(f"{name}.json")) if done else "Not run yet.")
+
+
+def trained(name):
+    """Records of a study in examples/results; none where it was not run yet."""
+    return recorded(f"{name}.json") if (ROOT / "examples" / "results" / f"{name}.json").is_file() else []
+
+
+@pytest.mark.parametrize("name", [*STUDIES, "demo_search"])
+def test_records_of_studies_say_how_they_were_made(name):
+    for record in trained(name):
+        assert record["command"].startswith(f"python examples/studies/{name.removesuffix('_cpu')}.py")
+        assert re.fullmatch("[0-9a-f]{40}", record["commit"]), "made by code that is in no commit"
+        assert record["version"] == getattr(STUDIES.get(name), "VERSION", 1)
+        assert record["machine"] and record["versions"]["torch"]
+
+
+@pytest.mark.parametrize("name", ["language", "ablations"])
+def test_sizes_and_budgets_of_records_are_those_of_the_code(name):
+    """Cells do not say what is as `Sizes` and `Budget` have it: a changed default must not keep the old results."""
+    for record in trained(name):
+        sizes, budget = (json.loads(json.dumps(asdict(made))) for made in read_settings(record["cell"]["settings"]))
+        result = record.get("result", {})
+        assert (result.get("sizes", sizes), result.get("budget", budget)) == (sizes, budget)
 
 
 def test_retrieval():
