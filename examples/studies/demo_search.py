@@ -50,10 +50,11 @@ SIZED = ("hidden_size", "num_hidden_layers", "vocab_size", "batch_size", "length
 SIZES = [(256, 4, 4096, 0.004), (128, 3, 4096, 0.008), (128, 2, 4096, 0.012), (128, 1, 4096, 0.012)]
 SIZES += [(128, 2, 2048, 0.012), (128, 1, 2048, 0.012), (96, 1, 2048, 0.012), (192, 1, 2048, 0.012)]
 CHANGES = [{"batch_size": 4}, {"batch_size": 16}, {"batch_size": 16, "length": 64}, {"vocab_size": 1024}]
-# (optimizer, learning rate, Muon's over it). The last two: of the four before them the largest rates were the best.
+# (optimizer, learning rate, Muon's over it). The last lines: of those before, the largest rates were the best.
 CHOICES = [("adamw", 0.003, 1.0), ("adamw", 0.006, 1.0), ("adamw", 0.012, 1.0), ("adamw", 0.024, 1.0)]
 CHOICES += [("muon", rate, matrix_rate) for rate in (0.006, 0.012) for matrix_rate in (0.25, 0.5)]
 CHOICES += [("muon", 0.012, 1.0), ("muon", 0.024, 0.5)]
+CHOICES += [("muon", 0.024, 0.25), ("muon", 0.048, 0.25)]
 SEEDS = (1, 2, 3)
 
 
