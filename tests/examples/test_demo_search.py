@@ -7,6 +7,7 @@ from scrubjay.examples.studies.cells import Cell
 from scrubjay.examples.studies.demo_search import (
     BUDGET,
     CHOICES,
+    MARGIN,
     SEEDS,
     Search,
     learn,
@@ -22,12 +23,13 @@ STEP = {"adamw": 0.1, "muon": 0.125}  # seconds
 
 
 def made_up(cell):
-    """Muon pays for Rodimus+ alone, and 0.012 is the best rate."""
+    """Muon pays for Rodimus+, to SSD it is worth less than the margin, and 0.012 is the best rate."""
     optimizer = cell.settings["optimizer"]
     if cell.study == "pace":
         return {"cpu_seconds": STEP[optimizer], "parameters": 1}
     bits = 1.7 + abs(cell.rate - 0.012) + (0.1 if (optimizer == "muon") != (cell.model == "rodimus_plus") else 0.0)
     bits += abs(cell.settings.get("matrix_rate", 0.5) - 0.5)
+    bits -= 0.1 + 0.9 * MARGIN if (cell.model, optimizer) == ("ssd", "muon") else 0.0
     return {"bits_per_byte": bits, "training_nats": 4.0, "tokens": 1000 * cell.settings["steps"], "parameters": 1}
 
 
