@@ -33,7 +33,7 @@ from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS
 from scrubjay.examples.studies.cells import Cell, Tuning
 from scrubjay.examples.studies.drawing import spread, write_between
 from scrubjay.examples.studies.equal_models import Sizes
-from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
+from scrubjay.examples.studies.laboratory import command_line, effort, opened, study_parser
 from scrubjay.examples.studies.language import markdown, millions, ranged, rate_in
 from scrubjay.examples.studies.language_runs import Budget, ShortTrials, queue, settings_of, train_cell
 from scrubjay.examples.studies.recall import cost as recall_cost
@@ -189,7 +189,7 @@ def tables(study: Study, records: list[dict]) -> str:
 
 def table(records: list[dict]) -> str:
     """What the guide shows."""
-    return tables(STUDY, records)
+    return f"{tables(STUDY, records)}\n\n{effort(records)}"
 
 
 def measures(name: str, lengths: Sequence[str]) -> dict[str, Callable[[dict], float]]:

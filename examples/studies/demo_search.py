@@ -14,8 +14,8 @@ nothing of how a model gains from a second one: in the demo's own two minutes th
     sizes    Rodimus+ at several sizes, with AdamW and with Muon, a third of the budget; the small ones also all of it
     batches  Rodimus+ at the size that the demo has: batches, lengths, vocabularies, a third of the budget
     rates    every model at its size of the demo, both optimizers, the same rates, a third of the budget
-    whole    every model at the best of its rates, the whole budget, other seeds; Muon, whose steps cost more in two
-             threads than in one, only where it is better by more than `MARGIN`
+    whole    every model at the best of its rates, the whole budget, other seeds; Muon, of which there is more to
+             explain, only where it is better by more than `MARGIN`
 """
 
 import math

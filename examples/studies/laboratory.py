@@ -268,6 +268,14 @@ def attempt(cell: Cell, work: Work) -> dict:
     }
 
 
+def effort(records: Iterable[dict]) -> str:
+    """What the records took, as tables end: `28 runs, 1.6 processor hours (AMD EPYC).`"""
+    records = list(records)
+    hours = sum(record["cpu_seconds"] for record in records) / 3600
+    processors = sorted({record["machine"]["cpu"] for record in records})
+    return f"{len(records)} runs, {hours:.1f} processor hours ({', '.join(processors)})."
+
+
 class _Worker:
     """A process that does one cell after the other, and ends when its parent does."""
 

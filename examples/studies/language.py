@@ -34,7 +34,7 @@ from scrubjay.examples.measuring.run_report import size
 from scrubjay.examples.studies.cells import Cell, Tuning
 from scrubjay.examples.studies.drawing import COLORS, NAMES, draw_line, spread, write_between
 from scrubjay.examples.studies.equal_models import FAMILIES, Sizes, build, configured
-from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
+from scrubjay.examples.studies.laboratory import command_line, effort, opened, study_parser
 from scrubjay.examples.studies.language_runs import (
     PIECE,
     Budget,
@@ -177,7 +177,7 @@ def tables(study: Study, records: list[dict]) -> str:
 
 def table(records: list[dict]) -> str:
     """What the guide shows."""
-    return tables(STUDY, records)
+    return f"{tables(STUDY, records)}\n\n{effort(records)}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

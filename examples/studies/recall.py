@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from scrubjay.examples.learning.optimizer import decay_groups
 from scrubjay.examples.studies.cells import Cell, Tuning
 from scrubjay.examples.studies.drawing import NAMES, draw_bars, draw_line, panels, spread, write_between
-from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
+from scrubjay.examples.studies.laboratory import command_line, effort, opened, study_parser
 from scrubjay.examples.studies.mqar import accuracy, causal_labels, mqar_batch
 from scrubjay.examples.studies.recall_models import MAKERS, STATELESS, Sizes, build
 from scrubjay.examples.studies.selective_scan import fast_mamba1
@@ -213,6 +213,7 @@ def title(model: str, state_size: int | None) -> str:
 
 def table(records: Iterable[dict]) -> str:
     """In Markdown: accuracy, the steps at which runs took off with the rates that were chosen, and the figure."""
+    records = list(records)
     found = rows(records)
     if not found:
         return "Not run yet."
@@ -222,7 +223,7 @@ def table(records: Iterable[dict]) -> str:
     lines += [_line(key, cells, columns, _said_accuracy) for key, cells in found.items()]
     lines += ["", head.format("median step of taking off; learning rate")]
     lines += [_line(key, cells, columns, _said_take_off) for key, cells in found.items()]
-    lines += ["", "![Associative recall](../results/recall.png)"]
+    lines += ["", effort(records), "", "![Associative recall](../results/recall.png)"]
     return "\n".join(lines)
 
 

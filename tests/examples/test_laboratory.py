@@ -16,7 +16,7 @@ from laboratory_cases import DIES, FAILS, WAITS, cells, drawn
 from scrubjay.examples.learning.optimizer import decay_groups
 from scrubjay.examples.studies.cells import Cell, Tuning, cell_of
 from scrubjay.examples.studies.drawing import confidence, draw_bars, draw_line, panels, spread
-from scrubjay.examples.studies.laboratory import Laboratory, command_line
+from scrubjay.examples.studies.laboratory import Laboratory, command_line, effort
 
 
 @pytest.fixture
@@ -293,6 +293,11 @@ def test_spread_and_confidence():
 def test_commands_do_not_name_the_folders_of_this_machine():
     told = command_line("examples/studies/recall.py", ["--out", "/tmp/x y/recall.json", "--only", "rate=0.1"])
     assert told == "python examples/studies/recall.py --out recall.json --only rate=0.1"
+
+
+def test_tables_end_with_what_they_took():
+    records = [{"cpu_seconds": 1800.0, "machine": {"cpu": name}} for name in ("B", "A", "B")]
+    assert effort(records) == "3 runs, 1.5 processor hours (A, B)."
 
 
 def test_figures_have_error_bars_in_the_house_colours():

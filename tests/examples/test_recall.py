@@ -141,7 +141,8 @@ def records_of(model, chosen, found):
     cells = TUNING.trials("recall", model, chosen)
     best = {cell: result(0.9 if cell.rate == 1e-2 else 0.1, 500) for cell in cells}
     best |= {Cell("recall", model, seed, 1e-2, chosen): each for seed, each in enumerate(found)}
-    return [{"cell": cell.__dict__, "result": each} for cell, each in best.items()]
+    took = {"cpu_seconds": 360.0, "machine": {"cpu": "A processor"}}
+    return [{"cell": cell.__dict__, "result": each, **took} for cell, each in best.items()]
 
 
 @pytest.fixture
@@ -159,6 +160,7 @@ def test_the_table_says_what_the_records_say(records):
         "| Llama |  | 0.999 (0.998 to 1.000, 2 of 3 seeds) |",
     ]
     assert lines[7:9] == ["| SSD, n = 16 | 900; 0.01 |  |", "| Llama |  | 400; 0.01 |"]
+    assert lines[10] == "13 runs, 1.3 processor hours (A processor)."
 
 
 def test_a_group_is_reported_only_once_its_rates_are_tuned(records):
