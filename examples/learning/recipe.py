@@ -17,8 +17,8 @@ MODELS: dict[str, dict] = {
 }
 # For a run of at most QUICK_MINUTES on two cores: about 0.6M parameters each. What counts in two minutes is how much
 # text a model sees (examples/results/demo_2.json says how much that was). Optimizer and rates of each are the best of
-# the same twelve in runs of a third of that time (`python examples/studies/demo_search.py`). Muon is worth 0.1 bits per
-# byte and more to models with full attention; the others have AdamW, whose steps are shorter.
+# the same twelve in runs of a third of that time, of one seed (`python examples/studies/demo_search.py --table`), with
+# Muon only where it is worth 0.02 bits per byte: to the models with full attention.
 QUICK_MINUTES = 8
 QUICK_SIZES = {"hidden_size": 128, "vocab_size": 2048, "learning_rate": 12e-3}
 QUICK: dict[str, dict] = {
