@@ -1,7 +1,7 @@
 """Ablations: what are the parts of Rodimus, the attention layers of a hybrid and the capacity of Taipan worth?
 
-Small models read half a million tokens of the standard library's source, in windows of 128. Every variant has the same
-effort: three rates in runs of a quarter of the tokens on a seed of its own, then three seeds at the best one. Where the
+Small models read 262,144 tokens of the standard library's source, in windows of 128. All variants have the same effort:
+three rates in runs of a quarter of the tokens on a seed of its own, then three seeds at the best one. Where the
 question is what a state remembers, the task is that of recall.py, and rates are tried in runs as long as the others.
 
     gates      Rodimus without the temperature, with a full input gate or none, without the short convolution
