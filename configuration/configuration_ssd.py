@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from scrubjay.configuration.cache_names import CACHE_NAMES
-from scrubjay.configuration.mamba2_configs import fields_from, layout_of
+from scrubjay.configuration.mamba2_configs import fields_from, layout_of, refuse_variants
 from scrubjay.configuration.named_sizes import MAMBA2, named
 from scrubjay.configuration.ssd_attention import attention_sizes, check_attention
 from scrubjay.configuration.tested_versions import tell_of_untested
@@ -89,6 +89,7 @@ class SSDSizes(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         kwargs.pop("model_type", None)
+        refuse_variants(kwargs)
         inner = self.inner_size
         if self.head_dim is None and self.num_heads is not None and self.num_heads > 0:
             self.head_dim = inner // self.num_heads

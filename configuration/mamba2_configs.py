@@ -114,6 +114,13 @@ ONLY: dict[str, dict[str, Any]] = {
     "transformers": {},
 }
 MIXER_ONLY = {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "d_ssm": None}
+# What the authors' code can do beside, and what its published checkpoints do without.
+VARIANTS = {
+    "d_ssm": "the mixer would have an MLP inside, of channels that no state sees (intermediate_size: behind it)",
+    "D_has_hdim": "D would be a number for each channel, it is one for each head",
+    "rmsnorm": "the norm behind the gate would be left out",
+    "norm_before_gate": "the norm would stand before the gate, it stands behind",
+}
 MIXER_IGNORED = ("layer", "chunk_size", "use_mem_eff_path", "conv_init", "sequence_parallel", "process_group")
 OLD_FLA = {"time_step_limit", "time_step_min", "time_step_max", "time_step_floor"}  # as in transformers, once
 PASSED = {"torch_dtype", "quantization_config"}  # for from_pretrained
@@ -157,6 +164,20 @@ def fields_from(theirs: dict) -> dict[str, Any]:
     multiple = theirs.get("pad_vocab_size_multiple", 8 if layout == "mamba_ssm" else 1)
     fields["vocab_size"] = -(-fields["vocab_size"] // multiple) * multiple
     return fields | _hybrid(theirs, fields) if layout == "mamba_ssm" else fields
+
+
+def refuse_variants(given: dict, where: str = "") -> None:
+    """Refuse what the authors' mixer can be and this one is not.
+
+    Raises:
+        ValueError: which, and what it would mean.
+    """
+    for name, value in MIXER_ONLY.items():
+        if given.get(name, value) != value:
+            raise ValueError(
+                f"{where}{name} is {given[name]!r}: {VARIANTS[name]}. The published checkpoints do without it, and "
+                f"this model computes {value!r} alone."
+            )
 
 
 def config_for(layout: str, config: Any) -> dict[str, Any]:
@@ -249,7 +270,7 @@ def _check_mixer(mixer):
             f"ssm_cfg.layer is {mixer.get('layer', 'Mamba1')!r} in the configuration (where nothing is given it is "
             '"Mamba1"); this model is "Mamba2" and cannot hold this checkpoint.'
         )
-    _refuse(mixer, MIXER_ONLY, "ssm_cfg.")
+    refuse_variants(mixer, "ssm_cfg.")
     known = {name for name, _ in MIXER.values()} | set(MIXER_ONLY) | set(MIXER_IGNORED)
     if unknown := sorted(set(mixer) - known):
         raise ValueError(f"ssm_cfg has fields of unknown meaning: {', '.join(unknown)}. Known are {sorted(known)}.")

@@ -4,21 +4,20 @@ from dataclasses import dataclass, replace
 
 SHORT = (1_000, 2_000, 4_000, 8_000, 16_000)  # contexts of a hybrid: the time to read one is quadratic
 
-# About 5M parameters each at the width below. Rates: the best of 2e-3, 4e-3 and 8e-3 in runs of 0.3M to 0.5M tokens,
-# the baseline's too, so that nothing is held against a badly tuned model (ssd: of the first two; ssd-hybrid, rodimus
-# and taipan: not tried).
+# About 5M parameters each at the width below. Rates: the best of 2e-3, 4e-3, 8e-3 and 16e-3 that
+# `python examples/studies/language.py` found for each, with models of that size and windows and batches as here.
 MODELS: dict[str, dict] = {
     "rodimus_plus": {"num_hidden_layers": 4, "learning_rate": 4e-3},
-    "rodimus": {"num_hidden_layers": 7, "learning_rate": 4e-3},
+    "rodimus": {"num_hidden_layers": 7, "learning_rate": 8e-3},
     "ssd": {"num_hidden_layers": 8, "learning_rate": 4e-3},
     "ssd-hybrid": {"num_hidden_layers": 8, "learning_rate": 4e-3, "contexts": SHORT},
     "taipan": {"num_hidden_layers": 7, "learning_rate": 4e-3},
-    "llama": {"num_hidden_layers": 5, "learning_rate": 2e-3},
+    "llama": {"num_hidden_layers": 5, "learning_rate": 4e-3},
 }
 # For a run of at most QUICK_MINUTES on two cores: about 0.6M parameters each. What counts in two minutes is how much
 # text a model sees (examples/results/demo_2.json says how much that was). Optimizer and rates of each are the best of
-# the same twelve in runs of a third of that time, of one seed (`python examples/studies/demo_search.py --table`), with
-# Muon only where it is worth 0.02 bits per byte: to the models with full attention.
+# the same trials of a third of that time, of one seed (`python examples/studies/demo_search.py --table`), with Muon
+# only where it is worth 0.02 bits per byte: to the models with full attention.
 QUICK_MINUTES = 8
 QUICK_SIZES = {"hidden_size": 128, "vocab_size": 2048, "learning_rate": 12e-3}
 QUICK: dict[str, dict] = {

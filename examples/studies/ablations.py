@@ -31,12 +31,13 @@ from statistics import fmean
 
 from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS
 from scrubjay.examples.studies.cells import Cell, Tuning
-from scrubjay.examples.studies.drawing import spread, write_between
+from scrubjay.examples.studies.drawing import ranged, spread, write_between
 from scrubjay.examples.studies.equal_models import Sizes
 from scrubjay.examples.studies.laboratory import command_line, effort, opened, study_parser
-from scrubjay.examples.studies.language import markdown, millions, ranged, rate_in
+from scrubjay.examples.studies.language import markdown, millions, rate_in
 from scrubjay.examples.studies.language_runs import Budget, ShortTrials, queue, settings_of, train_cell
 from scrubjay.examples.studies.recall import cost as recall_cost
+from scrubjay.examples.studies.recall import median_take_off
 from scrubjay.examples.studies.recall import score as recall_score
 from scrubjay.examples.studies.recall import settings as recall_settings
 from scrubjay.examples.studies.recall import work as recall_work
@@ -150,7 +151,7 @@ STUDY = Study(
         short={"tokens": 1 << 16, "scored": [], "drawn": None},
     ),
     recall_settings("rodimus", 32, 16),
-    Tuning((3e-3, 1e-2, 3e-2), seeds=(100,), reported=(0, 1, 2), score=recall_score),
+    Tuning((3e-3, 1e-2, 2e-2), seeds=(100,), reported=(0, 1, 2), score=recall_score),
 )
 SMOKE = Study(
     Sizes(hidden_size=32, blocks=10, vocab_size=300, state_size=8, head_dim=8, window=8),
@@ -176,20 +177,27 @@ def tables(study: Study, records: list[dict]) -> str:
         results, settings = study.results(name, records), study.variants(name)
         columns = measures(name, lengths)
         if name == "capacity":
+            columns |= {"selected in training": lambda found: fmean(found["selected_in_training"])}
             columns |= {f"selected of {at}": partial(_selected, at) for at in lengths}
         rows = []
         for variant, some in results.items():
             rate = study.tuned(name).best(name, *settings[variant], records)
             row = [variant, millions(some[0]["parameters"]), rate_in(study.tuned(name), rate)]
-            rows.append(row + [ranged([measure(found) for found in some]) for measure in columns.values()])
+            seeds = len(study.tuned(name).reported)
+            row += [ranged([measure(found) for found in some], seeds) for measure in columns.values()]
+            rows.append(row + ([median_take_off(some)] if name == RECALL else []))
         if rows:
-            parts.append(markdown([question.title, "parameters", "rate", *columns], rows))
+            header = [question.title, "parameters", "rate", *columns]
+            parts.append(markdown(header + (["median step of taking off"] if name == RECALL else []), rows))
     return "\n\n".join(parts)
 
 
 def table(records: list[dict]) -> str:
     """What the guide shows."""
-    return f"{tables(STUDY, records)}\n\n{effort(records)}"
+    parts = [tables(STUDY, records), effort(records), "![Ablations](../results/ablations.png)"]
+    if drawn(STUDY, records):
+        parts.append("![What a Taipan attends for](../results/ablations_selection.png)")
+    return "\n\n".join(parts)
 
 
 def measures(name: str, lengths: Sequence[str]) -> dict[str, Callable[[dict], float]]:

@@ -1,4 +1,6 @@
-"""How the demo's recipe was found: what learns most in two minutes of two cores, for every model the same search.
+"""How the demo's recipe was found: what learns most in two minutes of two cores.
+
+Optimizer and rates are searched for every model alike; sizes, batches and schedule with Rodimus+, for all.
 
     python examples/studies/demo_search.py                all of examples/results/demo_search.json; goes on if stopped
     python examples/studies/demo_search.py --plan         what is missing
@@ -12,10 +14,10 @@ eight of that chooses, and the others, on which the trigram is scored too, repor
 nothing of how a model gains from a second one: in the demo's own two minutes the steps are a little other.
 
     sizes    Rodimus+ at several sizes, with AdamW and with Muon, a third of the budget; the small ones also all of it
-    batches  Rodimus+ at the size that the demo has: batches, lengths, vocabularies, a third of the budget
+    changes  Rodimus+ at the size that the demo has: batches, lengths, vocabularies, schedules, a third of the budget
     rates    every model at its size of the demo, both optimizers, the same rates, a third of the budget
     whole    every model at the best of its rates, the whole budget, other seeds; Muon, of which there is more to
-             explain, only where it is better by more than `MARGIN`
+             explain, only where it is better by more than `MARGIN`, and then the best of AdamW beside it
 """
 
 import math
@@ -51,11 +53,12 @@ SIZED = ("hidden_size", "num_hidden_layers", "vocab_size", "batch_size", "length
 SIZES = [(256, 4, 4096, 0.004), (128, 3, 4096, 0.008), (128, 2, 4096, 0.012), (128, 1, 4096, 0.012)]
 SIZES += [(128, 2, 2048, 0.012), (128, 1, 2048, 0.012), (96, 1, 2048, 0.012), (192, 1, 2048, 0.012)]
 CHANGES = [{"batch_size": 4}, {"batch_size": 16}, {"batch_size": 16, "length": 64}, {"vocab_size": 1024}]
-# (optimizer, learning rate, Muon's over it). The last lines: of those before, the largest rates were the best.
+CHANGES += [{"decay": 0.4}, {"decay": 0.95}, {"warmup": 0.02}, {"warmup": 0.2}]
+# (optimizer, learning rate, Muon's over it). The last lines: of those before, some model's best was at an end.
 CHOICES = [("adamw", 0.003, 1.0), ("adamw", 0.006, 1.0), ("adamw", 0.012, 1.0), ("adamw", 0.024, 1.0)]
 CHOICES += [("muon", rate, matrix_rate) for rate in (0.006, 0.012) for matrix_rate in (0.25, 0.5)]
 CHOICES += [("muon", 0.012, 1.0), ("muon", 0.024, 0.5)]
-CHOICES += [("muon", 0.024, 0.25), ("muon", 0.048, 0.25)]
+CHOICES += [("muon", 0.024, 0.25), ("muon", 0.048, 0.25), ("muon", 0.096, 0.25), ("adamw", 0.0015, 1.0)]
 MARGIN = 0.02  # bits per byte; seeds differ by about as much
 SEEDS = (1, 2, 3)
 
@@ -160,7 +163,7 @@ class Search:
 
     def cells(self) -> list[Cell]:
         """Every trial whose step has been measured, in the order of the header; before it the measurements."""
-        trials = [*self.sizes(), *self.batches(), *self.rates(), *self.whole()]
+        trials = [*self.sizes(), *self.changes(), *self.rates(), *self.whole()]
         paces = list(dict.fromkeys(pace_of(trial) for trial in trials))
         return [*paces, *(self.timed(trial) for trial in trials if pace_of(trial) in self.known)]
 
@@ -185,8 +188,8 @@ class Search:
         sizes = {"hidden_size": width, "num_hidden_layers": blocks, "vocab_size": words}
         return self.trial("sizes", "rodimus_plus", rate, share=share, **sizes, **choice)
 
-    def batches(self) -> list[Cell]:
-        return [self.trial("batches", "rodimus_plus", 0.012, optimizer="adamw", **change) for change in CHANGES]
+    def changes(self) -> list[Cell]:
+        return [self.trial("changes", "rodimus_plus", 0.012, optimizer="adamw", **change) for change in CHANGES]
 
     def rates(self) -> list[Cell]:
         return [
@@ -195,23 +198,25 @@ class Search:
             for model in QUICK
         ]
 
-    def best(self, model: str) -> Cell | None:
-        """Of `rates`, once all of the model's are done."""
+    def best(self, model: str) -> list[Cell]:
+        """Of `rates`, once all of the model's are done: AdamW's, before it Muon's where that is better by `MARGIN`."""
         trials = [trial for trial in self.rates() if trial.model == model]
         if not all(pace_of(trial) in self.known and self.timed(trial) in self.known for trial in trials):
-            return None
+            return []
 
         def loss(trial: Cell) -> float:
-            extra = MARGIN if trial.settings["optimizer"] == "muon" else 0.0
-            return self.known[self.timed(trial)]["bits_per_byte"] + extra
+            return self.known[self.timed(trial)]["bits_per_byte"]
 
-        return min(trials, key=loss)
+        muon, adamw = (
+            min((trial for trial in trials if trial.settings["optimizer"] == name), key=loss)
+            for name in ("muon", "adamw")
+        )
+        return [muon, adamw] if loss(muon) + MARGIN < loss(adamw) else [adamw]
 
     def whole(self) -> list[Cell]:
-        found = filter(None, map(self.best, QUICK))
         return [
             self.trial("whole", best.model, best.rate, seed, 1.0, **chosen(best.settings))
-            for best in found
+            for best in (best for model in QUICK for best in self.best(model))
             for seed in SEEDS
         ]
 
@@ -219,7 +224,7 @@ class Search:
 def tables(search: Search) -> str:
     """What was found, as Markdown: a row a setting, its mean over seeds and their range."""
     parts = []
-    for study in ("sizes", "batches", "rates", "whole"):
+    for study in ("sizes", "changes", "rates", "whole"):
         rows: dict[tuple, list[dict]] = {}
         for trial in getattr(search, study)():
             if pace_of(trial) in search.known and search.timed(trial) in search.known:

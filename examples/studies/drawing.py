@@ -38,6 +38,14 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.fmean(values), min(values), max(values)
 
 
+def ranged(values: Sequence[float], seeds: int = 1, digits: int = 3) -> str:
+    """`1.702 (1.698 to 1.707)`; where fewer than `seeds` values are there it says so."""
+    mean, low, high = spread(values)
+    notes = [f"{low:.{digits}f} to {high:.{digits}f}"] if len(values) > 1 else []
+    notes += [f"{len(values)} of {seeds} seeds"] if len(values) < seeds else []
+    return f"{mean:.{digits}f}" + (f" ({', '.join(notes)})" if notes else "")
+
+
 def confidence(values: Sequence[float]) -> tuple[float, float] | None:
     """Interval of the mean at 95 %, by Student's t; None of fewer than three values."""
     if len(values) < 3:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, StaticCache
 from scrubjay.examples.measuring.measure import cache_nbytes
 from scrubjay.examples.measuring.run_report import size
 from scrubjay.examples.studies.cells import Cell, Tuning
-from scrubjay.examples.studies.drawing import COLORS, NAMES, draw_line, spread, write_between
+from scrubjay.examples.studies.drawing import COLORS, NAMES, draw_line, ranged, write_between
 from scrubjay.examples.studies.equal_models import FAMILIES, Sizes, build, configured
 from scrubjay.examples.studies.laboratory import command_line, effort, opened, study_parser
 from scrubjay.examples.studies.language_runs import (
@@ -159,8 +159,9 @@ def tables(study: Study, records: list[dict]) -> str:
         if not results:
             continue
         best = study.tuning.best("language", name, study.settings, records)
-        scores = [[result["bits_per_byte"][length] for result in results] for length in lengths]
-        cells = [ranged([last(result["curve"]) for result in results]), *map(ranged, scores)]
+        scores = [[last(result["curve"]) for result in results]]
+        scores += [[result["bits_per_byte"][length] for result in results] for length in lengths]
+        cells = [ranged(values, len(study.tuning.reported)) for values in scores]
         rows.append([NAMES[name], millions(results[0]["parameters"]), rate_in(study.tuning, best), *cells])
     parts = [markdown(header, rows)]
     cost = decoded(study, records)
@@ -177,19 +178,13 @@ def tables(study: Study, records: list[dict]) -> str:
 
 def table(records: list[dict]) -> str:
     """What the guide shows."""
-    return f"{tables(STUDY, records)}\n\n{effort(records)}"
+    return f"{tables(STUDY, records)}\n\n{effort(records)}\n\n![Language](../results/language.png)"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table as the guides have it."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def ranged(values: Sequence[float], digits: int = 3) -> str:
-    """`1.702 (1.698 to 1.707)`; one value alone has no range."""
-    mean, low, high = spread(values)
-    return f"{mean:.{digits}f}" + (f" ({low:.{digits}f} to {high:.{digits}f})" if len(values) > 1 else "")
 
 
 def rate_in(tuning: Tuning, rate: float) -> str:

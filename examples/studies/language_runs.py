@@ -167,7 +167,7 @@ def read_text(vocab_size: int, train_bytes: int = 0) -> Text:
 def run(model: PreTrainedModel, text: Text, budget: Budget, rate: float, seed: int) -> dict:
     """Train a model and score it; a JSON-ready record."""
     validation, reported = text.parts(budget)
-    losses = learn(model, text.train, budget, rate, seed)
+    losses, selected = learn(model, text.train, budget, rate, seed)
     if hasattr(model, "calibrate"):
         model.calibrate(torch.from_numpy(text.train[:CALIBRATED]).view(-1, budget.length))
     per_byte = (len(text.train) - 1) / text.num_bytes(text.train) / math.log(2)
@@ -178,6 +178,9 @@ def run(model: PreTrainedModel, text: Text, budget: Budget, rate: float, seed: i
         "curve": curve(losses, budget, per_byte),
         "validation": score(model, validation, budget.length, text)["bits_per_byte"],
     }
+    if selected:  # mean over the last tenth of the steps, before thresholds are set
+        late = np.array(selected[-max(len(selected) // 10, 1) :])
+        record["selected_in_training"] = late.mean(0).round(4).tolist()
     scores = {str(length): score(model, reported, length, text) for length in budget.scored}
     record |= {"bits_per_byte": {length: found["bits_per_byte"] for length, found in scores.items()}}
     if any("selected" in found for found in scores.values()):
@@ -185,16 +188,19 @@ def run(model: PreTrainedModel, text: Text, budget: Budget, rate: float, seed: i
     return record
 
 
-def learn(model: PreTrainedModel, stream: np.ndarray, budget: Budget, rate: float, seed: int) -> list[float]:
+def learn(
+    model: PreTrainedModel, stream: np.ndarray, budget: Budget, rate: float, seed: int
+) -> tuple[list[float], list[list[float]]]:
     """Train `model` in place with AdamW, warmup over a tenth of the steps, then a cosine to zero.
 
-    Returns: cross-entropy of each step in nats per token, of text that the model has not seen before.
+    Returns: cross-entropy of each step in nats per token, of text that the model has not seen before; and of a model
+    that selects tokens, the share in each layer at each step.
     """
     windows = torch.from_numpy(stream[: len(stream) // budget.length * budget.length]).view(-1, budget.length)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(windows)))
     optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=rate, betas=(0.9, 0.95), fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(budget.steps // 10, 1), budget.steps)
-    losses = []
+    losses, selected = [], []
     model.train()
     for rows in order[: budget.steps * budget.batch_size].view(budget.steps, budget.batch_size):
         ids = windows[rows]
@@ -207,8 +213,10 @@ def learn(model: PreTrainedModel, stream: np.ndarray, budget: Budget, rate: floa
         budget_loss = getattr(out, "budget_loss", None)  # of Taipan's gate
         extra = 0.0 if budget_loss is None else model.config.budget_lambda * budget_loss.item()
         losses.append(out.loss.item() - extra)
+        if (shares := getattr(out, "selection", None)) is not None:
+            selected.append(shares[:, 0].tolist())
     model.eval()
-    return losses
+    return losses, selected
 
 
 def curve(losses: list[float], budget: Budget, per_byte: float) -> list[list[float]]:

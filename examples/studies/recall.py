@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from scrubjay.examples.learning.optimizer import decay_groups
 from scrubjay.examples.studies.cells import Cell, Tuning
-from scrubjay.examples.studies.drawing import NAMES, draw_bars, draw_line, panels, spread, write_between
+from scrubjay.examples.studies.drawing import NAMES, draw_bars, draw_line, panels, ranged, write_between
 from scrubjay.examples.studies.laboratory import command_line, effort, opened, study_parser
 from scrubjay.examples.studies.mqar import accuracy, causal_labels, mqar_batch
 from scrubjay.examples.studies.recall_models import MAKERS, STATELESS, Sizes, build
@@ -232,14 +232,17 @@ def _line(key, cells, columns, said) -> str:
 
 
 def _said_accuracy(rate: float, results: list[dict]) -> str:
-    mean, low, high = spread([result["accuracy"] for result in results])
-    few = "" if len(results) == len(TUNING.reported) else f", {len(results)} of {len(TUNING.reported)} seeds"
-    return f"{mean:.3f} ({low:.3f} to {high:.3f}{few})"
+    return ranged([result["accuracy"] for result in results], len(TUNING.reported))
 
 
 def _said_take_off(rate: float, results: list[dict]) -> str:
+    return f"{median_take_off(results)}; {rate:g}{'*' if rate in edges() else ''}"
+
+
+def median_take_off(results: list[dict]) -> str:
+    """Over seeds, as tables have it."""
     steps = statistics.median_high(sorted(result["take_off"] or math.inf for result in results))
-    return f"{'never' if steps == math.inf else f'{steps:.0f}'}; {rate:g}{'*' if rate in edges() else ''}"
+    return "never" if steps == math.inf else f"{steps:.0f}"
 
 
 def edges() -> tuple[float, float]:
@@ -288,7 +291,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         return []
     if args.table:
         text = table(laboratory.records())
-        write_between(GUIDE, "recall", text)
+        if args.out == args.results:
+            write_between(GUIDE, "recall", text)
         figure(laboratory.records(), args.out.with_suffix(".png"))
         print(text)
         return laboratory.records()

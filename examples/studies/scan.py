@@ -28,7 +28,7 @@ from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS
 from scrubjay.examples.studies.cells import Cell
 from scrubjay.examples.studies.drawing import panels, write_between
-from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
+from scrubjay.examples.studies.laboratory import command_line, effort, opened, study_parser
 from scrubjay.examples.studies.selective_scan import selective_scan
 from scrubjay.kernels.ssd import ssd
 
@@ -150,7 +150,8 @@ def table(records: Iterable[dict]) -> str:
         shown = [f"{times[side]:.1f}" if side in times else "not timed" for side in SIDES]
         ratio = f"{times['selective_scan'] / times['ssd']:.1f}" if "selective_scan" in times else ""
         lines.append("| " + " | ".join([mode, f"{length:,}", str(state), *shown, ratio]) + " |")
-    return "\n".join([*lines, "", f"![Time of a token](../results/scan_{records[0]['cell']['model']}.png)"])
+    lines += ["", effort(records), "", f"![Time of a token](../results/scan_{records[0]['cell']['model']}.png)"]
+    return "\n".join(lines)
 
 
 def figure(records: Iterable[dict], path: Path) -> None:
@@ -197,7 +198,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         print(laboratory.plan(cells(), cost))
         return []
     if args.table:
-        write_between(GUIDE, NAME, table(laboratory.records()))
+        if args.out == args.results:
+            write_between(GUIDE, NAME, table(laboratory.records()))
         figure(laboratory.records(), args.out.with_suffix(".png"))
         return laboratory.records()
     if args.smoke:

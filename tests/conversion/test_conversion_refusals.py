@@ -239,6 +239,22 @@ def test_models_that_are_no_plain_mamba2_are_refused_by_name(tmp_path, changes, 
         SSDForCausalLM.from_pretrained(tmp_path / "source")
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"d_ssm": 32}, "d_ssm is 32: the mixer would have an MLP inside"),
+        ({"D_has_hdim": True}, "D_has_hdim is True: D would be a number for each channel"),
+        ({"rmsnorm": False}, "rmsnorm is False: the norm behind the gate would be left out"),
+        ({"norm_before_gate": True}, "norm_before_gate is True: the norm would stand before the gate"),
+    ],
+    ids=str,
+)
+def test_what_the_authors_mixer_can_be_beside_is_refused_with_the_reason(given, said):
+    with pytest.raises(ValueError, match=f"{said}.* The published checkpoints do without it"):
+        SSDConfig(hidden_size=64, **given)
+    SSDConfig(hidden_size=64, d_ssm=None, D_has_hdim=False, rmsnorm=True, norm_before_gate=False)  # what it is
+
+
 @pytest.mark.parametrize("changes", [{"rmsnorm": False}, {"norm_before_gate": True}, {"D_has_hdim": True}], ids=str)
 def test_fla_models_with_other_norms_are_refused(tmp_path, changes):
     fla(tmp_path / "source")

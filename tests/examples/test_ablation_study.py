@@ -7,8 +7,8 @@ import torch
 
 from scrubjay.examples.studies.ablations import QUESTIONS, RECALL, SMOKE, STUDY, drawn, main
 from scrubjay.examples.studies.cells import cell_of
+from scrubjay.examples.studies.drawing import ranged
 from scrubjay.examples.studies.equal_models import build, configured, count
-from scrubjay.examples.studies.language import ranged
 from scrubjay.examples.studies.language_runs import read_settings, read_text
 from scrubjay.examples.studies.recall import sizes_of
 from scrubjay.examples.studies.recall_models import build as build_recall

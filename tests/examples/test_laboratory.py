@@ -15,7 +15,7 @@ from laboratory_cases import DIES, FAILS, WAITS, cells, drawn
 
 from scrubjay.examples.learning.optimizer import decay_groups
 from scrubjay.examples.studies.cells import Cell, Tuning, cell_of
-from scrubjay.examples.studies.drawing import confidence, draw_bars, draw_line, panels, spread
+from scrubjay.examples.studies.drawing import confidence, draw_bars, draw_line, panels, ranged, spread
 from scrubjay.examples.studies.laboratory import Laboratory, command_line, effort
 
 
@@ -279,6 +279,13 @@ def test_of_rates_as_good_the_lower_is_taken_and_none_that_failed():
 def test_seeds_of_the_tuning_are_not_reported():
     with pytest.raises(ValueError, match="must not be reported"):
         tuning(seeds=(2, 3))
+
+
+def test_values_of_too_few_seeds_say_so():
+    assert ranged([1.0, 2.0, 3.0], 3) == "2.000 (1.000 to 3.000)"
+    assert ranged([1.0, 2.0], 3) == "1.500 (1.000 to 2.000, 2 of 3 seeds)"
+    assert ranged([1.0], 3) == "1.000 (1 of 3 seeds)"
+    assert ranged([1.0]) == "1.000"
 
 
 def test_spread_and_confidence():

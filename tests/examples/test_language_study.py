@@ -14,9 +14,9 @@ from scrubjay.examples.studies import language, language_runs
 from scrubjay.examples.studies.ablations import QUESTIONS
 from scrubjay.examples.studies.ablations import STUDY as ABLATIONS
 from scrubjay.examples.studies.cells import Cell, cell_of
-from scrubjay.examples.studies.drawing import NAMES
+from scrubjay.examples.studies.drawing import NAMES, ranged
 from scrubjay.examples.studies.equal_models import FAMILIES, Sizes, build, configured, count, fitted, places, target
-from scrubjay.examples.studies.language import SMOKE, STUDY, decode_cell, main, ranged, rate_in, work
+from scrubjay.examples.studies.language import SMOKE, STUDY, decode_cell, main, rate_in, work
 from scrubjay.examples.studies.language_runs import Budget, excerpt, learn, read_settings, read_text, score, settings_of
 
 TINY = SMOKE.sizes
@@ -150,7 +150,9 @@ def test_no_token_is_read_twice_and_seeds_read_others(text, monkeypatch):
     rows = []
     for seed in (0, 1):
         seen.clear()
-        assert len(learn(Reader(1, 1), np.arange(1600), budget, 1e-3, seed)) == budget.steps == len(seen) == 32
+        losses, selected = learn(Reader(1, 1), np.arange(1600), budget, 1e-3, seed)
+        assert len(losses) == budget.steps == len(seen) == 32
+        assert not selected
         rows.append(torch.cat(seen)[:, 0].tolist())
         assert len(set(rows[-1])) == 64
     assert set(rows[0]) != set(rows[1])
@@ -160,8 +162,9 @@ def test_the_loss_of_taipan_is_its_cross_entropy(text):
     """At a weight of the budget so large that it would show."""
     torch.manual_seed(0)
     model = build(configured("taipan", TINY, budget_lambda=1e4))
-    (loss,) = learn(model, text.train, Budget(tokens=32, batch_size=2, length=16), 1e-3, 0)
+    (loss,), ((share,),) = learn(model, text.train, Budget(tokens=32, batch_size=2, length=16), 1e-3, 0)
     assert loss == pytest.approx(math.log(TINY.vocab_size), abs=0.3)
+    assert 0 <= share <= 1
 
 
 def test_rates_are_tried_in_shorter_runs_on_a_seed_apart():

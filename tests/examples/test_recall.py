@@ -183,6 +183,9 @@ def test_the_command_plans_runs_and_tells(tmp_path, capsys, monkeypatch, records
     recall.main(["--out", str(out), "--plan", "--only", "ssd .*pairs=32 .*state_size=(16|64) "])
     assert "7 cells are missing" in capsys.readouterr().out
     recall.main(["--out", str(out), "--table"])
+    assert "old" in guide.read_text()  # which shows what lies where results belong
+    monkeypatch.setattr(recall, "RESULTS", out)
+    recall.main(["--table"])
     assert "](../results/recall.png)" in guide.read_text()
     assert re.fullmatch(
         r"before\n<!-- recall -->\n\n\| test .*\n\n<!-- /recall -->\nafter\n", guide.read_text(), re.DOTALL

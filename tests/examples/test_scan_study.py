@@ -62,6 +62,9 @@ def test_the_command_runs_and_tells(tmp_path, monkeypatch):
     assert set(records[0]["result"]["samples"]) == set(scan.SIDES)
     assert len(records[0]["result"]["samples"]["ssd"]) == 2
     scan.main(["--out", str(out), "--table"])
+    assert "forward" not in guide.read_text()  # which shows what lies where results belong
+    monkeypatch.setattr(scan, "RESULTS", out)
+    scan.main(["--table"])
     text = guide.read_text()
     times = records[0]["result"]["microseconds_per_token"]
     shown = " | ".join(f"{times[side]:.1f}" for side in scan.SIDES)
@@ -73,6 +76,7 @@ def test_a_side_that_is_not_timed_is_named_in_the_table():
     settings = {"mode": "forward", "length": 4096, "state_size": 256, "values": 1536}
     times = {"selective_scan": 30.0, "ssd": 10.0}
     record = {"cell": {"model": "cpu", "settings": settings}, "result": {"microseconds_per_token": times}}
+    record |= {"cpu_seconds": 1.0, "machine": {"cpu": "a processor"}}
     assert scan.table([record]).splitlines()[2] == "| forward | 4,096 | 256 | not timed | 30.0 | 10.0 | 3.0 |"
 
 

@@ -4,20 +4,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scrubjay import RodimusConfig, RodimusModel, TaipanConfig, TaipanModel
+from scrubjay import RodimusConfig, RodimusModel, SSDConfig, SSDModel, TaipanConfig, TaipanModel
+from scrubjay.modeling.decoder.controller import Controller
 
 WIDTHS = (64, 256, 2048)
 TOKENS = 64
 
 
 def made_by(model, part):
-    """What the projection `part` gives for TOKENS different tokens in a row, (T, channels)."""
+    """What the projection or convolution `part` gives for TOKENS different tokens in a row, (T, channels)."""
     found = []
-    handle = part.register_forward_hook(lambda module, args, output: found.append(output[0]))
+    handle = part.register_forward_hook(lambda module, args, output: found.append(output))
     with torch.no_grad():
         model.eval()(torch.randperm(TOKENS)[None], use_cache=False)
     handle.remove()
-    return found[0]
+    return (found[0][0] if isinstance(found[0], tuple) else found[0])[0]
 
 
 def collinearity(x):
@@ -46,6 +47,27 @@ def test_from_the_scale_of_2048_keys_of_a_narrow_model_start_collinear(block_typ
     assert collinearity(rodimus_keys(block_type, 64, initializer_range=0.02)) > 0.4
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_keys_of_ssd_start_as_far_apart_at_every_width(width):
+    """Its authors start projections by their width. Convolved and activated, keys are mostly positive: 0.4 to 0.5."""
+    torch.manual_seed(0)
+    model = SSDModel(SSDConfig(hidden_size=width, num_hidden_layers=1, vocab_size=TOKENS))
+    mixer = model.layers[0].mixer
+    _, keys, _ = made_by(model, mixer.conv1d).split([mixer.inner, mixer.keys, mixer.keys], -1)
+    assert 0.35 < collinearity(keys) < 0.5
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_adores_controller_tells_tokens_of_every_width_apart(width):
+    """From embeddings as small as decoders start them."""
+    torch.manual_seed(0)
+    controller = Controller(width)
+    with torch.no_grad():
+        contexts, _ = controller.contexts(0.02 * torch.randn(1, TOKENS, width))
+        assert collinearity(contexts[0]) < 0.1
+        assert collinearity(controller.first(contexts)[0]) < 0.25
+
+
 def taipan_spread(width, **changes):
     """Standard deviations of the scores of attention, the gate's delta and what enters the feed-forward network."""
     torch.manual_seed(0)
@@ -53,7 +75,7 @@ def taipan_spread(width, **changes):
     model = TaipanModel(TaipanConfig(**sizes, **dict(expand=1, state_size=16) | changes))
     block, size = model.layers[1], model.config.attention_head_dim
     with torch.no_grad():
-        x = made_by(model, block.attn.norm)[0]
+        x = made_by(model, block.attn.norm)
         q, k = (proj(x).unflatten(-1, (-1, size)).transpose(0, 1) for proj in (block.attn.q_proj, block.attn.k_proj))
     scores = q @ k.mT * size**-0.5
     return {
