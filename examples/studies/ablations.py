@@ -150,7 +150,7 @@ STUDY = Study(
         score=lambda result: -result["validation"],
         short={"tokens": 1 << 16, "scored": [], "drawn": None},
     ),
-    recall_settings("rodimus", 32, 4),  # from 8 keys on, Rodimus recalls nearly all
+    recall_settings("rodimus", 32, 4),  # of 16 keys Rodimus recalls nearly all
     Tuning((3e-3, 1e-2, 2e-2), seeds=(100,), reported=(0, 1, 2), score=recall_score),
 )
 SMOKE = Study(
