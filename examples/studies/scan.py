@@ -6,9 +6,10 @@
     python examples/studies/scan.py --smoke    the code path in seconds, measures nothing
 
 Timed is the core of a layer alone, between its projections, with the sizes of the smallest published models: M = 1536
-values, in SSD 24 heads of 64. The sides of a cell run in turn, so that all see the same machine, and medians are
-compared. Three sides: the scan of Transformers as it runs without CUDA kernels of its own; the same scan as fast as
-PyTorch's operations do it (`selective_scan.py`); SSD as scrubjay runs it on the device. On a GPU: scan_gpu.json.
+values, in SSD 24 heads of 64. Three sides, one after the other: the scan of Transformers as it runs without CUDA
+kernels of its own; the same scan as fast as PyTorch's operations do it (`selective_scan.py`); SSD as scrubjay runs it
+on the device. Each has a first call and seven more, whose median counts. (Run in turn, SSD paid for memory that the
+others had just given back, up to four times its own work.) On a GPU: scan_gpu.json.
 
 Operations for each token, N numbers of state a value, Q = 64 steps a chunk, one group of keys:
     selective scan    6 M N, and M N exponentials      decay, write, state, output: elementwise
@@ -109,18 +110,17 @@ def _now() -> float:
 
 
 def work(cell: Cell, *, repetitions: int = 7) -> dict:
-    """Microseconds for each token of every side, each repetition in turn after one that warms up."""
+    """Microseconds for each token of every side: the repetitions after one that warms up."""
     chosen = cell.settings
     mode, sizes = chosen["mode"], (chosen["length"], chosen["state_size"], chosen["values"])
     heads = HEADS * chosen["values"] // VALUES
     found = sides(*sizes, heads)
     reasons = {side: reason for side in found if (reason := refused(side, mode, *sizes))}
-    samples: dict[str, list[float]] = {side: [] for side in found if side not in reasons}
-    for repetition in range(repetitions + 1):
-        for side, taken in samples.items():
-            seconds = timed(*found[side], mode)
-            if repetition:
-                taken.append(round(1e6 * seconds / chosen["length"], 3))
+    samples: dict[str, list[float]] = {}
+    for side in found:
+        if side not in reasons:
+            seconds = [timed(*found[side], mode) for _ in range(repetitions + 1)][1:]
+            samples[side] = [round(1e6 * each / chosen["length"], 3) for each in seconds]
     return {
         "microseconds_per_token": {side: statistics.median(taken) for side, taken in samples.items()},
         "samples": samples,
