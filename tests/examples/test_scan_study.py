@@ -49,7 +49,9 @@ def test_what_would_not_end_is_not_timed_and_says_why():
     assert scan.refused("transformers", "forward", 4096, 256, 1536) == "it keeps 19 GB"
     assert scan.refused("selective_scan", "forward", 4096, 256, 1536) is None
     assert scan.refused("selective_scan", "training", 4096, 256, 1536) == "it keeps 19 GB"
-    assert scan.refused("transformers", "training", 4096, 64, 1536) == "the gradients of its slices are 13,194 GB of zeros"
+    assert (
+        scan.refused("transformers", "training", 4096, 64, 1536) == "the gradients of its slices are 13,194 GB of zeros"
+    )
     assert not any(scan.refused("ssd", mode, 4096, 256, 1536) for mode in scan.MODES)
 
 
