@@ -1,8 +1,9 @@
 """Ablations: what are the parts of Rodimus, the attention layers of a hybrid and the capacity of Taipan worth?
 
 Small models read 262,144 tokens of the standard library's source, in windows of 128. All variants have the same effort:
-three rates in runs of a quarter of the tokens on a seed of its own, then three seeds at the best one. Where the
-question is what a state remembers, the task is that of recall.py, and rates are tried in runs as long as the others.
+four rates in runs of a quarter of the tokens on a seed of its own, then three seeds at the best one. Where the
+question is what a state remembers, the task is that of recall.py, and three rates are tried in runs as
+long as the others.
 
     gates      Rodimus without the temperature, with a full input gate or none, without the short convolution
     recall     the same, recalling 32 pairs from a state of 4 keys
@@ -144,7 +145,7 @@ STUDY = Study(
     Sizes(hidden_size=128, blocks=10, vocab_size=2048, state_size=64, head_dim=32),
     Budget(tokens=1 << 18, scored=[128, 2048], rows=16),
     ShortTrials(
-        rates=(4e-3, 8e-3, 16e-3),
+        rates=(4e-3, 8e-3, 16e-3, 32e-3),
         seeds=(100,),
         reported=(0, 1, 2),
         score=lambda result: -result["validation"],
