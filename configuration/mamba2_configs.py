@@ -110,16 +110,18 @@ BESIDE = {"attn_layer_idx": "its Mamba-2 has no attention layers", "intermediate
 ONLY: dict[str, dict[str, Any]] = {
     "mamba_ssm": {"rms_norm": True},
     "codestral": {"rms_norm": True},
-    "fla": {"rmsnorm": True, "rms_norm": True, "norm_before_gate": False, "D_has_hdim": False},
+    "fla": {"rms_norm": True},
     "transformers": {},
 }
-MIXER_ONLY = {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "d_ssm": None}
-# What the authors' code can do beside, and what its published checkpoints do without.
-VARIANTS = {
-    "d_ssm": "the mixer would have an MLP inside, of channels that no state sees (intermediate_size: behind it)",
-    "D_has_hdim": "D would be a number for each channel, it is one for each head",
-    "rmsnorm": "the norm behind the gate would be left out",
-    "norm_before_gate": "the norm would stand before the gate, it stands behind",
+# What the authors' mixer can be beside, and published checkpoints do without: what it is here, and what it would be.
+VARIANTS: dict[str, tuple[Any, str]] = {
+    "d_ssm": (
+        None,
+        "the mixer would have an MLP inside, of channels that no state sees (intermediate_size: behind it)",
+    ),
+    "D_has_hdim": (False, "D would be a number for each channel, it is one for each head"),
+    "rmsnorm": (True, "the norm behind the gate would be left out"),
+    "norm_before_gate": (False, "the norm would stand before the gate, it stands behind"),
 }
 MIXER_IGNORED = ("layer", "chunk_size", "use_mem_eff_path", "conv_init", "sequence_parallel", "process_group")
 OLD_FLA = {"time_step_limit", "time_step_min", "time_step_max", "time_step_floor"}  # as in transformers, once
@@ -146,7 +148,14 @@ def fields_from(theirs: dict) -> dict[str, Any]:
     """
     layout = layout_of(theirs)
     assert layout is not None, "ask layout_of first"
-    _refuse(theirs, ONLY[layout], "")
+    for name, value in ONLY[layout].items():
+        if theirs.get(name, value) != value:
+            raise ValueError(
+                f"{name} is {theirs[name]!r} in the configuration; this model computes {value!r} alone. It cannot hold "
+                "this checkpoint."
+            )
+    if layout == "fla":
+        refuse_variants(theirs)
     if layout == "fla" and theirs.get("n_groups", 1) != 1:
         raise ValueError(
             f"n_groups is {theirs['n_groups']}: fla normalises the channels of all groups together; this model, as the "
@@ -172,10 +181,10 @@ def refuse_variants(given: dict, where: str = "") -> None:
     Raises:
         ValueError: which, and what it would mean.
     """
-    for name, value in MIXER_ONLY.items():
+    for name, (value, why) in VARIANTS.items():
         if given.get(name, value) != value:
             raise ValueError(
-                f"{where}{name} is {given[name]!r}: {VARIANTS[name]}. The published checkpoints do without it, and "
+                f"{where}{name} is {given[name]!r}: {why}. The published checkpoints do without it, and "
                 f"this model computes {value!r} alone."
             )
 
@@ -255,15 +264,6 @@ def _mixer_defaults():
     return defaults | {"time_step_limit": list(NO_LIMIT), "A_initializer_range": list(defaults["A_initializer_range"])}
 
 
-def _refuse(theirs, only, where):
-    for name, value in only.items():
-        if theirs.get(name, value) != value:
-            raise ValueError(
-                f"{where}{name} is {theirs[name]!r} in the configuration; this model computes {value!r} alone. "
-                "It cannot hold this checkpoint."
-            )
-
-
 def _check_mixer(mixer):
     if mixer.get("layer", "Mamba1") != "Mamba2":
         raise ValueError(
@@ -271,6 +271,6 @@ def _check_mixer(mixer):
             '"Mamba1"); this model is "Mamba2" and cannot hold this checkpoint.'
         )
     refuse_variants(mixer, "ssm_cfg.")
-    known = {name for name, _ in MIXER.values()} | set(MIXER_ONLY) | set(MIXER_IGNORED)
+    known = {name for name, _ in MIXER.values()} | set(VARIANTS) | set(MIXER_IGNORED)
     if unknown := sorted(set(mixer) - known):
         raise ValueError(f"ssm_cfg has fields of unknown meaning: {', '.join(unknown)}. Known are {sorted(known)}.")

@@ -92,6 +92,8 @@ def test_smoke_tables_are_what_the_records_say(smoke, capsys):
         bits = shown[name]["bits_per_byte"]
         assert f"| {ranged([bits['16']])} | {ranged([bits['64']])} |" in row
     assert f"| {ranged([shown[RECALL]['accuracy']])} |" in printed
+    (share,) = shown["capacity"]["selected_in_training"]  # of one selective layer
+    assert f"| {ranged([share])} |" in row
 
 
 def test_smoke_draws_a_selection(smoke):

@@ -49,12 +49,14 @@ def test_from_the_scale_of_2048_keys_of_a_narrow_model_start_collinear(block_typ
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_keys_of_ssd_start_as_far_apart_at_every_width(width):
-    """Its authors start projections by their width. Convolved and activated, keys are mostly positive: 0.4 to 0.5."""
+    """Its authors start projections by their width: what the convolution's bias makes alike, it does at each as much."""
     torch.manual_seed(0)
     model = SSDModel(SSDConfig(hidden_size=width, num_hidden_layers=1, vocab_size=TOKENS))
     mixer = model.layers[0].mixer
-    _, keys, _ = made_by(model, mixer.conv1d).split([mixer.inner, mixer.keys, mixer.keys], -1)
-    assert 0.35 < collinearity(keys) < 0.5
+    parts = [mixer.inner, mixer.keys, mixer.keys]
+    assert 0.35 < collinearity(made_by(model, mixer.conv1d).split(parts, -1)[1]) < 0.5
+    torch.nn.init.zeros_(mixer.conv1d.bias)
+    assert collinearity(made_by(model, mixer.conv1d).split(parts, -1)[1]) < 0.05
 
 
 @pytest.mark.parametrize("width", WIDTHS)
