@@ -49,7 +49,7 @@ def test_from_the_scale_of_2048_keys_of_a_narrow_model_start_collinear(block_typ
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_keys_of_ssd_start_as_far_apart_at_every_width(width):
-    """Its authors start projections by their width: what the convolution's bias makes alike, it does at each as much."""
+    """Its authors start projections by their width: at each the convolution's bias makes them as much alike."""
     torch.manual_seed(0)
     model = SSDModel(SSDConfig(hidden_size=width, num_hidden_layers=1, vocab_size=TOKENS))
     mixer = model.layers[0].mixer
