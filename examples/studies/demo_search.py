@@ -48,6 +48,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "demo_search.json"
 BUDGET = 200.0
 TIMED = 8
 CHOOSING = 8  # of the held-out files one in so many chooses; the others report what was chosen (`whole`)
+TIMELESS = ("share", "steps", "matrix_rate", "decay", "warmup")  # settings that change no step's time
 SIZED = ("hidden_size", "num_hidden_layers", "vocab_size", "batch_size", "length")
 # (width, blocks, vocabulary, rate)
 SIZES = [(256, 4, 4096, 0.004), (128, 3, 4096, 0.008), (128, 2, 4096, 0.012), (128, 1, 4096, 0.012)]
@@ -82,7 +83,7 @@ def recipe_of(cell: Cell) -> Recipe:
 
 def pace_of(cell: Cell) -> Cell:
     """The cell that measures the step of a cell's setting."""
-    settings = {name: value for name, value in cell.settings.items() if name not in ("share", "steps", "matrix_rate")}
+    settings = {name: value for name, value in cell.settings.items() if name not in TIMELESS}
     return Cell("pace", cell.model, 0, 0.001, settings)
 
 
