@@ -1,8 +1,8 @@
 """Ablations: what are the parts of Rodimus, the attention layers of a hybrid and the capacity of Taipan worth?
 
 Small models read 262,144 tokens of the standard library's source, in windows of 128. All variants have the same effort:
-four rates in runs of a quarter of the tokens on a seed of its own, then three seeds at the best one. Where the
-question is what a state remembers, the task is that of recall.py, and three rates are tried in runs as
+five rates in runs of a quarter of the tokens on a seed of its own, then three seeds at the best one. Where the
+question is what a state remembers, the task is that of recall.py, and four rates are tried in runs as
 long as the others.
 
     gates      Rodimus without the temperature, with a full input gate or none, without the short convolution
@@ -145,14 +145,14 @@ STUDY = Study(
     Sizes(hidden_size=128, blocks=10, vocab_size=2048, state_size=64, head_dim=32),
     Budget(tokens=1 << 18, scored=[128, 2048], rows=16),
     ShortTrials(
-        rates=(4e-3, 8e-3, 16e-3, 32e-3),
+        rates=(2e-3, 4e-3, 8e-3, 16e-3, 32e-3),
         seeds=(100,),
         reported=(0, 1, 2),
         score=lambda result: -result["validation"],
         short={"tokens": 1 << 16, "scored": [], "drawn": None},
     ),
     recall_settings("rodimus", 32, 4),  # of 16 keys Rodimus recalls nearly all
-    Tuning((3e-3, 1e-2, 2e-2), seeds=(100,), reported=(0, 1, 2), score=recall_score),
+    Tuning((1e-3, 3e-3, 1e-2, 2e-2), seeds=(100,), reported=(0, 1, 2), score=recall_score),
 )
 SMOKE = Study(
     Sizes(hidden_size=32, blocks=10, vocab_size=300, state_size=8, head_dim=8, window=8),
