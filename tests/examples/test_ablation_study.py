@@ -74,7 +74,7 @@ def test_every_variant_has_the_same_effort():
     assert len(variants) == sum(len(question.variants) for question in QUESTIONS.values())
     for name, runs in variants.items():
         rates = len(STUDY.tuned(json.loads(name)[0]).rates)
-        assert rates == (3 if RECALL in name else 4)
+        assert rates == (4 if RECALL in name else 5)
         assert sorted(seed for seed, _ in runs) == [0, 1, 2, *[100] * rates]
 
 
