@@ -4,7 +4,7 @@ Optimizer and rates are searched for every model alike; sizes, batches and sched
 
     python examples/studies/demo_search.py                all of examples/results/demo_search.json; goes on if stopped
     python examples/studies/demo_search.py --plan         what is missing
-    python examples/studies/demo_search.py --table        the tables, of what is there
+    python examples/studies/demo_search.py --table        the tables, of what is there, into the guide too
     python examples/studies/demo_search.py --smoke        the code path in a minute
 
 Nothing is judged by the clock, so that it can run beside other work. First a step of each setting is measured: seconds
@@ -39,10 +39,12 @@ from scrubjay.examples.learning.training import Windows, build_model, train
 from scrubjay.examples.measuring.baselines import NGram
 from scrubjay.examples.measuring.measure import stream_bits
 from scrubjay.examples.studies.cells import Cell, cell_of
-from scrubjay.examples.studies.drawing import spread
-from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
+from scrubjay.examples.studies.drawing import ranged, write_between
+from scrubjay.examples.studies.laboratory import command_line, effort, opened, study_parser
+from scrubjay.examples.studies.language import markdown
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "demo_search.json"
+HERE = Path(__file__).resolve().parent
+RESULTS, GUIDE = HERE.parent / "results" / "demo_search.json", HERE / "README.md"
 # Two cores of an AMD EPYC with AVX2: the demo's 114 seconds between its looks at held-out text, of which a step of the
 # 5M Rodimus+ (8 windows of 128 tokens) takes 0.44 in two threads; in one it takes 0.78 of one processor.
 BUDGET = 200.0
@@ -53,7 +55,13 @@ SIZED = ("hidden_size", "num_hidden_layers", "vocab_size", "batch_size", "length
 # (width, blocks, vocabulary, rate)
 SIZES = [(256, 4, 4096, 0.004), (128, 3, 4096, 0.008), (128, 2, 4096, 0.012), (128, 1, 4096, 0.012)]
 SIZES += [(128, 2, 2048, 0.012), (128, 1, 2048, 0.012), (96, 1, 2048, 0.012), (192, 1, 2048, 0.012)]
-CHANGES = [{"batch_size": 4}, {"batch_size": 16}, {"batch_size": 16, "length": 64}, {"vocab_size": 1024}]
+CHANGES: list[dict] = [
+    {},
+    {"batch_size": 4},
+    {"batch_size": 16},
+    {"batch_size": 16, "length": 64},
+    {"vocab_size": 1024},
+]
 CHANGES += [{"decay": 0.4}, {"decay": 0.95}, {"warmup": 0.02}, {"warmup": 0.2}]
 # (optimizer, learning rate, Muon's over it). The last lines: of those before, some model's best was at an end.
 CHOICES = [("adamw", 0.003, 1.0), ("adamw", 0.006, 1.0), ("adamw", 0.012, 1.0), ("adamw", 0.024, 1.0)]
@@ -62,6 +70,11 @@ CHOICES += [("muon", 0.012, 1.0), ("muon", 0.024, 0.5)]
 CHOICES += [("muon", 0.024, 0.25), ("muon", 0.048, 0.25), ("muon", 0.096, 0.25), ("adamw", 0.0015, 1.0)]
 MARGIN = 0.02  # bits per byte; seeds differ by about as much
 SEEDS = (1, 2, 3)
+TITLES = {
+    "whole": "Two minutes, of three seeds",
+    "sizes": "Rodimus+ at other sizes, one seed",
+    "changes": "Rodimus+ with other batches, lengths, vocabularies and schedules, one seed",
+}
 
 
 @cache
@@ -222,27 +235,47 @@ class Search:
         ]
 
 
+def rows_of(search: Search, study: str) -> dict[tuple, list[dict]]:
+    """Results of each setting of a study, over its seeds."""
+    rows: dict[tuple, list[dict]] = {}
+    for trial in getattr(search, study)():
+        if pace_of(trial) in search.known and search.timed(trial) in search.known:
+            timed = search.timed(trial)
+            shown = {name: value for name, value in timed.settings.items() if name != "smoke"}
+            shown = {"model": trial.model} | shown | {"rate": trial.rate}
+            rows.setdefault(tuple(shown.items()), []).append(search.known[timed])
+    return rows
+
+
+def table_of(search: Search, study: str) -> str:
+    """In Markdown, "" if there is nothing: a row a setting, of which is shown what differs; mean over seeds, range."""
+    rows = rows_of(search, study)
+    if not rows:
+        return ""
+    settings = [dict(row) for row in rows]
+    names = list(dict.fromkeys(name for row in settings for name in row))
+    names = [name for name in names if len({row.get(name) for row in settings}) > 1]
+    lines = []
+    for row, results in zip(settings, rows.values(), strict=True):
+        found = [f"{results[0]['parameters'] / 1e6:.2f}M", f"{results[0]['tokens'] / 1000:.0f}k"]
+        bits = ranged([result["bits_per_byte"] for result in results], len(SEEDS) if study == "whole" else 1)
+        lines.append([*(f"{row.get(name, '')}" for name in names), *found, bits])
+    return markdown([*names, "parameters", "tokens", "bits per byte"], lines)
+
+
 def tables(search: Search) -> str:
-    """What was found, as Markdown: a row a setting, its mean over seeds and their range."""
-    parts = []
-    for study in ("sizes", "changes", "rates", "whole"):
-        rows: dict[tuple, list[dict]] = {}
-        for trial in getattr(search, study)():
-            if pace_of(trial) in search.known and search.timed(trial) in search.known:
-                timed = search.timed(trial)
-                shown = {name: value for name, value in timed.settings.items() if name not in ("share", "smoke")}
-                shown |= {"rate": trial.rate, "model": trial.model}
-                rows.setdefault(tuple(sorted(shown.items())), []).append(search.known[timed])
-        if rows:
-            names = list(dict.fromkeys(["model", *(name for row in rows for name, _ in row)]))
-            lines = [[*names, "parameters", "tokens", "bits per byte"], ["---"] * (len(names) + 3)]
-            for row, results in rows.items():
-                mean, low, high = spread([result["bits_per_byte"] for result in results])
-                bits = f"{mean:.3f}" if len(results) == 1 else f"{mean:.3f} ({low:.3f} to {high:.3f})"
-                found = [f"{results[0]['parameters'] / 1e6:.2f}M", f"{results[0]['tokens'] / 1000:.0f}k", bits]
-                lines.append([*(f"{dict(row).get(name, '')}" for name in names), *found])
-            parts.append("\n".join([f"{study}\n", *(f"| {' | '.join(line)} |" for line in lines)]))
-    return "\n\n".join(parts)
+    """What was found, of every study."""
+    found = {study: table_of(search, study) for study in ("sizes", "changes", "rates", "whole")}
+    return "\n\n".join(f"{study}\n\n{text}" for study, text in found.items() if text)
+
+
+def table(records: Iterable[dict]) -> str:
+    """What the guide shows: all but the single trials."""
+    records = list(records)
+    search = Search(records)
+    found = {TITLES[study]: table_of(search, study) for study in TITLES}
+    parts = [f"{title}:\n\n{text}" for title, text in found.items() if text]
+    return "\n\n".join([*parts, effort(records)])
 
 
 def trigram() -> float:
@@ -263,6 +296,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.table:
         print(tables(search(laboratory.records())))
+        if args.out == args.results:
+            write_between(GUIDE, "demo_search", table(laboratory.records()))
     elif args.plan:
         print(laboratory.plan(search(laboratory.records()).cells()))
     else:

@@ -6,15 +6,19 @@ from scrubjay.examples.learning.recipe import QUICK
 from scrubjay.examples.studies.cells import Cell
 from scrubjay.examples.studies.demo_search import (
     BUDGET,
+    CHANGES,
     CHOICES,
     MARGIN,
     SEEDS,
+    SIZES,
+    TITLES,
     Search,
     learn,
     main,
     measure_pace,
     pace_of,
     recipe_of,
+    table,
     tables,
 )
 from scrubjay.examples.studies.laboratory import Laboratory
@@ -84,6 +88,28 @@ def test_tables_show_each_setting_once_with_its_seeds(records):
     whole = text.split("whole\n")[1].splitlines()
     assert len([line for line in whole if line.startswith("| ")]) == 1 + 1 + len(QUICK) + 1
     assert "1.700 (1.700 to 1.700)" in text
+
+
+def test_tables_name_what_differs_and_nothing_else(records):
+    changes = tables(Search(records)).split("changes\n")[1].splitlines()
+    header = [name.strip() for name in changes[1].strip("|").split("|")]
+    assert set(header) == {
+        "batch_size",
+        "length",
+        "vocab_size",
+        "decay",
+        "warmup",
+        "parameters",
+        "tokens",
+        "bits per byte",
+    }
+
+
+def test_the_guide_shows_what_was_chosen_but_no_single_trial_of_a_rate(records):
+    text = table(records)
+    assert all(f"{title}:\n\n| " in text for title in TITLES.values())
+    assert text.count("\n| ") == 3 * 2 + len(QUICK) + 1 + len(CHANGES) + len(SIZES) * 2 + 4
+    assert text.endswith(f"processor hours ({records[0]['machine']['cpu']}).")
 
 
 @pytest.mark.slow
