@@ -11,7 +11,7 @@ import pytest
 from scrubjay.examples.benchmarks import benchmark_tables as tables
 from scrubjay.examples.measuring.processor import slug
 from scrubjay.examples.measuring.run_report import size
-from scrubjay.examples.studies import ablations, language, recall, scan
+from scrubjay.examples.studies import ablations, demo_search, language, recall, scan
 from scrubjay.examples.studies.language_runs import read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,13 @@ def row(text, start):
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-STUDIES = {"recall": recall, "scan_cpu": scan, "language": language, "ablations": ablations}
+STUDIES = {
+    "recall": recall,
+    "scan_cpu": scan,
+    "language": language,
+    "ablations": ablations,
+    "demo_search": demo_search,
+}
 
 
 @pytest.mark.parametrize(("name", "table"), [(name, study.table) for name, study in STUDIES.items()])
@@ -54,7 +60,7 @@ def trained(name):
     return recorded(f"{name}.json") if (ROOT / "examples" / "results" / f"{name}.json").is_file() else []
 
 
-@pytest.mark.parametrize("name", [name for name in (*STUDIES, "demo_search") if trained(name)])
+@pytest.mark.parametrize("name", [name for name in STUDIES if trained(name)])
 def test_records_of_studies_say_how_they_were_made(name):
     for record in trained(name):
         assert record["command"].startswith(f"python examples/studies/{name.removesuffix('_cpu')}.py")
