@@ -8,8 +8,8 @@
 Timed is the core of a layer alone, between its projections, with the sizes of the smallest published models: M = 1536
 values, in SSD 24 heads of 64. Three sides, one after the other: the scan of Transformers as it runs without CUDA
 kernels of its own; the same scan as fast as PyTorch's operations do it (`selective_scan.py`); SSD as scrubjay runs it
-on the device. Each has a process of its own, a first call and seven more, whose median counts. (In one process SSD
-paid for memory that the others had just given back, up to four times its own work.) On a GPU: scan_gpu.json.
+on the device. Each has a first call and seven more, whose median counts. (Run in turn, SSD paid for memory that the
+others had just given back, up to four times its own work.) On a GPU: scan_gpu.json.
 
 Operations for each token, N numbers of state a value, Q = 64 steps a chunk, one group of keys:
     selective scan    6 M N, and M N exponentials      decay, write, state, output: elementwise
@@ -19,10 +19,8 @@ Operations for each token, N numbers of state a value, Q = 64 steps a chunk, one
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -111,29 +109,21 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def samples(side: str, settings: Mapping, repetitions: int, threads: int) -> list[float]:
-    """Microseconds for each token: the repetitions after one that warms up."""
-    torch.set_num_threads(threads)
-    values, length = settings["values"], settings["length"]
-    function, inputs = sides(length, settings["state_size"], values, HEADS * values // VALUES)[side]
-    seconds = [timed(function, inputs, settings["mode"]) for _ in range(repetitions + 1)][1:]
-    return [round(1e6 * each / length, 3) for each in seconds]
-
-
 def work(cell: Cell, *, repetitions: int = 7) -> dict:
-    """Microseconds for each token of every side, each timed in a process of its own."""
+    """Microseconds for each token of every side: the repetitions after one that warms up."""
     chosen = cell.settings
-    sizes = chosen["length"], chosen["state_size"], chosen["values"]
-    reasons = {side: reason for side in SIDES if (reason := refused(side, chosen["mode"], *sizes))}
-    found: dict[str, list[float]] = {}
-    for side in SIDES:
+    mode, sizes = chosen["mode"], (chosen["length"], chosen["state_size"], chosen["values"])
+    heads = HEADS * chosen["values"] // VALUES
+    found = sides(*sizes, heads)
+    reasons = {side: reason for side in found if (reason := refused(side, mode, *sizes))}
+    samples: dict[str, list[float]] = {}
+    for side in found:
         if side not in reasons:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
-                threads = torch.get_num_threads()
-                found[side] = own.submit(samples, side, chosen, repetitions, threads).result()
+            seconds = [timed(*found[side], mode) for _ in range(repetitions + 1)][1:]
+            samples[side] = [round(1e6 * each / chosen["length"], 3) for each in seconds]
     return {
-        "microseconds_per_token": {side: statistics.median(taken) for side, taken in found.items()},
-        "samples": found,
+        "microseconds_per_token": {side: statistics.median(taken) for side, taken in samples.items()},
+        "samples": samples,
         "operations_per_token": operations(*sizes[1:]),
         "not_timed": reasons,
     }
