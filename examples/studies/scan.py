@@ -9,7 +9,7 @@ Timed is the core of a layer alone, between its projections, with the sizes of t
 values, in SSD 24 heads of 64. Three sides, one after the other: the scan of Transformers as it runs without CUDA
 kernels of its own; the same scan as fast as PyTorch's operations do it (`selective_scan.py`); SSD as scrubjay runs it
 on the device. Each has a first call and seven more, whose median counts. (Run in turn, SSD paid for memory that the
-others had just given back, up to four times its own work.) On a GPU: scan_gpu.json.
+others had just given back.) On a GPU: scan_gpu.json.
 
 Operations for each token, N numbers of state a value, Q = 64 steps a chunk, one group of keys:
     selective scan    6 M N, and M N exponentials      decay, write, state, output: elementwise
