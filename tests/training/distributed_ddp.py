@@ -3,6 +3,7 @@
 import torch
 from accelerate import Accelerator
 from distributed_steps import (
+    EPS,
     RATE,
     ROWS,
     STEPS,
@@ -57,7 +58,7 @@ def with_trainer(entry, rank, processes, folder):
     """The same steps by transformers' Trainer."""
     rows = torch.cat([batch(step) for step in range(STEPS)])
     args = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=ROWS // processes, max_steps=STEPS, learning_rate=RATE,
+        output_dir=str(folder), per_device_train_batch_size=ROWS // processes, max_steps=STEPS, learning_rate=RATE, adam_epsilon=EPS,
         lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, save_strategy="no", report_to="none",
         disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip

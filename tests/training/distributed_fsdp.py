@@ -13,6 +13,7 @@ from distributed_steps import (
     batch,
     finish,
     gradients,
+    same_choices,
     spread,
     start,
     steps,
@@ -110,12 +111,12 @@ def seen_dtypes(model):
 
 def in_bfloat16(entry, rank, processes):
     """Logits in float32, computed in bfloat16, and so with `fully_shard` alone; dtypes met; weights after steps."""
-    ids, found = batch(0), {}
-    with torch.no_grad():
+    ids, found, chosen = batch(0), {}, []
+    with torch.no_grad(), same_choices(chosen):
         found["float32"] = entry.build()(ids, use_cache=False).logits
     model = shard_model(entry.build(), dtype=torch.bfloat16)
     seen = seen_dtypes(model)
-    with torch.no_grad():
+    with torch.no_grad(), same_choices(chosen):
         found["bfloat16"] = model(ids, use_cache=False).logits
     found["dtypes"] = dict(seen)
     steps(model.train(), adamw(model), rank=rank, processes=processes)
@@ -124,7 +125,7 @@ def in_bfloat16(entry, rank, processes):
     for block in plain.model.layers:
         fully_shard(block, mp_policy=policy)
     fully_shard(plain, mp_policy=policy)
-    with torch.no_grad():
+    with torch.no_grad(), same_choices(chosen):
         found["fully_shard alone"] = plain(ids, use_cache=False).logits
     return found
 

@@ -12,7 +12,7 @@ from zoo import VOCAB, tokens, trainable
 
 from scrubjay.modeling import selective_layer as selective
 
-ROWS, LENGTH, STEPS, RATE = 4, 24, 3, 1e-3
+ROWS, LENGTH, STEPS, RATE, EPS = 4, 24, 3, 1e-3, 1e-5
 EVEN = VOCAB + 1  # a vocabulary that two devices can halve
 
 
@@ -52,8 +52,30 @@ def share_of_noise(rank: int, processes: int):
         selective.gumbel_difference = drawn
 
 
+@contextmanager
+def same_choices(made: list[torch.Tensor]):
+    """In it Taipan's gate chooses as it did before, by `made`, which is filled where it is empty.
+
+    A score that two precisions round to either side of the threshold selects a token in one and not in the other: a
+    difference of the whole token, and of all after it.
+    """
+    chosen, again = selective.select, iter(list(made))
+
+    def choose(*args):
+        if (before := next(again, None)) is None:
+            made.append(before := chosen(*args))
+        return before
+
+    selective.select = choose
+    try:
+        yield
+    finally:
+        selective.select = chosen
+
+
 def adamw(model) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trainable(model), lr=RATE, weight_decay=0.0)
+    """With an eps above the rounding of gradients: near zero their signs, which AdamW follows, are rounding's own."""
+    return torch.optim.AdamW(trainable(model), lr=RATE, weight_decay=0.0, eps=EPS)
 
 
 def steps(model, optimizer, first=0, last=STEPS, rank=0, processes=1, backward=torch.Tensor.backward) -> None:
