@@ -58,9 +58,9 @@ def with_trainer(entry, rank, processes, folder):
     """The same steps by transformers' Trainer."""
     rows = torch.cat([batch(step) for step in range(STEPS)])
     args = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=ROWS // processes, max_steps=STEPS, learning_rate=RATE, adam_epsilon=EPS,
+        output_dir=str(folder), per_device_train_batch_size=ROWS // processes, max_steps=STEPS, learning_rate=RATE,
         lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, save_strategy="no", report_to="none",
-        disable_tqdm=True, logging_strategy="no",
+        disable_tqdm=True, adam_epsilon=EPS, logging_strategy="no",
     )  # fmt: skip
     data = [{"input_ids": row, "labels": row} for row in rows]
     trainer = InOrder(model=entry.build(), args=args, train_dataset=data, callbacks=[Seeds()])
