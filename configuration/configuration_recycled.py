@@ -4,7 +4,8 @@ from huggingface_hub.dataclasses import strict
 
 from scrubjay.configuration.configuration_wrapped import WrappedConfig
 
-POLICIES = ("recycled", "snapkv", "h2o", "streaming", "full")
+POLICIES = ("recycled", "lowrank", "quest", "snapkv", "h2o", "tova", "streaming", "full")
+HOLDING = ("recycled", "lowrank", "quest", "full")  # which forget no key
 CHOICES = {
     "policy": POLICIES,
     "schedule": ("fixed", "dynamic"),
@@ -29,10 +30,19 @@ class RecycledConfig(WrappedConfig):
             step, and attends all keys if their cosine is `threshold` or less.
         qc, threshold: steps between checks; cosine above which a layer stays partial. The paper's 5 or 10; 0.85 for
             Llama-3.1-8B, 0.95 for Qwen2-7B.
-        policy: "recycled". Baselines with the same budget: "snapkv" (the prompt's choice, never renewed), "h2o" (half
-            the most attended so far, half the newest), "streaming" (`n_sink` first tokens and the newest; 4 where
-            `n_sink` is 0) hold `budget` tokens and forget the others; "full" attends all keys at every step.
-        pool_kernel: odd number of neighbours over which a score is the largest. 7 in the paper; 1: none.
+        policy: "recycled". Others with the same budget, which also hold all keys: "lowrank" (ours: every step attends
+            the keys of the highest scores in `rank` directions), "quest" (every step attends the pages of `page` keys
+            with the highest bounds, arXiv:2406.10774), "full" (all keys). And those that forget keys: "snapkv" (of the
+            prompt what its last `window` queries attend, once; all tokens after it, arXiv:2404.14469), "h2o" (half the
+            most attended so far, half the newest, arXiv:2306.14048), "tova" (what the last query attended least goes,
+            arXiv:2401.06104), "streaming" (`n_sink` first tokens and the newest; 4 where `n_sink` is 0,
+            arXiv:2309.17453).
+        rank: of "lowrank": directions; of a head with fewer dimensions all.
+        page: of "quest": keys of a page; the budget has room for two at least.
+        window: of "snapkv": queries at the prompt's end that choose, and tokens there that are kept whatever they
+            score; half the budget where that is less.
+        pool_kernel: of "recycled" and "snapkv": odd number of neighbours over which a score is the largest. 7 in the
+            paper; 1: none.
         group_reduce: over the query heads that share a key head: "max" (the paper's), "mean", "first".
         keep_recent: newest tokens that are kept whatever they score (ours: 1, as SnapKV with a window of one).
         n_sink: first tokens that are kept and never evicted (0 in the paper).
@@ -68,6 +78,9 @@ class RecycledConfig(WrappedConfig):
     qc: int = 5
     threshold: float = 0.85
     policy: str = "recycled"
+    rank: int = 16
+    page: int = 16
+    window: int = 32
     pool_kernel: int = 7
     group_reduce: str = "max"
     keep_recent: int = 1
@@ -85,7 +98,7 @@ class RecycledConfig(WrappedConfig):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}; got {getattr(self, name)!r}.")
-        for name in ("budget", "stride", "qc"):
+        for name in ("budget", "stride", "qc", "rank", "page", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
@@ -94,6 +107,11 @@ class RecycledConfig(WrappedConfig):
             raise ValueError(
                 "keep_recent (for h2o half the budget; at least the new token) and n_sink must be 0 or more and fit "
                 f"the budget together; got {self.recent} + {self.sinks} and a budget of {self.budget}."
+            )
+        if self.policy == "quest" and self.budget < 2 * self.page:
+            raise ValueError(
+                f"policy='quest' reads whole pages, and the budget must hold two of them; got budget={self.budget} and "
+                f"page={self.page}."
             )
         if self.train_tail < 0 or (self.train_tail and self.policy != "recycled"):
             raise ValueError(
@@ -115,6 +133,8 @@ class RecycledConfig(WrappedConfig):
     @property
     def recent(self) -> int:
         """Newest tokens that are kept whatever they score."""
+        if self.policy == "snapkv":
+            return max(self.keep_recent, min(self.window, self.budget // 2))
         return self.budget // 2 if self.policy == "h2o" else self.keep_recent
 
     @property

@@ -1,6 +1,7 @@
 """The cache of Recycled Attention (RefreshKV, arXiv:2411.05787) and of the policies that it is compared with.
 
-It makes a layer for each of the decoder's (`recycled_layer.py` or `evicting_layer.py`) and takes part in its calls.
+It makes a layer for each of the decoder's (of `recycled_layer.py`, `choosing_layer.py`, `evicting_layer.py`) and takes
+part in its calls.
 
 B batch, H query heads, G key heads, P head size, T new columns, n columns held, K budget.
 """
@@ -12,9 +13,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from scrubjay.configuration.configuration_recycled import RecycledConfig
+from scrubjay.configuration.configuration_recycled import HOLDING, RecycledConfig
 from scrubjay.configuration.configuration_wrapped import WrappedConfig
+from scrubjay.modeling.caches.choosing_layer import LowRankLayer, QuestLayer
 from scrubjay.modeling.caches.evicting_layer import EvictingLayer
+from scrubjay.modeling.caches.holding_layer import HoldingLayer
 from scrubjay.modeling.caches.kept_keys import TAIL, Call, Kept, row_bytes
 from scrubjay.modeling.caches.recycled_layer import RecycledLayer
 from scrubjay.modeling.caches.saved_tensors import read_tensors, write_tensors
@@ -31,6 +34,7 @@ from scrubjay.modeling.decoder.decoder_call import (
     tokens_of,
 )
 
+LAYERS = {"recycled": RecycledLayer, "full": HoldingLayer, "lowrank": LowRankLayer, "quest": QuestLayer}
 SETTINGS = sorted({field.name for field in fields(RecycledConfig)} - {field.name for field in fields(WrappedConfig)})
 
 
@@ -75,7 +79,7 @@ class RecycledCache(AttachedCache):
         self.attach(model)
 
     def _build(self, settings):
-        kind = RecycledLayer if settings.policy in ("recycled", "full") else EvictingLayer
+        kind = LAYERS.get(settings.policy, EvictingLayer)
         self.settings, self.call = settings, Call()
         super().__init__(layers=[kind(settings, i, self.call) for i in range(settings.num_hidden_layers)])
 
@@ -149,6 +153,30 @@ class RecycledCache(AttachedCache):
             raise ValueError("An earlier call failed between two layers; call cache.reset() and start again.")
         if layer.is_initialized and seen:
             check_rows(self, len(next(iter(layer.tensors().values()))), batch)
+
+    def fork(self, **settings) -> "RecycledCache":
+        """A cache with other settings that has read the same text: one prompt serves many policies. This one stays.
+
+        Args:
+            settings: fields of `RecycledConfig`; those not named are this cache's.
+
+        Raises:
+            ValueError: this cache has forgotten keys, or the new policy needs what it has not remembered: "h2o" the
+                queries of the whole text, the dynamic schedule those that were compared.
+        """
+        if self.settings.policy not in HOLDING:
+            raise ValueError(f"policy={self.settings.policy!r} has forgotten keys; fork a cache with one of {HOLDING}.")
+        own = {name: getattr(self.settings, name) for name in SETTINGS}
+        new = type(self)(self._model(), **own | settings)
+        try:
+            if self.get_seq_length():
+                new.call.real, new.call.counted = self.real(), self.call.counted
+                for layer, other in zip(new.layers, self.layers, strict=True):
+                    layer.take(other)
+        except ValueError:
+            new.close()
+            raise
+        return new
 
     def _padded(self, kwargs, seen):
         """A call's arguments with the mask of all columns so far, (B, n + T) bool, None without padding."""

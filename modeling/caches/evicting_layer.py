@@ -1,32 +1,59 @@
-"""The policies that Recycled Attention is compared with: they keep K keys and forget all others.
+"""The policies that forget keys: SnapKV (arXiv:2404.14469), H2O (arXiv:2306.14048), TOVA (arXiv:2401.06104),
+StreamingLLM (arXiv:2309.17453).
 
-SnapKV (arXiv:2404.14469, window 1), H2O (arXiv:2306.14048), StreamingLLM (arXiv:2309.17453).
 B batch, H query heads, G key heads, P head size, T new columns, n columns, m columns kept, K budget.
 """
 
 import torch
 import torch.nn.functional as F
 
-from scrubjay.kernels.recycle import attend_seen, decode, decode_with_scores, received, top
+from scrubjay.kernels.recycle import (
+    attend_seen,
+    decode,
+    decode_with_scores,
+    pooled,
+    received,
+    scores_of,
+    top,
+)
 from scrubjay.kernels.rotary import turned
 from scrubjay.kernels.slots import put_rows
 from scrubjay.modeling.caches.buffers import appended, roomy, writable
+from scrubjay.modeling.caches.holding_layer import HoldingLayer
 from scrubjay.modeling.caches.kept_keys import KeepingLayer, Kept, pick
+from scrubjay.modeling.decoder.decoder_call import mean_over_devices
+
+ROOM = 64  # slots that SnapKV takes ahead of the tokens after its prompt
 
 
 class EvictingLayer(KeepingLayer):
-    """The K keys of a policy that forgets all others: SnapKV, H2O, StreamingLLM. O(K) bytes.
+    """The K keys of a policy that forgets all others, O(K) bytes; under SnapKV K of the prompt and all that come later.
 
     A prompt is read with full attention, each further piece of several tokens with what is kept and itself. A row with
     one token in such a piece keeps that rule, so it attends one key more than alone, where one token is a step and what
     it replaces leaves first.
-    mass: (B, G, capacity), attention that each kept key has received (H2O). Where positions count from the start of the
+    mass: (B, G, capacity), attention that each kept key has received: all of it (H2O), or of the last query, in the
+    mean over all heads (TOVA). Where positions count from the start of the
     cache, evicted: (B,) int64, tokens forgotten, and sink_keys: (B, G, sinks, P), keys of the sinks at their own
     positions. A window keeps its distances as it moves, so the sinks alone are turned, to follow it.
     """
 
     names = ("mass", "evicted", "sink_keys")
     is_croppable = False
+
+    def take(self, other: HoldingLayer) -> None:
+        """Have read what a layer has read that forgot nothing, and forget."""
+        queries, n = other.remembered(), other.seen
+        if self.settings.policy == "h2o" or self.settings.recent > queries.shape[2]:
+            raise ValueError(
+                f"The queries of the last {queries.shape[2]} tokens are remembered; "
+                f"policy={self.settings.policy!r} needs more of them. Give the text to a cache of its own."
+            )
+        keys, values = (x[:, :, :n] for x in (other.full_keys, other.full_values))
+        self.lazy_initialization(keys, values)
+        self.seen = n
+        columns = torch.arange(n, device=keys.device).expand(*keys.shape[:2], n)
+        self.choose(queries, keys, values, columns, None, other.scaling)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the mask for `query_length` new columns."""
@@ -62,7 +89,9 @@ class EvictingLayer(KeepingLayer):
 
     def step(self, q, k, v, scaling):
         """One token: evict, write, attend."""
-        if self.settings.policy != "h2o":
+        if self.settings.policy not in ("h2o", "tova"):
+            if self.settings.policy == "snapkv" and self.kept.filled == self.kept.keys.shape[2]:
+                self.kept.enlarge(max(ROOM, self.kept.filled // 8))
             self.put_newest(k, v)
             self.turn_sinks()
             keys, values, real = self.kept.held()
@@ -72,7 +101,10 @@ class EvictingLayer(KeepingLayer):
         keys, values, real = self.kept.held()
         out, logp = decode_with_scores(q, keys, values, scaling, real)
         mass = self.mass.scatter(2, slot, 0)
-        mass[:, :, : self.kept.filled] += logp.exp().unflatten(1, (k.shape[1], -1)).amax(2)
+        if self.settings.policy == "h2o":
+            mass[:, :, : self.kept.filled] += logp.exp().unflatten(1, (k.shape[1], -1)).amax(2)
+        else:
+            mass[:, :, : self.kept.filled] = self.over_heads(logp)
         new = None if self.call.source is None else self.call.real[:, self.seen - 1, None, None]
         self.mass = mass if new is None else torch.where(new, mass, self.mass)
         return out
@@ -106,10 +138,13 @@ class EvictingLayer(KeepingLayer):
         if settings.policy == "streaming":
             scores = torch.arange(n, dtype=torch.float32, device=keys.device).expand(*keys.shape[:2], n)
         elif settings.policy == "snapkv":
-            scores = self.scored(self.call.last(query, 1)[:, :, 0], keys, scaling, real)
-            if self.kept is not None and self.call.source is not None:  # rows without a new token keep their order
-                order = F.pad(self.kept.rank[:, :, : self.kept.filled], (0, T), value=-torch.inf).to(scores.dtype)
-                scores = torch.where(self.call.source[:, -1, None, None] < 0, order, scores)
+            scores = self.watched(query, keys, scaling, real) if self.kept is None else None
+        elif settings.policy == "tova":
+            last = self.call.last(query, 1)[:, :, 0]
+            scores = mass = self.over_heads(scores_of(last, keys, scaling, real)).expand(*keys.shape[:2], n)
+            if self.kept is not None and self.call.source is not None:  # rows without a new token remember their last
+                before = F.pad(self.mass[:, :, : self.kept.filled], (0, T))
+                scores = mass = torch.where(self.call.source[:, -1, None, None] < 0, before, mass)
         else:
             if seen is None:
                 seen = torch.ones(T, n, dtype=torch.bool, device=keys.device).tril(n - T)
@@ -119,12 +154,39 @@ class EvictingLayer(KeepingLayer):
             if self.mass is not None:
                 mass[:, :, : self.kept.filled] += self.mass[:, :, : self.kept.filled]
             scores = mass
-        index = top(scores.masked_fill(pinned, torch.inf), settings.budget, settings.recent, 0, real)
-        self.kept = Kept(keys, values, index, self.capacity, real, pinned)
+        if scores is None:  # what follows SnapKV's prompt stays
+            index = torch.arange(n, device=keys.device).expand(*keys.shape[:2], n)
+        else:
+            index = top(scores.masked_fill(pinned, torch.inf), settings.budget, settings.recent, 0, real)
+        room = index.shape[2] + ROOM if settings.policy == "snapkv" else self.capacity
+        self.kept = Kept(keys, values, index, room, real, pinned)
         self.kept.index[:, :, : index.shape[2]] = columns.gather(2, index)
         if mass is not None:
             self.mass = F.pad(mass.gather(2, index), (0, self.capacity - index.shape[2]))
         self.turn_sinks()
+
+    def over_heads(self, logp):
+        """(B, 1, n): the mean of probabilities over all heads, from their logarithms (B, H, n)."""
+        mean = logp.exp().mean(1)
+        if logp.shape[1] < self.settings.num_attention_heads:  # tensor parallel: other devices have the others
+            mean = mean_over_devices(mean, self.call.mesh)
+        return mean[:, None]
+
+    def watched(self, query, keys, scaling, real):
+        """(B, G, n): what a prompt's keys receive from the last tokens of each row, the largest of neighbours."""
+        n, T = keys.shape[2], query.shape[2]
+        window, known = min(self.settings.recent, T), self.real_until(n)
+        if known is None:
+            at, there = torch.arange(n - window, n, device=query.device)[None], None
+        else:
+            at = known.int().argsort(dim=1, stable=True)[:, -window:]  # tokens come last
+            there = known.gather(1, at) & (at >= n - T)
+        seen = torch.arange(n, device=query.device) <= at[..., None]
+        if there is not None:
+            seen = seen & there[..., None] & known[:, None]
+        rows = (at - (n - T)).clamp(min=0)[:, None, :, None].expand(len(query), query.shape[1], -1, query.shape[3])
+        mass = received(query.gather(2, rows), keys, scaling, seen[:, None])
+        return pooled(mass, keys.shape[1], "max", self.settings.pool_kernel, known)
 
     def turn_sinks(self):
         """Move the sinks of each row on by the number of tokens that it has forgotten."""

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.cache_utils import CacheLayerMixin
 
-from scrubjay.configuration.configuration_recycled import RecycledConfig
+from scrubjay.configuration.configuration_recycled import HOLDING, RecycledConfig
 from scrubjay.kernels.recycle import gather_pair, pooled, put_row, scores_of
 from scrubjay.modeling.caches.buffers import roomy, writable
 from scrubjay.modeling.decoder.decoder_call import sizes_of
@@ -94,6 +94,14 @@ class Kept:
         at = put_row(held, k, v, column, rank, real, self.filled)
         self.filled = min(self.filled + 1, self.keys.shape[2])
         return at
+
+    def enlarge(self, more):
+        """Have `more` empty slots."""
+        for name in self.names:
+            if (held := getattr(self, name)) is not None:
+                new = held.new_empty(*held.shape[:2], more, *held.shape[3:])
+                new.fill_({"index": -1, "rank": -torch.inf, "real": True}.get(name, 0))
+                setattr(self, name, torch.cat([held, new], 2))
 
     def sort(self):
         """Put the slots into the order of the text; returns what was moved where, (B, G, filled)."""
@@ -218,13 +226,18 @@ def row_bytes(config: RecycledConfig, dtype: torch.dtype) -> tuple[int, int]:
     """(bytes of one row of a batch, bytes that each token adds) in a `RecycledCache` of a Recycled model between full
     steps, room ahead of the tokens left out.
 
-    A row: keys, values, columns and ranks of the budget, and what the policy remembers beside them (queries, or mass).
-    A token: its keys and values, under the policies that forget none.
+    A row: keys, values, columns and ranks of the budget, and what the policy remembers beside them (queries, mass, or
+    directions). A token: its keys and values, under the policies that forget none; under "snapkv" those after the
+    prompt.
     """
     layers, heads, size = sizes_of(config)
     pair = heads * 2 * size * dtype.itemsize
     slots = config.budget + (not config.evict_first)
-    kept = 0 if config.policy == "full" else slots * (pair + heads * 16)
-    tail = config.num_attention_heads * TAIL * size * dtype.itemsize
-    beside = {"recycled": tail, "full": tail, "h2o": slots * heads * 4}.get(config.policy, 0)
-    return layers * (kept + beside), layers * pair if config.policy in ("recycled", "full") else 0
+    kept = 0 if config.policy in ("full", "lowrank", "quest") else slots * (pair + heads * 16)
+    mass, few = slots * heads * 4, heads * min(config.rank, size) * dtype.itemsize
+    directions = heads * (2 * min(config.rank, size) + 1) * size * max(dtype.itemsize, 4)
+    beside = {"h2o": mass, "tova": mass, "lowrank": directions}.get(config.policy, 0)
+    if config.policy in HOLDING:
+        beside += config.num_attention_heads * TAIL * size * dtype.itemsize
+    each = {"lowrank": pair + few, "quest": pair + pair // config.page, "snapkv": pair + heads * 16}
+    return layers * (kept + beside), layers * each.get(config.policy, pair if config.policy in HOLDING else 0)

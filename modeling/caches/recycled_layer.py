@@ -6,93 +6,58 @@ B batch, H query heads, G key heads, P head size, T new columns, n columns held,
 import torch
 
 from scrubjay.kernels.recycle import decode, decode_with_scores, top
-from scrubjay.modeling.caches.buffers import appended, roomy, writable
-from scrubjay.modeling.caches.kept_keys import TAIL, KeepingLayer, Kept
+from scrubjay.modeling.caches.holding_layer import HoldingLayer
+from scrubjay.modeling.caches.kept_keys import TAIL, Kept
 from scrubjay.modeling.decoder.decoder_call import mean_over_devices
 
-GROWTH = 1.25  # of the full buffer when it is full
 
-
-class RecycledLayer(KeepingLayer):
+class RecycledLayer(HoldingLayer):
     """All keys and values in one buffer, and the K that partial steps attend.
 
-    full_keys, full_values: (B, G, capacity, P), `seen` columns in use. tail: (B, H, 64, P), the query of column c at
-    c mod 64; where c is padding, that of the token before it. waiting: (B, G, n) scores of the last full step, from
-    which `kept` is chosen when a partial step needs it. Under the dynamic schedule, means: (B, 1, 64, P), the mean of
-    `tail` over the heads, and reference: (B, P), that of the last full step.
+    waiting: (B, G, n) scores of the last full step, from which `kept` is chosen when a partial step needs it. Under the
+    dynamic schedule, means: (B, 1, 64, P), the mean of `tail` over the heads, and reference: (B, P), that of the last
+    full step.
     """
 
-    names = ("full_keys", "full_values", "tail", "means", "waiting", "reference")
-    counters = ("seen", "since", "oldest", "full_steps", "partial_steps")
-    is_croppable = True
+    names = (*HoldingLayer.names, "means", "waiting", "reference")
+    counters = (*HoldingLayer.counters, "since", "full_steps", "partial_steps")
 
     def clear(self) -> None:
         super().clear()
-        self.since = self.oldest = self.full_steps = self.partial_steps = 0
+        self.since = self.full_steps = self.partial_steps = 0
         self.exact_when_short = True  # attend the buffer itself while it holds no more than K
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the mask for `query_length` new columns."""
-        return self.seen + query_length, 0
+    def take(self, other: HoldingLayer) -> None:
+        """Have read what another has read, which must have compared queries if this one does."""
+        super().take(other)
+        if self.settings.schedule == "dynamic":
+            if getattr(other, "means", None) is None:
+                raise ValueError(
+                    "schedule='dynamic' compares queries from the start: make the first cache with it as well."
+                )
+            self.means = other.means.clone()
+        self.renew()
 
-    def extend(self, k, v):
-        """Append to the buffer; returns views of all columns."""
-        used = self.seen - k.shape[2]
-        if torch.is_grad_enabled() and k.requires_grad:  # a graph may need what is there: no writing in place
-            old = (x[:, :, :used] for x in (self.full_keys, self.full_values)) if used else (k[:, :, :0], v[:, :, :0])
-            self.full_keys, self.full_values = (appended(*pair) for pair in zip(old, (k, v), strict=True))
-            return self.full_keys.view_as(self.full_keys), self.full_values
-        self.full_keys, self.full_values = (
-            _written(buffer, new, used) for buffer, new in ((self.full_keys, k), (self.full_values, v))
-        )
-        return self.full_keys[:, :, : self.seen], self.full_values[:, :, : self.seen]
-
-    def attend(self, query, key, value, scaling):
-        """(B, T, H, P), or None to attend all keys as the model always does."""
-        settings, first = self.settings, self.tail is None
-        short = self.exact_when_short and self.seen <= settings.budget
-        self.note(query)
-        if first or query.shape[2] > 1:
-            self.renew()
-            return None
-        if settings.policy == "full" or self.layer_idx in settings.full_layers:
-            return None if short else decode(query[:, :, 0], key, value, scaling, self.real_until(self.seen))[:, None]
+    def step(self, query, key, value, scaling):
+        """A full step or a partial one."""
+        settings = self.settings
         full = self.wants_all()
         self.full_steps += full
         self.partial_steps += not full
         if settings.schedule == "fixed" and settings.stride == 1 and settings.full_output:
             return None
         with torch.no_grad():
-            if short:
+            if self.exact_when_short and self.seen <= settings.budget:
                 return self.short_step(full, key, scaling)
             step = self.full_step if full else self.partial_step
             return step(self.query_of(self.seen), key, value, scaling)[:, None]
 
-    def note(self, query):
-        """Remember the last queries, from which a later choice may have to be made."""
-        last = self.call.last(query, TAIL).detach()
-        start, new = self.seen - last.shape[2], {"tail": last}
+    def last_queries(self, query):
+        """And their means over the heads."""
+        new = super().last_queries(query)
         if self.settings.schedule == "dynamic":
-            new["means"] = self.mean_of(last)[:, None]
-        if self.tail is None:
-            self.oldest = start
-        columns = torch.arange(start, self.seen, device=last.device)
-        for name, rows in new.items():
-            held = getattr(self, name)
-            if held is None:
-                held = rows.new_zeros(*rows.shape[:2], TAIL, rows.shape[3])
-            held = roomy(writable(held), rows)
-            rows = rows.to(held.dtype)
-            if getattr(self, name) is not None and self.call.source is not None:
-                before = held[:, :, (self.seen - query.shape[2] - 1) % TAIL, None]  # no token in this call so far
-                rows = torch.where(self.call.source[:, None, :, None] < 0, before, rows)
-            held[:, :, columns % TAIL] = rows
-            setattr(self, name, held)
-        self.oldest = max(self.oldest, self.seen - TAIL)
-
-    def query_of(self, columns):
-        """(B, H, P): of the last token of the first `columns`."""
-        return self.tail[:, :, (columns - 1) % TAIL]
+            new["means"] = self.mean_of(new["tail"])[:, None]
+        return new
 
     def mean_of(self, queries):
         """(B, H, m, P) -> (B, m, P); where `qsim_space` is "pre", turned back to position 0, alike for all heads."""
@@ -172,33 +137,3 @@ class RecycledLayer(KeepingLayer):
             index = torch.cat([index, since], 2)
         self.kept = Kept(k, v, index, self.capacity, real, self.pinned(columns, k))
         self.waiting = None
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last columns (a negative count, as transformers passes it)."""
-        tokens_to_remove = int(tokens_to_remove)  # assisted generation counts with a tensor
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of columns to forget; got {tokens_to_remove}.")
-        if tokens_to_remove == 0:
-            return
-        columns = self.seen + tokens_to_remove
-        if columns <= self.oldest:
-            raise ValueError(
-                f"The queries of the last {self.seen - self.oldest} columns are remembered, and a crop needs one that "
-                f"stays; got {tokens_to_remove}. Keep a copy (copy.deepcopy(cache)) to go further back."
-            )
-        self.seen = columns
-        self.renew()
-
-
-def _written(buffer, new, used):
-    """The buffer with new columns written behind `used` ones, in larger memory if they do not fit."""
-    (B, G, _, P), needed = new.shape, used + new.shape[2]
-    buffer = None if buffer is None else roomy(writable(buffer), new)
-    if buffer is None or buffer.shape[2] < needed:
-        columns = max(256, needed + int(needed * (GROWTH - 1)) if used else needed + 256)
-        larger = (new if buffer is None else buffer).new_empty(B, G, columns, P)
-        if used:
-            larger[:, :, :used] = buffer[:, :, :used]
-        buffer = larger
-    buffer[:, :, used:needed] = new
-    return buffer

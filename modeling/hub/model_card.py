@@ -207,7 +207,8 @@ def _quantizer(model):
 def _sizes(model, folder):
     config = model.config
     once, each = model.cache_class.row_bytes(config, model.dtype)
-    cache = f"{once:,} bytes" + (f" and {each:,} bytes more for each token" if each else ", whatever its length")
+    token = "token after the prompt" if getattr(config, "policy", None) == "snapkv" else "token"
+    cache = f"{once:,} bytes" + (f" and {each:,} bytes more for each {token}" if each else ", whatever its length")
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     kind = str(model.dtype).removeprefix("torch.")
     for library in _quantizer(model):

@@ -123,12 +123,14 @@ class Oracle:
     def __init__(self, model, policy="recycled", budget=6, stride=10**9, schedule="fixed", **settings):
         self.policy, self.budget, self.stride, self.schedule = policy, budget, stride, schedule
         usual = dict(pool_kernel=7, group_reduce="max", keep_recent=1, n_sink=0, evict_first=True, full_output=True)
+        usual |= dict(window=32, page=16, rank=10**9)  # a rank that loses nothing
         usual |= dict(qc=5, threshold=0.85, qsim_space="pre", qsim_batch="any", full_layers=())
         self.__dict__.update(usual | settings)
         if policy == "streaming" and not self.n_sink:
             self.n_sink = 4
         self.kept, self.mass, self.since, self.query, self.reference, self.unturned = {}, {}, {}, {}, {}, {}
         self.means, self.full, self.cosines, self.model = {}, {}, [], model
+        self.last, self.held = {}, {}
 
     @contextmanager
     def running(self):
@@ -164,6 +166,9 @@ class Oracle:
         for b in range(B):
             columns = [c for c in range(n) if self.real[b, c]]
             new = [c for c in columns if c >= n - T]
+            if new:
+                self.last[i, b] = query[b, :, new[-1] - n + T]
+            self.held[i, b] = key[b]
             for g in range(G):
                 heads = slice(g * H // G, (g + 1) * H // G)
                 self.row(i, b, g, columns, new, query[b, heads], key[b, g], everything, seen[b, g])
@@ -177,15 +182,20 @@ class Oracle:
         """Fill `seen` (T, n) for one row and key head, and change what it keeps. q: (R, T, P), k: (n, P)."""
         T, n = seen.shape
         kept = self.kept[i][b][g]
-        holds_all = self.policy in ("recycled", "full")
+        holds_all = self.policy in ("recycled", "full", "lowrank", "quest")
         if new:
             self.query[i, b, g] = q[:, new[-1] - n + T]
+        if T == 1 and not everything and holds_all and self.policy != "recycled":
+            seen[0, self.choose_anew(i, b, g, columns, k)] = True
+            return
         if T == 1 and not everything:
             if new:
                 self.put(i, b, g, columns, n - 1)
             seen[0, kept] = True
             if self.policy == "h2o" and new:
                 self.receive(i, b, g, q, k, seen)
+            elif self.policy == "tova" and new:
+                self.mass[i][b][g] = self.over_heads(i, b, kept)
             return
         past = columns if holds_all else [*kept, *new]
         for t in range(T):
@@ -194,6 +204,12 @@ class Oracle:
             return
         if self.policy == "h2o":
             self.receive(i, b, g, q[:, [c - n + T for c in new]], k, seen[[c - n + T for c in new]])
+        if self.policy == "snapkv":
+            at = [c - n + T for c in new]
+            kept[:] = [*kept, *new] if kept else self.watched(columns, q[:, at], k)
+            return
+        if self.policy == "tova":
+            self.mass[i][b][g] = self.over_heads(i, b, sorted(past))
         kept[:] = self.choose(i, b, g, sorted(past), columns, self.query[i, b, g], k)
         if T == 1 and not self.full_output and self.policy == "recycled" and i not in self.full_layers:
             seen[:] = False
@@ -202,10 +218,13 @@ class Oracle:
     def put(self, i, b, g, columns, column):
         """Evict one if there is no room, and keep the new column."""
         kept = self.kept[i][b][g]
-        if len(kept) == self.budget + (not self.evict_first):
+        if len(kept) == self.budget + (not self.evict_first) and self.policy != "snapkv":
             spared = set(columns[: self.n_sink])
             if self.policy == "h2o":
                 spared |= set(columns[-(self.budget // 2) :]) if self.budget > 1 else set()
+            elif self.policy == "tova":
+                spared |= set(columns[-self.keep_recent :])
+            if self.policy in ("h2o", "tova"):
                 mass = self.mass[i][b][g]
                 kept.sort(key=lambda c: mass[c])
             kept.remove(next(c for c in kept if c not in spared))
@@ -223,25 +242,64 @@ class Oracle:
         """The budget's worth of `held`, ascending. q: (R, P)."""
         if self.policy == "streaming":
             score = {c: float(c) for c in held}
-        elif self.policy == "h2o":
+        elif self.policy in ("h2o", "tova"):
             score = self.mass[i][b][g]
         else:
             p = (q @ k[held].T * self.scaling).double().log_softmax(-1)
             u = {"max": p.amax(0), "mean": p.logsumexp(0), "first": p[0]}[self.group_reduce].tolist()
-            half = self.pool_kernel // 2
-            score = {c: max(u[max(0, at - half) : at + half + 1]) for at, c in enumerate(held)}
+            score = self.pooled(held, u, 1 if self.policy == "lowrank" else self.pool_kernel)
+        return self.best(held, columns, score, self.budget // 2 if self.policy == "h2o" else self.keep_recent)
+
+    @staticmethod
+    def pooled(held, u, kernel):
+        """{column: the largest of neighbouring scores}."""
+        half = kernel // 2
+        return {c: max(u[max(0, at - half) : at + half + 1]) for at, c in enumerate(held)}
+
+    def best(self, held, columns, score, recent):
+        """The budget's worth of `held` by {column: score}, ascending, the newest and the sinks among them."""
         sinks = [c for c in columns[: self.n_sink] if c in held]
-        recent = self.budget // 2 if self.policy == "h2o" else self.keep_recent
         recent = [c for c in held[len(held) - recent :] if c not in sinks] if recent else []
         others = sorted((c for c in held if c not in sinks and c not in recent), key=lambda c: (score[c], c))
         room = self.budget - len(sinks) - len(recent)
         return (others[-room:] if room > 0 else []) + recent + sinks
 
+    def choose_anew(self, i, b, g, columns, k):
+        """What a step of "lowrank" or "quest" attends; columns: all tokens so far. k: (n, P)."""
+        n, q = len(k), self.query[i, b, g]
+        if n <= self.budget:
+            return columns
+        if self.policy == "lowrank":
+            return self.choose(i, b, g, columns, columns, q, k)
+        bounds, whole = {}, n // self.page
+        for page in range(whole):
+            if inside := [c for c in range(page * self.page, (page + 1) * self.page) if c in columns]:
+                low, high = k[inside].amin(0), k[inside].amax(0)
+                bounds[page] = float(torch.maximum(q * low, q * high).sum(1).max())
+        room = max((self.budget - n % self.page) // self.page, 1)
+        best = sorted(bounds, key=bounds.get)[-room:]
+        return [c for c in columns if c // self.page in best or c >= whole * self.page]
+
+    def watched(self, columns, q, k):
+        """SnapKV's choice among a prompt's tokens, whose queries are q (R, T, P)."""
+        window = max(self.keep_recent, min(self.window, self.budget // 2))
+        total = torch.zeros(len(columns), dtype=q.dtype)
+        for at in range(max(0, len(columns) - window), len(columns)):
+            p = (q[:, at] @ k[columns[: at + 1]].T * self.scaling).softmax(-1)
+            total[: at + 1] += p.amax(0)
+        return self.best(columns, columns, self.pooled(columns, total.tolist(), self.pool_kernel), window)
+
+    def over_heads(self, i, b, held):
+        """{column: its probability for the last query, the mean over all heads} (TOVA)."""
+        q, keys = self.last[i, b], self.held[i, b]
+        scores = torch.stack([q[h] @ keys[h * len(keys) // len(q)][held].T for h in range(len(q))]) * self.scaling
+        return dict(zip(held, scores.softmax(-1).mean(0).tolist(), strict=True))
+
     def decides(self, i, mean, T, first):
         """Whether all keys are attended in this call of T columns, which is the `first` of its text."""
         if first or T > 1 or self.policy not in ("recycled", "full"):
             self.since[i] = 0
-            return first or T > 1
+            return first or T > 1 or (self.policy in ("lowrank", "quest") and i in self.full_layers)
         if self.policy == "full" or i in self.full_layers:
             return True
         self.since[i] += 1

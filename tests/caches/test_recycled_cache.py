@@ -14,7 +14,7 @@ from scrubjay import RecycledCache, RecycledConfig, RecycledForCausalLM, SSDCach
 from scrubjay.modeling.decoder import attention_recycled
 from scrubjay.modeling.inputs.cache_argument import CACHE, named
 
-POLICIES = ("recycled", "snapkv", "h2o", "streaming", "full")
+POLICIES = ("recycled", "lowrank", "snapkv", "h2o", "tova", "streaming", "full")
 DYNAMIC = {"schedule": "dynamic", "qc": 2, "threshold": 0.4}
 
 
@@ -164,7 +164,7 @@ def test_recycled_cache_refuses_models_it_was_not_built_for():
     [
         ({"windows": 3}, r"no setting \['windows'\]; it has"),
         ({"base_config": None}, "no setting"),
-        ({"policy": "tova"}, "policy must be one of .*'tova'"),
+        ({"policy": "keyformer"}, "policy must be one of .*'keyformer'"),
         ({"schedule": "never"}, "schedule must be one of .*'never'"),
         ({"group_reduce": "sum"}, "group_reduce must be one of .*'sum'"),
         ({"qsim_space": "mid"}, "qsim_space must be one of .*'mid'"),

@@ -12,7 +12,7 @@ from scrubjay import RecycledCache
 from scrubjay.modeling.inputs.cache_argument import named
 
 KINDS = ("llama", "qwen2", "qwen3")
-POLICIES = ("recycled", "snapkv", "h2o", "streaming", "full")
+POLICIES = ("recycled", "lowrank", "snapkv", "h2o", "tova", "streaming", "full")
 STEPS = [12] + [1] * 12
 
 

@@ -118,7 +118,10 @@ VARIANTS = {
     "taipan": [{}, {"kv_scope": "selected"}],
     "ssd_hybrid": [{}, {"attn_cfg": {"d_conv": 0}}],
     "adore": [{}, {"score_mode": "static"}, {"rebuild": 0}, {"store": "embeds"}],
-    "recycled": [{}, *({"policy": policy} for policy in ("full", "snapkv", "h2o", "streaming"))],
+    "recycled": [
+        {},
+        *({"policy": policy} for policy in ("full", "lowrank", "quest", "snapkv", "h2o", "tova", "streaming")),
+    ],
 }
 CASES = [(entry, changes) for entry in ZOO for changes in VARIANTS[entry.name]]
 
@@ -144,10 +147,19 @@ def test_bytes_of_a_cache_are_those_of_a_real_one(entry, changes, dtype, tmp_pat
                 held -= 0 if buffer is None else buffer[:, :, 512:].nbytes
             waiting = getattr(layer, "waiting", None)
             held -= 0 if waiting is None else waiting.nbytes
+            if changes.get("policy") == "snapkv":
+                held -= sum(
+                    getattr(layer.kept, name)[:, :, 103:].nbytes for name in ("keys", "values", "index", "rank")
+                )
+            low = getattr(layer, "low", None)
+            held -= low[:, :, layer.lowered :].nbytes if changes.get("policy") == "lowrank" else 0
     once, each = type(cache).row_bytes(model.config, model.dtype)
-    assert held == once + 512 * each
+    count, token = (3, "token after the prompt") if changes.get("policy") == "snapkv" else (512, "token")
+    assert held == once + count * each
     told = rows(card_of(model, tmp_path))["cache of one sequence"][0]
-    assert told == f"{once:,} bytes" + (f" and {each:,} bytes more for each token" if each else ", whatever its length")
+    assert told == f"{once:,} bytes" + (
+        f" and {each:,} bytes more for each {token}" if each else ", whatever its length"
+    )
 
 
 def test_what_is_not_given_is_not_made_up(entry, tmp_path):

@@ -1,0 +1,169 @@
+"""Caches of few keys on a pretrained model: which of them still answer, and at what loss.
+
+    python examples/studies/real.py --model smollm2 --minutes 20    the first figure, from an empty folder
+    python examples/studies/real.py --model smollm2 --workers 2     all of it
+    python examples/studies/real.py --model meta-llama/Llama-3.2-1B-Instruct --dtype bfloat16
+
+Each cell is eight samples of a kind (real_tasks.py) at a length: the prompt is read once, with full attention, and each
+cache goes on from there (`RecycledCache.fork`), with a budget of a share of the prompt. A cell is done for all caches
+at once, so that all of them answer the same questions. B rows.
+"""
+
+import sys
+from functools import cache
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+
+from scrubjay import RecycledCache
+from scrubjay.examples.studies.cells import Cell
+from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
+from scrubjay.examples.studies.real_model import load
+from scrubjay.examples.studies.real_policies import ABLATIONS, OWN_PROMPT, POLICIES
+from scrubjay.examples.studies.real_tables import RESULTS, show
+from scrubjay.examples.studies.real_tasks import RULER, Sample, sample
+from scrubjay.modeling.inputs.cache_argument import named
+
+VERSION = 1
+ROWS = 8  # samples of a cell
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# kind, length, budget as a share of the length, cells, group of caches; in the order in which they are done
+PLAN = [
+    ("questions", 1024, 1 / 8, 3, "policies"),
+    ("text", 1024, 1 / 8, 3, "policies"),
+    ("questions", 1024, 1 / 8, 3, "ablations"),
+    ("text", 1024, 1 / 8, 3, "ablations"),
+    ("questions", 4096, 1 / 8, 2, "policies"),
+    ("text", 4096, 1 / 8, 2, "policies"),
+    ("copy", 1024, 1 / 8, 2, "policies"),
+    ("agree", 1024, 1 / 8, 3, "policies"),
+    *((kind, 1024, 1 / 8, 13, "policies") for kind in RULER),
+    *(("questions", 1024, share, 2, "policies") for share in (1 / 16, 1 / 4)),
+    ("text", 4096, 0.15, 2, "policies"),
+    *((kind, length, 1 / 8, 3, "policies") for length in (2048, 512) for kind in ("questions", "text")),
+    *((kind, 8192, 1 / 8, 2, "policies") for kind in ("questions", "text")),
+    *((kind, 4096, 1 / 8, 13, "policies") for kind in ("single", "multivalue")),
+]
+GROUPS = {"policies": POLICIES, "ablations": ABLATIONS}
+
+
+def cells(model: str, dtype: str) -> list[Cell]:
+    """Of all the study."""
+    found = []
+    for kind, length, share, count, group in PLAN:
+        settings = {"kind": kind, "length": length, "budget": int(length * share), "caches": group, "dtype": dtype}
+        found += [Cell("real", model, number, 0.0, settings) for number in range(count)]
+    return found
+
+
+loaded = cache(load)
+
+
+def work(cell: Cell) -> dict:
+    """{cache: {"scores": a number in [0, 1] of each row, "losses": nats per token given, "nbytes": at the end}}."""
+    settings = dict(cell.settings)
+    model, tokenizer = loaded(cell.model, DTYPES[settings["dtype"]])
+    numbers = range(ROWS * cell.seed, ROWS * (cell.seed + 1))
+    samples = [sample(settings["kind"], tokenizer, settings["length"], number) for number in numbers]
+    return compared(model, tokenizer, samples, GROUPS[settings["caches"]], settings["budget"])
+
+
+@torch.no_grad()
+def compared(model, tokenizer, samples: list[Sample], caches: dict[str, dict], budget: int) -> dict:
+    """Every cache on the same samples, from one prompt where it can be."""
+    ids = torch.tensor([one.prompt for one in samples])
+    found = {}
+    with RecycledCache(model, budget=budget, policy="recycled", schedule="dynamic") as prompt:
+        first = model(ids, **named(prompt), logits_to_keep=1).logits[:, -1]
+        if not (samples[0].answers or samples[0].forced):
+            with prompt.fork(policy="full") as full:
+                wrote = written(model, full, first, samples[0].new).tolist()
+            every = [(i, i + 1) for i in range(samples[0].new)]
+            samples = [Sample(one.prompt, forced=row, spans=every) for one, row in zip(samples, wrote, strict=True)]
+        for name, settings in caches.items():
+            settings = {"schedule": "fixed", "budget": budget} | settings
+            if name in OWN_PROMPT:
+                own = RecycledCache(model, **settings)
+                start = model(ids, **named(own), logits_to_keep=1).logits[:, -1]
+            else:
+                own, start = prompt.fork(**settings), first
+            with own:
+                found[name] = answered(model, tokenizer, own, start, samples)
+                found[name]["nbytes"] = own.nbytes
+                if any(own.full_steps):
+                    found[name]["full_steps"] = round(fmean(own.full_steps), 2)
+    return found
+
+
+def written(model, cache, logits, count: int) -> torch.Tensor:
+    """(B, count) tokens that the model writes greedily after `logits` (B, V)."""
+    found = [logits.argmax(-1)]
+    while len(found) < count:
+        found.append(model(found[-1][:, None], **named(cache)).logits[:, -1].argmax(-1))
+    return torch.stack(found, 1)
+
+
+def answered(model, tokenizer, cache, logits, samples: list[Sample]) -> dict:
+    """Scores and losses of a cache that has read the prompts, after which `logits` (B, V) follow."""
+    if samples[0].answers:
+        rows = written(model, cache, logits, samples[0].new).tolist()
+        texts = [tokenizer.decode(_until(row, tokenizer.eos_token_id)) for row in rows]
+        return {
+            "scores": [
+                round(fmean(a in text for a in one.answers), 4) for one, text in zip(samples, texts, strict=True)
+            ]
+        }
+    count = max(len(one.forced) for one in samples)
+    given = torch.tensor([one.forced + [0] * (count - len(one.forced)) for one in samples])
+    likely, losses = [], []
+    for t in range(count):
+        likely.append(logits.argmax(-1))
+        losses.append(F.cross_entropy(logits.float(), given[:, t], reduction="none"))
+        if t + 1 < count:
+            logits = model(given[:, t : t + 1], **named(cache)).logits[:, -1]
+    right, losses = torch.stack(likely, 1) == given, torch.stack(losses, 1)
+    found: dict = {"scores": [], "losses": []}
+    for one, hits, each in zip(samples, right, losses, strict=True):
+        counted = [i for start, end in one.spans for i in range(start, end)] or range(len(one.forced))
+        found["losses"].append(round(each[list(counted)].mean().item(), 4))
+        if one.spans:
+            found["scores"].append(round(fmean(hits[start:end].all().item() for start, end in one.spans), 4))
+    return found
+
+
+def _until(row: list[int], end: int | None) -> list[int]:
+    return row[: row.index(end)] if end in row else row
+
+
+def cost(cell: Cell) -> float:
+    """Tokens of prompts."""
+    return cell.settings["length"]
+
+
+def parse(argv: list[str]):
+    """The command line."""
+    parser = study_parser("real.py", __doc__, RESULTS)
+    parser.add_argument("--model", default="smollm2", help="name or folder of a Llama-like model, or smollm2 (default)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and caches (default bfloat16)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Run what the command line asks for; returns all records of the study."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    laboratory = opened(args, command_line("examples/studies/real.py", argv), VERSION)
+    listed = cells(args.model, args.dtype)
+    if args.plan:
+        print(laboratory.plan(listed, cost))
+        return laboratory.records()
+    if not args.table:
+        loaded(args.model, DTYPES[args.dtype])  # fetched once, before there are several processes
+        laboratory.run(listed, work, args.minutes)
+    show(laboratory.records(), laboratory.out, args)
+    return laboratory.records()
+
+
+if __name__ == "__main__":
+    main()

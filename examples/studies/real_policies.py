@@ -1,0 +1,31 @@
+"""The caches that are compared on a pretrained model, all with one budget of keys."""
+
+POLICIES = {
+    "full": {"policy": "full"},
+    "StreamingLLM": {"policy": "streaming"},
+    "H2O": {"policy": "h2o"},
+    "SnapKV": {"policy": "snapkv"},
+    "TOVA": {"policy": "tova"},
+    "Quest": {"policy": "quest", "full_layers": (0, 1)},  # as published
+    "Recycled, S = 10": {"policy": "recycled", "stride": 10},
+    "Recycled, S = 5": {"policy": "recycled", "stride": 5},
+    "Recycled, dynamic": {"policy": "recycled", "schedule": "dynamic"},
+    "Low rank, R = 16": {"policy": "lowrank", "rank": 16},
+    "Low rank, R = 32": {"policy": "lowrank", "rank": 32},
+}
+OWN_PROMPT = ("H2O",)  # needs what every query of the prompt attended, and so reads it itself
+ABLATIONS = {
+    "all keys, every step chooses: R = 64": {"policy": "lowrank", "rank": 64},
+    "R = 8": {"policy": "lowrank", "rank": 8},
+    "R = 24": {"policy": "lowrank", "rank": 24},
+    "R = 16, mean over heads": {"policy": "lowrank", "rank": 16, "group_reduce": "mean"},
+    "Recycled, S = 2": {"policy": "recycled", "stride": 2},
+    "Recycled, S = 3": {"policy": "recycled", "stride": 3},
+    "Recycled, S = 10, no pooling": {"policy": "recycled", "stride": 10, "pool_kernel": 1},
+    "Recycled, S = 10, mean over heads": {"policy": "recycled", "stride": 10, "group_reduce": "mean"},
+    "Recycled, S = 10, first two layers in full": {"policy": "recycled", "stride": 10, "full_layers": (0, 1)},
+    "Recycled, dynamic, queries after rotary": {"policy": "recycled", "schedule": "dynamic", "qsim_space": "post"},
+    "Recycled, dynamic, threshold .95": {"policy": "recycled", "schedule": "dynamic", "threshold": 0.95},
+    "Quest, pages of 4": {"policy": "quest", "full_layers": (0, 1), "page": 4},
+    "SnapKV, a window of 1": {"policy": "snapkv", "window": 1},
+}
