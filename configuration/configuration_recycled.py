@@ -38,6 +38,8 @@ class RecycledConfig(WrappedConfig):
             arXiv:2401.06104), "streaming" (`n_sink` first tokens and the newest; 4 where `n_sink` is 0,
             arXiv:2309.17453).
         rank: of "lowrank": directions; of a head with fewer dimensions all.
+        choosing_layers: of "lowrank": indices of the layers that choose at every step, the others being those of
+            "recycled"; None: all choose. In a pretrained model few layers look things up.
         page: of "quest": keys of a page; the budget has room for two at least.
         window: of "snapkv": queries at the prompt's end that choose, and tokens there that are kept whatever they
             score; half the budget where that is less.
@@ -92,6 +94,7 @@ class RecycledConfig(WrappedConfig):
     rope_mode: str = "absolute"
     train_tail: int = 0
     full_layers: list | tuple = ()
+    choosing_layers: list | tuple | None = None
 
     def validate_architecture(self):
         """Refuse settings that mean nothing, naming the value and the rule."""
@@ -127,8 +130,10 @@ class RecycledConfig(WrappedConfig):
         if self.rope_mode == "cache" and kind in ("dynamic", "longrope"):
             raise ValueError(f"rope_mode='cache' turns keys by fixed frequencies; those of rope_type {kind!r} change.")
         layers = self.base_config.num_hidden_layers
-        if any(not isinstance(i, int) or not 0 <= i < layers for i in self.full_layers):
-            raise ValueError(f"full_layers must be layer indices from 0 to {layers - 1}; got {list(self.full_layers)}.")
+        for name in ("full_layers", "choosing_layers"):
+            listed = getattr(self, name) or ()
+            if any(not isinstance(i, int) or not 0 <= i < layers for i in listed):
+                raise ValueError(f"{name} must be layer indices from 0 to {layers - 1}; got {list(listed)}.")
 
     @property
     def recent(self) -> int:

@@ -169,6 +169,21 @@ def top(scores, budget, recent=0, sinks=0, real=None, *, backend=None):
     return rank.topk(M, sorted=False).values.sort(-1).values.bitwise_and_(COLUMN)
 
 
+def best(scores, budget, recent=0, sinks=0, real=None, *, backend=None):
+    """`top` in any order, where equal scores may be decided either way: what is read once needs no more.
+
+    scores: (B, G, n), which are written into.
+    """
+    if backend == "triton" or scores.device.type != "cpu":
+        return top(scores, budget, recent, sinks, real, backend=backend)
+    if real is None:
+        scores[:, :, scores.shape[2] - recent :] = torch.inf
+        scores[:, :, :sinks] = torch.inf
+    else:
+        scores = _forced(scores, recent, sinks, real)
+    return scores.topk(min(budget, scores.shape[2]), sorted=False).indices
+
+
 def _forced(scores, recent, sinks, real):
     """Scores (B, G, n) in which the newest stand above all others but the first, and padding below."""
     G = scores.shape[1]
@@ -188,6 +203,14 @@ def gather(x, index):
 
 
 def _copied(x, index, out):
+    """Rows `index` (B, G, M) of x (B, G, n, P) into out (B, G, M, P)."""
+    (B, G, _, P), strides = out.shape, x.stride()
+    if out.is_contiguous() and strides[3] == 1 and strides[2] == P and strides[0] % P == strides[1] % P == 0:
+        first = torch.arange(B)[:, None] * (strides[0] // P) + torch.arange(G) * (strides[1] // P)
+        count = 1 + sum((size - 1) * stride for size, stride in zip(x.shape[:3], strides[:3], strict=True)) // P
+        rows = x.as_strided((count, P), (P, 1))  # of all heads, and so one call
+        torch.index_select(rows, 0, (index + first[..., None]).view(-1), out=out.view(-1, P))
+        return out
     for b in range(len(out)):
         for g in range(out.shape[1]):
             torch.index_select(x[b, g], 0, index[b, g], out=out[b, g])

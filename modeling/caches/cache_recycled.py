@@ -79,9 +79,11 @@ class RecycledCache(AttachedCache):
         self.attach(model)
 
     def _build(self, settings):
-        kind = LAYERS.get(settings.policy, EvictingLayer)
         self.settings, self.call = settings, Call()
-        super().__init__(layers=[kind(settings, i, self.call) for i in range(settings.num_hidden_layers)])
+        kinds = [LAYERS.get(settings.policy, EvictingLayer)] * settings.num_hidden_layers
+        if settings.policy == "lowrank" and settings.choosing_layers is not None:
+            kinds = [kind if i in settings.choosing_layers else RecycledLayer for i, kind in enumerate(kinds)]
+        super().__init__(layers=[kind(settings, i, self.call) for i, kind in enumerate(kinds)])
 
     def attach(self, model):
         """Take part in the calls of `model` that are given this cache: the model that it was made for, or its equal.

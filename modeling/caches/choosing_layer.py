@@ -8,9 +8,9 @@ B batch, H query heads, G key heads, P head size, n columns held, K budget, R ra
 
 import torch
 
-from scrubjay.kernels.recycle import decode, gather_pair, pooled, scores_of, top
+from scrubjay.kernels.recycle import best, decode, gather_pair, pooled
 from scrubjay.modeling.caches.buffers import roomy, writable
-from scrubjay.modeling.caches.holding_layer import HoldingLayer, written
+from scrubjay.modeling.caches.holding_layer import HoldingLayer
 
 SHRINKAGE = 0.1  # of the queries' second moments towards a multiple of the identity: 64 queries are few
 
@@ -44,7 +44,7 @@ class LowRankLayer(ChoosingLayer):
     alone are Loki's (arXiv:2406.02542). They are found at the first step that chooses, from the last 64 queries and all
     keys, and anew whenever the text has become twice as long.
 
-    low: (B, G, capacity, R), `lowered` columns in use. to_low: (B, G, 2, P, R), of keys and of queries. mean: (B, G, 1,
+    low: (B, G, R, capacity), `lowered` columns in use. to_low: (B, G, 2, P, R), of keys and of queries. mean: (B, G, 1,
     P), of the keys. found_at: columns of which the directions were found.
     """
 
@@ -65,13 +65,25 @@ class LowRankLayer(ChoosingLayer):
         settings, groups = self.settings, keys.shape[1]
         if not self.found_at or self.seen >= 2 * self.found_at:
             self.find(keys, real)
+        self.lower(keys)
+        low = torch.matmul(q.unflatten(1, (groups, -1)).to(self.to_low.dtype), self.to_low[:, :, 1] * scaling)
+        scores = torch.matmul(low.to(self.low.dtype), self.low[..., : self.seen]).to(self.to_low.dtype)
+        if real is not None:
+            scores = scores.masked_fill(~real[:, None, None], -torch.inf)
+        scores = pooled(scores.log_softmax(-1).flatten(1, 2), groups, settings.group_reduce, 1, real)
+        return best(scores, settings.budget, settings.recent, settings.sinks, real)
+
+    def lower(self, keys):
+        """Write the directions' part of keys (B, G, n, P) that have come since; a column of `low` for each."""
         new = torch.matmul(keys[:, :, self.lowered :].to(self.to_low.dtype) - self.mean, self.to_low[:, :, 0])
-        self.low = written(self.low, new.to(keys.dtype), self.lowered)
+        new, (held, room) = new.mT, (self.low, self.full_keys.shape[2])
+        if held is None or held.shape[3] != room or held.dtype != roomy(held, keys).dtype:
+            self.low = keys.new_empty(*new.shape[:3], room)
+            if held is not None:
+                self.low[..., : self.lowered] = held[..., : self.lowered]
+        self.low = writable(self.low)
+        self.low[..., self.lowered : self.seen] = new
         self.lowered = self.seen
-        low = torch.matmul(q.unflatten(1, (groups, -1)).to(self.to_low.dtype), self.to_low[:, :, 1]).flatten(1, 2)
-        scores = scores_of(low.to(keys.dtype), self.low[:, :, : self.seen], scaling, real)
-        scores = pooled(scores, groups, settings.group_reduce, 1, real)
-        return top(scores, settings.budget, settings.recent, settings.sinks, real)
 
     def find(self, keys, real):
         """The directions; keys are then written anew."""
@@ -101,6 +113,8 @@ class QuestLayer(ChoosingLayer):
     low, high: (B, G, pages, P), of the pages that are whole.
     """
 
+    low: torch.Tensor
+    high: torch.Tensor
     names = (*HoldingLayer.names, "low", "high")
 
     def crop(self, tokens_to_remove: int) -> None:

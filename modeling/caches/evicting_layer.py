@@ -33,9 +33,9 @@ class EvictingLayer(KeepingLayer):
     one token in such a piece keeps that rule, so it attends one key more than alone, where one token is a step and what
     it replaces leaves first.
     mass: (B, G, capacity), attention that each kept key has received: all of it (H2O), or of the last query, in the
-    mean over all heads (TOVA). Where positions count from the start of the
-    cache, evicted: (B,) int64, tokens forgotten, and sink_keys: (B, G, sinks, P), keys of the sinks at their own
-    positions. A window keeps its distances as it moves, so the sinks alone are turned, to follow it.
+    mean over all heads (TOVA). Where positions count from the start of the cache, evicted: (B,) int64, tokens
+    forgotten, and sink_keys: (B, G, sinks, P), keys of the sinks at their own positions. A window keeps its distances
+    as it moves, so the sinks alone are turned, to follow it.
     """
 
     names = ("mass", "evicted", "sink_keys")

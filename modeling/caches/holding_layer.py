@@ -19,6 +19,9 @@ class HoldingLayer(KeepingLayer):
     c mod 64; where c is padding, that of the token before it.
     """
 
+    full_keys: torch.Tensor
+    full_values: torch.Tensor
+    tail: torch.Tensor
     names: tuple[str, ...] = ("full_keys", "full_values", "tail")
     counters: tuple[str, ...] = ("seen", "oldest")
     is_croppable = True

@@ -239,5 +239,9 @@ def row_bytes(config: RecycledConfig, dtype: torch.dtype) -> tuple[int, int]:
     beside = {"h2o": mass, "tova": mass, "lowrank": directions}.get(config.policy, 0)
     if config.policy in HOLDING:
         beside += config.num_attention_heads * TAIL * size * dtype.itemsize
+    if config.policy == "lowrank" and config.choosing_layers is not None:  # the others are those of "recycled"
+        count = len(set(config.choosing_layers))
+        others = (layers - count) * (slots * (pair + heads * 16) + beside - directions)
+        return count * beside + others, layers * pair + count * few
     each = {"lowrank": pair + few, "quest": pair + pair // config.page, "snapkv": pair + heads * 16}
     return layers * (kept + beside), layers * each.get(config.policy, pair if config.policy in HOLDING else 0)

@@ -124,7 +124,7 @@ class Oracle:
         self.policy, self.budget, self.stride, self.schedule = policy, budget, stride, schedule
         usual = dict(pool_kernel=7, group_reduce="max", keep_recent=1, n_sink=0, evict_first=True, full_output=True)
         usual |= dict(window=32, page=16, rank=10**9)  # a rank that loses nothing
-        usual |= dict(qc=5, threshold=0.85, qsim_space="pre", qsim_batch="any", full_layers=())
+        usual |= dict(qc=5, threshold=0.85, qsim_space="pre", qsim_batch="any", full_layers=(), choosing_layers=None)
         self.__dict__.update(usual | settings)
         if policy == "streaming" and not self.n_sink:
             self.n_sink = 4
@@ -156,6 +156,8 @@ class Oracle:
 
     def attend(self, module, query, key, value, mask, *, scaling, **_):
         i, (B, H, T, _), (G, n) = module.layer_idx, query.shape, key.shape[1:3]
+        if self.choosing_layers is not None:
+            self.policy = "lowrank" if i in self.choosing_layers else "recycled"
         first, self.scaling = n == T, scaling
         seen = torch.zeros(B, G, T, n, dtype=torch.bool)
         mean = self.mean(i, query)

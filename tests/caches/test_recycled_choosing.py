@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from recycled_cases import assert_close, decoder, drive, gap, padded, tokens
+from recycled_cases import Oracle, assert_close, compare, decoder, drive, gap, padded, tokens
 
 from scrubjay import RecycledCache
 from scrubjay.modeling.inputs.cache_argument import named
@@ -45,7 +45,17 @@ def test_lowrank_directions_lose_the_least_of_the_scores(model):
             down, up = layer.to_low[0, g]
             error = k - k @ down @ up.T
             assert_close((error @ moments @ error.T).trace(), least)
-            assert_close(layer.low[0, g, : layer.seen], k @ down)
+            assert_close(layer.low[0, g, :, : layer.seen].mT, k @ down)
+
+
+@pytest.mark.parametrize("pieces", [PIECES, [20, 1, 1, 5, 1, 1, 1] + [1] * 22], ids=["one turn", "turns"])
+def test_lowrank_in_some_layers_leaves_the_others_recycled(model, pieces):
+    settings = {"policy": "lowrank", "budget": 8, "rank": 8, "stride": 4, "choosing_layers": [1]}
+    oracle = Oracle(model, **settings)
+    with RecycledCache(model, **settings) as cache:
+        compare(model, tokens(2, sum(pieces)), pieces, cache, oracle)
+        assert [type(layer).__name__ for layer in cache.layers] == ["RecycledLayer", "LowRankLayer"]
+        assert cache.full_steps[0] > 0
 
 
 def test_lowrank_directions_are_found_again_when_the_text_has_doubled(model):
