@@ -21,7 +21,7 @@ from scrubjay.examples.studies.cells import Cell
 from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
 from scrubjay.examples.studies.real_model import load
 from scrubjay.examples.studies.real_policies import ABLATIONS, OWN_PROMPT, POLICIES
-from scrubjay.examples.studies.real_tables import RESULTS, show
+from scrubjay.examples.studies.real_tables import RESULTS, show, table  # noqa: F401, the study's own
 from scrubjay.examples.studies.real_tasks import RULER, Sample, sample
 from scrubjay.modeling.inputs.cache_argument import named
 
@@ -45,13 +45,14 @@ PLAN = [
     *((kind, 8192, 1 / 8, 2, "policies") for kind in ("questions", "text")),
     *((kind, 4096, 1 / 8, 13, "policies") for kind in ("single", "multivalue")),
 ]
+SMOKE = [("text", 256, 1 / 8, 1, "policies"), ("multikey", 512, 1 / 8, 1, "policies")]
 GROUPS = {"policies": POLICIES, "ablations": ABLATIONS}
 
 
-def cells(model: str, dtype: str) -> list[Cell]:
+def cells(model: str, dtype: str, plan=PLAN) -> list[Cell]:
     """Of all the study."""
     found = []
-    for kind, length, share, count, group in PLAN:
+    for kind, length, share, count, group in plan:
         settings = {"kind": kind, "length": length, "budget": int(length * share), "caches": group, "dtype": dtype}
         found += [Cell("real", model, number, 0.0, settings) for number in range(count)]
     return found
@@ -154,15 +155,16 @@ def main(argv: list[str] | None = None) -> list[dict]:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     laboratory = opened(args, command_line("examples/studies/real.py", argv), VERSION)
-    listed = cells(args.model, args.dtype)
+    listed = cells(args.model, args.dtype, SMOKE if args.smoke else PLAN)
     if args.plan:
         print(laboratory.plan(listed, cost))
         return laboratory.records()
     if not args.table:
         loaded(args.model, DTYPES[args.dtype])  # fetched once, before there are several processes
         laboratory.run(listed, work, args.minutes)
-    show(laboratory.records(), laboratory.out, args)
-    return laboratory.records()
+    records = laboratory.records()
+    show(records, laboratory.out, args.table and args.out == args.results)
+    return records
 
 
 if __name__ == "__main__":

@@ -1,9 +1,136 @@
-"""Tables and figures of the study of a pretrained model (real.py)."""
+"""Tables and the figure of the study of a pretrained model (real.py)."""
 
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
+
+from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS
+from scrubjay.examples.studies.drawing import confidence, panels, write_between
+from scrubjay.examples.studies.laboratory import effort
+from scrubjay.examples.studies.real_policies import ABLATIONS, POLICIES
+from scrubjay.examples.studies.real_tasks import ASKED, RULER
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "real.json"
+GUIDE = Path(__file__).with_name("README.md")
+Column = tuple[str, int, int]  # kind, tokens of the prompt, budget
+EIGHTH = 8
 
 
-def show(records, out, args):
-    pass
+def collected(records: Iterable[dict], group: str) -> dict[Column, dict[str, dict[str, list[float]]]]:
+    """{column: {cache: {"scores" and "losses": one of each prompt, "nbytes": of each row}}} of a group of caches."""
+    found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for record in sorted(records, key=lambda record: record["cell"]["seed"]):
+        settings = record["cell"]["settings"]
+        if "result" not in record or settings["caches"] != group:
+            continue
+        column = settings["kind"], settings["length"], settings["budget"]
+        for name, result in record["result"].items():
+            mine, rows = found[column][name], max(len(result["scores"]), len(result.get("losses", ())))
+            mine["scores"] += result["scores"]
+            mine["losses"] += result.get("losses", [])
+            mine["nbytes"] += [result["nbytes"] / rows] * rows
+    return found
+
+
+def measured(column: Column, found: dict[str, dict[str, list[float]]], name: str) -> list[float]:
+    """What a cache is judged by, one number a prompt: the score; of "text" the loss beyond full attention's."""
+    if column[0] != "text":
+        return found[name]["scores"]
+    whole = found["full"]["losses"] if "full" in found else None
+    return [a - b for a, b in zip(found[name]["losses"], whole or [0.0] * len(found[name]["losses"]), strict=True)]
+
+
+def shown(values: list[float], digits: int = 2) -> str:
+    """`0.79 ± 0.05`: the mean and half of its interval at 95 %, over prompts."""
+    interval = confidence(values)
+    half = "" if interval is None else f" ± {(interval[1] - interval[0]) / 2:.{digits}f}"
+    return f"{fmean(values):.{digits}f}{half}"
+
+
+def titled(column: Column, prompts: int) -> str:
+    """Head of a column."""
+    kind, length, budget = column
+    counted = f"{prompts * ASKED} questions in {prompts} prompts" if kind == "questions" else f"{prompts} prompts"
+    what = "nats more" if kind == "text" else kind
+    return f"{what}, {length} tokens, K = {budget}: {counted}"
+
+
+def grid(found: dict, columns: list[Column], names: Iterable[str]) -> str:
+    """A row for each cache."""
+    heads = [titled(column, len(found[column][next(iter(found[column]))]["nbytes"])) for column in columns]
+    lines = ["| cache | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in names:
+        cells = [measured(column, found[column], name) if name in found[column] else [] for column in columns]
+        digits = [3 if column[0] == "text" else 2 for column in columns]
+        texts = [shown(cell, digit) if cell else "" for cell, digit in zip(cells, digits, strict=True)]
+        if any(texts):
+            lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def table(records: list[dict]) -> str:
+    """What the guide has: several questions and text by length, RULER's kinds, shares of the keys, ablations."""
+    found, parts = collected(records, "policies"), []
+
+    def part(title: str, wanted: Callable[[Column], bool], source=found, names: Iterable[str] = POLICIES) -> None:
+        columns = sorted(column for column in source if wanted(column))
+        if columns:
+            parts.extend([f"**{title}**", grid(source, columns, names)])
+
+    for kind, title in {
+        "questions": "Eight questions in one output, answered in full",
+        "text": "Loss of 128 tokens of text",
+        "copy": "A passage copied, tokens found",
+        "agree": "What full attention would write next, tokens found",
+    }.items():
+        part(title, lambda c, kind=kind: c[0] == kind and c[2] == c[1] // EIGHTH)
+    part("RULER's kinds, answers found", lambda c: c[0] in RULER)
+    part("Other shares of the keys", lambda c: c[0] in ("questions", "text") and c[2] != c[1] // EIGHTH)
+    part("What decides", lambda c: True, with_full(collected(records, "ablations"), found), ("full", *ABLATIONS))
+    if (RESULTS.with_suffix(".png")).is_file() and parts:
+        parts.append("![Quality against the keys that a step reads](../results/real.png)")
+    return "\n\n".join([*parts, effort(records)]) if parts else "Not run yet."
+
+
+def with_full(ablations: dict, policies: dict) -> dict:
+    """Ablations beside full attention on the same prompts, which are a first part of its own."""
+    for column, found in ablations.items():
+        count = len(next(iter(found.values()))["nbytes"])
+        if "full" in policies.get(column, {}):
+            found["full"] = {name: values[:count] for name, values in policies[column]["full"].items()}
+            short = [name for name, mine in found.items() if len(mine["nbytes"]) > len(found["full"]["nbytes"])]
+            for name in short:
+                found[name] = {what: values[: len(found["full"]["nbytes"])] for what, values in found[name].items()}
+    return ablations
+
+
+def draw(records: list[dict], path: Path) -> None:
+    """Accuracy and loss against bytes held, each length a panel of its own."""
+    found = collected(records, "policies")
+    columns = sorted(c for c in found if c[0] in ("questions", "text") and c[2] == c[1] // EIGHTH)
+    if not columns:
+        return
+    figure, axes = panels(len(columns), width=4.2)
+    for column, axis in zip(columns, axes, strict=True):
+        for name, mine in found[column].items():
+            values, at = measured(column, found[column], name), fmean(mine["nbytes"]) / 2**20
+            interval = confidence(values)
+            half = 0.0 if interval is None else (interval[1] - interval[0]) / 2
+            color = FULL if name == "full" else OURS if name.startswith(("Low", "Rec")) else GRAY
+            axis.errorbar(at, fmean(values), yerr=half, fmt="o", color=color, capsize=3)
+            axis.annotate(name, (at, fmean(values)), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        axis.set_xlabel("MiB of cache for each text")
+        axis.set_ylabel("nats more than full attention" if column[0] == "text" else "questions answered")
+        axis.set_title(f"{column[0]}, {column[1]} tokens, K = {column[2]}", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def show(records: list[dict], out: Path | None, guide: bool) -> None:
+    """Tables on the terminal, the figure beside the JSON, both in the guide if asked for."""
+    if out:
+        draw(records, out.with_suffix(".png"))
+    text = table(records)
+    print(text)
+    if guide:
+        write_between(GUIDE, "real", text)

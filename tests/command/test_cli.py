@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from scrubjay.conversion.convert import FORMATS, convert
 from scrubjay.examples import demo as demo_module
 from scrubjay.examples.benchmarks import benchmark
 from scrubjay.examples.data.corpus import train_tokenizer
+from scrubjay.examples.generate import CACHES
 from scrubjay.examples.learning.recipe import MODELS, QUICK, QUICK_MINUTES, Recipe
 
 COMMANDS = ["demo", "generate", "convert", "export", "verify", "eval", "bench"]
@@ -77,6 +79,7 @@ def test_help_and_errors_of_parsing_import_neither_torch_nor_the_package(argv, c
 def test_names_and_defaults_in_the_help_are_the_packages():
     parse = scrubjay_cli.make_parser().parse_args
     assert tuple(MODELS) == tuple(QUICK) == scrubjay_cli.MODELS
+    assert set(CACHES) == set(scrubjay_cli.CACHES)
     for argv, function in ((["demo"], demo_module.demo), (["convert", "here", "there"], convert)):
         parsed = vars(parse(argv))
         parameters = inspect.signature(function).parameters.values()
@@ -105,7 +108,19 @@ def test_help_names_every_argument(command, capsys):
     text = capsys.readouterr().out
     expected = {
         "demo": ("--model", "--text", "--minutes", "--output", "--seed", "--batch-size", "--length", "--smoke"),
-        "generate": ("--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--trust-remote-code"),
+        "generate": (
+            "--prompt",
+            "--prompt-file",
+            "--chat",
+            "--cache",
+            "--budget",
+            "--stride",
+            "--max-new-tokens",
+            "--temperature",
+            "--top-p",
+            "--seed",
+            "--trust-remote-code",
+        ),
         "convert": ("source", "destination", "--to", "--check", "--dtype", "--max-shard-size", "--set", "--quiet"),
         "export": ("source", "destination", "--trust-remote-code", "--push", "--private", "--revision"),
         "verify": ("source", "--revision"),
@@ -235,6 +250,31 @@ def test_generate_streams_the_prompt_and_more_and_repeats_itself(folder, capsys)
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
     assert all(output.startswith("def cache") for output in outputs)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_generate_with_a_cache_says_what_it_cost(kind, folder, tmp_path, capsys):
+    """With a budget that holds all, the text is what full attention writes."""
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("def cache", encoding="utf-8")
+    argv = ["generate", str(folder), "--max-new-tokens", "5", "--temperature", "0"]
+    assert scrubjay_cli.main([*argv, "--prompt", "def cache"]) == 0
+    plain = capsys.readouterr()
+    assert "5 tokens: the first after" in plain.err
+    assert "tokens a second" in plain.err
+    extra = ["--prompt-file", str(prompt), "--cache", kind, "--budget", "300" if kind == "adore" else "64"]
+    assert scrubjay_cli.main([*argv, *extra]) == 0
+    found = capsys.readouterr()
+    assert found.out == plain.out
+    assert re.search(rf"tokens a second; {kind} cache, [\d,]+ bytes", found.err)
+
+
+def test_generate_refuses_settings_without_their_cache(folder, capsys):
+    argv = ("generate", folder, "--prompt", "x")
+    assert "pass --cache too" in error_of(capsys, *argv, "--budget", "9")
+    assert "--stride is of --cache recycled" in error_of(capsys, *argv, "--cache", "h2o", "--stride", "9")
+    assert "no chat template" in error_of(capsys, *argv, "--chat")
+    assert "must hold two of them" in error_of(capsys, *argv, "--cache", "quest", "--budget", "9")
 
 
 def test_generate_leaves_a_last_space_to_the_first_new_token(folder, capsys):
