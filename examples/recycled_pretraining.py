@@ -80,7 +80,7 @@ def train(model: PreTrainedModel, rows: np.ndarray, steps: int, recipe: Recipe, 
 
 @torch.no_grad()
 def tail_perplexity(model: PreTrainedModel, rows: np.ndarray, recipe: Recipe, **settings) -> float:
-    """Perplexity of the last S - 1 tokens, read one by one behind a prompt of L + 1."""
+    """Perplexity of the last S - 1 tokens, read one by one behind a prompt of L."""
     model.eval()
     nats, count = 0.0, 0
     for start in range(0, len(rows), recipe.batch_size):

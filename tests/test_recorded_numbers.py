@@ -11,7 +11,7 @@ import pytest
 from scrubjay.examples.benchmarks import benchmark_tables as tables
 from scrubjay.examples.measuring.processor import slug
 from scrubjay.examples.measuring.run_report import size
-from scrubjay.examples.studies import ablations, demo_search, language, recall, scan
+from scrubjay.examples.studies import ablations, demo_search, language, real, recall, scan
 from scrubjay.examples.studies.language_runs import read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +44,7 @@ STUDIES = {
     "language": language,
     "ablations": ablations,
     "demo_search": demo_search,
+    "real": real,
 }
 
 
@@ -89,7 +90,7 @@ def test_retrieval():
     text, results = section("What they remember"), recorded("retrieval.json")["results"]
     rows = {
         "full attention": ["full"],
-        "StreamingLLM / H2O / SnapKV": ["StreamingLLM", "H2O", "SnapKV"],
+        "StreamingLLM / H2O / one choice": ["StreamingLLM", "H2O", "one choice"],
         "Recycled Attention, S = 5 / 7 / 10": [f"Recycled, S = {s}" for s in (5, 7, 10)],
         "Recycled Attention, dynamic": ["Recycled, dynamic"],
         "ADORE, recency": ["ADORE, recency"],

@@ -227,7 +227,7 @@ def caches(task: Task, controller: Controller | None = None) -> dict[str, Callab
             model, budget=budget, policy="streaming", n_sink=min(4, budget - 2)
         ),
         "H2O": lambda model: RecycledCache(model, budget=budget, policy="h2o"),
-        "SnapKV": lambda model: RecycledCache(model, budget=budget, policy="snapkv"),
+        "one choice": lambda model: RecycledCache(model, budget=budget, stride=10**9),
         "Recycled, S = 5": lambda model: RecycledCache(model, budget=budget, stride=5),
         "Recycled, S = 7": lambda model: RecycledCache(model, budget=budget, stride=7),
         "Recycled, S = 10": lambda model: RecycledCache(model, budget=budget, stride=10),

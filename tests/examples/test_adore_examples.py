@@ -215,7 +215,8 @@ def test_a_model_with_adapters_is_its_own_decoder_with_them():
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("scope", ["uniform", "per_head"])
 def test_sparse_tune_smoke(scope, tmp_path):
-    record = sparse_tune.main(["--smoke", "--mask-scope", scope, "--out", str(tmp_path / "a")])
+    record = sparse_tune.main(["--smoke", "--control", "--mask-scope", scope, "--out", str(tmp_path / "a")])
+    assert record["control"]["full"] != record["after"]["full"] != record["before"]["full"]
     assert len(record["losses"]) == 3
     assert record["before"]["sparse"] != record["after"]["sparse"]
     tuned = PeftModel.from_pretrained(smoke_model(), tmp_path / "a").eval()
