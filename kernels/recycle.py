@@ -122,6 +122,31 @@ def received(q, k, scale, seen):
     return total
 
 
+@without_autocast
+def attend_received(q, k, v, scale):
+    """Causal attention of a prompt, and what `received` says of it, in one pass: (B, T, H, P) and (B, G, T).
+
+    q: (B, H, T, P), k, v: (B, G, T, P). Blocks of queries read no key that comes later. No gradient.
+    """
+    (B, H, T, P), G, dtype, (q, k, v) = q.shape, k.shape[1], q.dtype, alike(q, k, v)
+    if _widens(q, k, v):
+        q, k, v = q.float(), k.float(), v.float()
+    wide, power = torch.promote_types(q.dtype, torch.float32), _power(scale)
+    out, total = q.new_empty(B, H, T, P), torch.zeros(B, G, T, dtype=wide, device=q.device)
+    later = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
+    for b, g, start in itertools.product(range(B), range(G), range(0, T, BLOCK)):
+        stop, heads = min(T, start + BLOCK), slice(g * H // G, (g + 1) * H // G)
+        rows = (q[b, heads, start:stop] * power).flatten(0, 1)
+        scores = torch.mm(rows, k[b, g, :stop].T).to(wide).mul_(scale / power).view(H // G, stop - start, stop)
+        scores[..., start:].masked_fill_(later[: stop - start, : stop - start], -torch.inf)
+        p = scores.softmax(-1)
+        total[b, g, :stop] += (p.amax(0) if H > G else p[0]).sum(0)
+        out[b, heads, start:stop] = torch.mm(p.to(v.dtype).flatten(0, 1), v[b, g, :stop]).view_as(
+            q[b, heads, start:stop]
+        )
+    return out.transpose(1, 2).to(dtype), total
+
+
 def pooled(logp, groups, reduce="max", kernel=7, real=None, *, backend=None):
     """Scores of keys (B, G, n) from log-probabilities of query heads (B, H, n).
 

@@ -3,9 +3,9 @@
     python examples/studies/real_speed.py --model smollm2        writes examples/results/real_speed_<processor>.json
 
 One prompt is read for all caches (`RecycledCache.fork`), and generate() goes on from there; the caches take turns, and
-medians over the turns are shown beside transformers' own DynamicCache, which copies all keys at each step, and beside full
-attention in memory that does not ("full"). Prompts are timed apart, each cache reading one by itself. The budget is an
-eighth of the prompt.
+medians over the turns are shown beside transformers' own DynamicCache, which copies all keys at each step, and beside
+full attention in memory that does not ("full"). Prompts are timed apart, each cache reading one by itself. The budget
+is an eighth of the prompt.
 """
 
 import argparse
@@ -83,12 +83,16 @@ def row(name: str, dtype: str, length: int, rows: int, tokens: int, turns: int, 
     model, _ = load(name, DTYPES[dtype])
     torch.manual_seed(0)
     ids = torch.randint(100, min(40_000, model.config.vocab_size), (rows, length))
-    about = {"length": length, "rows": rows, "dtype": dtype, "budget": length // 8}
+    about = {"length": length, "rows": rows, "dtype": dtype, "budget": length // 8, "commit": commit()}
     times = decoding(model, ids, length // 8, tokens, turns)
     about["token"] = {name: round(1e3 * seconds, 2) for name, seconds in times.items()}
     if prompts:
         about["prompt"] = {name: round(1e3 * s, 1) for name, s in reading(model, ids, length // 8).items()}
     return about
+
+
+def _key(row: dict) -> tuple:
+    return list(DTYPES).index(row["dtype"]), row["rows"], row["length"]
 
 
 def table(record: dict) -> str:
@@ -105,12 +109,8 @@ def table(record: dict) -> str:
         for name in timed[0]["prompt"]:
             lines.append(f"| {name} | " + " | ".join(f"{one['prompt'][name] / 1e3:.1f}" for one in timed) + " |")
         parts.append("\n".join(lines))
-    return "\n\n".join(
-        [
-            *parts,
-            f"{record['machine']['cpu']}, {record['machine']['capability']}, {record['machine']['torch_threads']} threads.",
-        ]
-    )
+    where = record["machine"]
+    return "\n\n".join([*parts, f"{where['cpu']}, {where['capability']}, {where['torch_threads']} threads."])
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -121,17 +121,23 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--tokens", type=int, default=24, help="that are written in each turn")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--lengths", nargs="+", type=int, help="of the prompt; the record keeps its other rows")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that everything runs")
     parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args(argv)
     out = args.out or (None if args.smoke else RESULTS / f"real_speed_{slug(processor())}.json")
-    record: dict = {"command": command_line("examples/studies/real_speed.py", argv), "commit": commit()}
+    record: dict = {"command": command_line("examples/studies/real_speed.py", argv)}
     record |= {"machine": machine() | processor(), "versions": versions(), "rows": []}
+    if args.lengths and out and out.is_file():
+        record["rows"] = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    plan = [(256, 1)] if args.smoke else [line for line in PLAN if not args.lengths or line[0] in args.lengths]
     for dtype in args.dtypes:
-        for length, rows in [(256, 1)] if args.smoke else PLAN:
+        for length, rows in plan:
             prompts = (length, rows) == (256 if args.smoke else 4096, 1)
-            record["rows"].append(row(args.model, dtype, length, rows, args.tokens, args.turns, prompts))
-            print(json.dumps(record["rows"][-1]), flush=True)
+            new = row(args.model, dtype, length, rows, args.tokens, args.turns, prompts)
+            print(json.dumps(new), flush=True)
+            kept = [one for one in record["rows"] if _key(one) != _key(new)]
+            record["rows"] = sorted([*kept, new], key=_key)
             if out:
                 write_whole(out, json.dumps(record, indent=1) + "\n")
     print(table(record))

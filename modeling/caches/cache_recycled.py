@@ -108,6 +108,7 @@ class RecycledCache(AttachedCache):
                 f"RecycledCache needs the attention implementation {' or '.join(map(repr, NAMES))}, which it can "
                 f"stand in for; the model has {stock!r}. Call model.set_attn_implementation('sdpa')."
             )
+        self.call.probabilities = stock == "eager"
         (batch, columns), seen = shape_of(decoder, kwargs), self.get_seq_length()
         x = tokens_of(kwargs)
         self._check(batch, seen)

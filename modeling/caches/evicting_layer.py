@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from scrubjay.kernels.recycle import (
+    attend_received,
     attend_seen,
     decode,
     decode_with_scores,
@@ -74,18 +75,28 @@ class EvictingLayer(KeepingLayer):
     def attend(self, query, key, value, scaling):
         """(B, T, H, P), or None to attend all keys as the model always does."""
         (k, v), self.new, T = self.new, None, query.shape[2]
+        columns = torch.arange(self.seen - T, self.seen, device=k.device).expand(len(k), k.shape[1], T)
         with torch.no_grad():
             if self.kept is None:
-                self.choose(query, k, v, torch.arange(T, device=k.device).expand(len(k), k.shape[1], T), None, scaling)
-                return None
+                out = self.read(query, k, v, scaling)
+                self.choose(query, k, v, columns, None, scaling)
+                return out
             if T == 1:
                 return self.step(query[:, :, 0], k, v, scaling)[:, None]
-            columns = torch.arange(self.seen - T, self.seen, device=k.device).expand(len(k), k.shape[1], T)
             columns = torch.cat([self.kept.index[:, :, : self.kept.filled], columns], 2)
             seen = self.visible(key, T)
             out = attend_seen(query, key, value, seen, scaling)
             self.choose(query, key, value, columns, seen, scaling)
             return out
+
+    def read(self, query, k, v, scaling):
+        """Attention of a prompt, (B, T, H, P), where what its keys receive comes of it; None: as the model always does,
+        and with a gradient."""
+        alone = self.call.real is None and not (self.call.probabilities or query.requires_grad)
+        if self.settings.policy != "h2o" or not alone:
+            return None
+        out, self.mass = attend_received(query, k, v, scaling)
+        return out
 
     def step(self, q, k, v, scaling):
         """One token: evict, write, attend."""
@@ -150,8 +161,9 @@ class EvictingLayer(KeepingLayer):
                 seen = torch.ones(T, n, dtype=torch.bool, device=keys.device).tril(n - T)
             if real is not None:
                 seen = seen & real[:, :, None] & real[:, :, -T:, None]
-            mass = received(query, keys, scaling, seen)
-            if self.mass is not None:
+            known = self.kept is None and self.mass is not None  # from `read`
+            mass = self.mass if known else received(query, keys, scaling, seen)
+            if self.kept is not None and self.mass is not None:
                 mass[:, :, : self.kept.filled] += self.mass[:, :, : self.kept.filled]
             scores = mass
         if scores is None:  # what follows SnapKV's prompt stays

@@ -29,6 +29,7 @@ class Call:
     the decoder's own function from a tensor of the device and positions (B, T) to (cos, sin), during the call. mesh:
     the devices that hold parts of the decoder's weights, during the call, None: one device. answered: the layers that
     have attended by themselves, in this call. counted: whether positions, given where there is padding, are of tokens.
+    probabilities: whether the model's own attention may have to tell its probabilities.
     """
 
     real: torch.Tensor | None = None
@@ -38,6 +39,7 @@ class Call:
     mesh: DeviceMesh | None = None
     answered: set[int] = field(default_factory=set)
     counted: bool = False
+    probabilities: bool = False
 
     def __getstate__(self):
         return self.__dict__ | {"table": None, "mesh": None}

@@ -79,7 +79,7 @@ def test_a_copy_is_a_passage_of_the_prompt_and_a_text_goes_on(tokenizer):
 def test_samples_that_do_not_fit_are_refused(tokenizer):
     with pytest.raises(ValueError, match=r"100 tokens are too few for this question: it needs \d+"):
         sample("multikey", tokenizer, 100, 0)
-    with pytest.raises(ValueError, match="kind must be one of .*; got 'poem'"):
+    with pytest.raises(ValueError, match=r"kind must be one of .*; got 'poem'"):
         sample("poem", tokenizer, 100, 0)
 
 

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from recycled_cases import assert_close, dense, padded
 
 from scrubjay.kernels.recycle import (
+    attend_received,
     attend_seen,
     attend_tail,
     decode,
@@ -140,6 +142,21 @@ def test_recycled_received_in_blocks_is_the_dense_sum(T):
     assert_close(got, want, bound=1e-12)
     assert not got[1, :, : (T + 3) // 2].any()
     assert received(q.bfloat16(), k.bfloat16(), 0.4, seen).dtype == F32
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (6, 1)])
+@pytest.mark.parametrize("T", [1, 63, 64, 130])
+def test_recycled_prompt_attention_tells_what_keys_received(T, heads):
+    q, k, v = draw(*heads, n=T, T=T)
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    out, mass = attend_received(q, k, v, 0.4)
+    assert_close(mass, mass_law(q, k, 0.4, causal.expand(2, heads[1], T, T)), bound=1e-12)
+    repeated = (x.repeat_interleave(heads[0] // heads[1], 1) for x in (k, v))
+    want = F.scaled_dot_product_attention(q, *repeated, is_causal=True, scale=0.4).transpose(1, 2)
+    assert_close(out, want, bound=1e-12)
+    out, mass = attend_received(*(x.bfloat16() for x in (q, k, v)), 0.4)
+    assert (out.dtype, mass.dtype) == (torch.bfloat16, F32)
+    assert_close(out.double(), want, bound=2e-2)
 
 
 def pooled_law(logp, G, reduce, kernel, real):
