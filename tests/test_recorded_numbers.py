@@ -4,14 +4,14 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import pytest
 
 from scrubjay.examples.benchmarks import benchmark_tables as tables
 from scrubjay.examples.measuring.processor import slug
 from scrubjay.examples.measuring.run_report import size
-from scrubjay.examples.studies import ablations, demo_search, language, real, recall, scan
+from scrubjay.examples.studies import ablations, demo_search, language, real, real_speed, real_tables, recall, scan
 from scrubjay.examples.studies.language_runs import read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +54,32 @@ def test_tables_of_studies(name, table):
     shown = guide.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0].strip()
     done = (ROOT / "examples" / "results" / f"{name}.json").is_file()
     assert shown == (table(recorded(f"{name}.json")) if done else "Not run yet.")
+
+
+def test_answers_of_a_pretrained_model():
+    """The first page's table, from the cells of eight questions in 1024 tokens."""
+    column = real_tables.collected(recorded("real.json"), "policies")["questions", 1024, 128]
+    lines = {
+        "full attention": ["full"],
+        '`policy="lowrank"`': ["Low rank, R = 16"],
+        "Recycled Attention, S = 5 / S = 10": ["Recycled, S = 5", "Recycled, S = 10"],
+        "SnapKV / H2O / TOVA / Quest / StreamingLLM": ["SnapKV", "H2O", "TOVA", "Quest", "StreamingLLM"],
+    }
+    text = FIRST.split("| 1024 tokens, 128 keys a step |")[1]
+    for start, names in lines.items():
+        assert row(text.split("\n\n")[0], start) == [" / ".join(f"{fmean(column[n]['scores']):.2f}" for n in names)]
+    assert all(len(column[name]["scores"]) >= 24 for name in column)
+
+
+def test_times_of_a_pretrained_model():
+    guide = (ROOT / "examples" / "studies" / "README.md").read_text(encoding="utf-8")
+    shown = guide.split("<!-- real_speed -->\n")[1].split("<!-- /real_speed -->")[0].strip()
+    record = recorded("real_speed_amd-epyc-avx512.json")
+    assert shown == real_speed.table(record)
+    (took,) = (row["token"] for row in record["rows"] if (row["dtype"], row["length"]) == ("bfloat16", 8192))
+    low, stock, full = (f"{took[name]:.0f}" for name in ("Low rank, R = 16", real_speed.STOCK, "full"))
+    said = f"takes {low} ms in bfloat16, with transformers' own cache {stock}, with `policy=\"full\"`\n{full};"
+    assert said in FIRST
 
 
 def trained(name):

@@ -1,5 +1,6 @@
 """Tables and the figure of the study of a pretrained model (real.py)."""
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -89,7 +90,7 @@ def table(records: list[dict]) -> str:
     part("Other shares of the keys", lambda c: c[0] in ("questions", "text") and c[2] != c[1] // EIGHTH)
     part("What decides", lambda c: True, with_full(collected(records, "ablations"), found), ("full", *ABLATIONS))
     if (RESULTS.with_suffix(".png")).is_file() and parts:
-        parts.append("![Quality against the keys that a step reads](../results/real.png)")
+        parts.append("![Quality against time and bytes](../results/real.png)")
     return "\n\n".join([*parts, effort(records)]) if parts else "Not run yet."
 
 
@@ -105,25 +106,40 @@ def with_full(ablations: dict, policies: dict) -> dict:
     return ablations
 
 
+def timed(length: int) -> dict[str, float]:
+    """{cache: milliseconds a token} after so many tokens, one text in bfloat16, of the first recorded processor."""
+    for path in sorted(RESULTS.parent.glob("real_speed_*.json")):
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            if (row["length"], row["rows"], row["dtype"]) == (length, 1, "bfloat16"):
+                return row["token"]
+    return {}
+
+
 def draw(records: list[dict], path: Path) -> None:
-    """Accuracy and loss against bytes held, each length a panel of its own."""
+    """Answers and loss against the time of a token and against bytes held."""
     found = collected(records, "policies")
-    columns = sorted(c for c in found if c[0] in ("questions", "text") and c[2] == c[1] // EIGHTH)
-    if not columns:
+    wanted = [c for c in sorted(found) if c[0] in ("questions", "text") and c[2] == c[1] // EIGHTH]
+    plots = [(c, "ms a token, batch 1", timed(c[1])) for c in wanted if timed(c[1])]
+    plots += [(c, "MiB of cache for a text", {}) for c in wanted]
+    if not plots:
         return
-    figure, axes = panels(len(columns), width=4.2)
-    for column, axis in zip(columns, axes, strict=True):
+    figure, axes = panels(len(plots), width=4.0)
+    for (column, label, times), axis in zip(plots, axes, strict=True):
         for name, mine in found[column].items():
-            values, at = measured(column, found[column], name), fmean(mine["nbytes"]) / 2**20
-            interval = confidence(values)
-            half = 0.0 if interval is None else (interval[1] - interval[0]) / 2
-            color = FULL if name == "full" else OURS if name.startswith(("Low", "Rec")) else GRAY
-            axis.errorbar(at, fmean(values), yerr=half, fmt="o", color=color, capsize=3)
-            axis.annotate(name, (at, fmean(values)), xytext=(5, 3), textcoords="offset points", fontsize=7)
-        axis.set_xlabel("MiB of cache for each text")
+            x = times.get(name) if times else fmean(mine["nbytes"]) / 2**20
+            if x is not None:
+                _point(axis, name, x, measured(column, found[column], name))
+        axis.set(xlabel=label, title=f"{column[0]}, {column[1]} tokens, K = {column[2]}")
         axis.set_ylabel("nats more than full attention" if column[0] == "text" else "questions answered")
-        axis.set_title(f"{column[0]}, {column[1]} tokens, K = {column[2]}", fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+def _point(axis, name: str, x: float, values: list[float]) -> None:
+    interval = confidence(values)
+    half = 0.0 if interval is None else (interval[1] - interval[0]) / 2
+    color = FULL if name == "full" else OURS if name.startswith(("Low", "Rec")) else GRAY
+    axis.errorbar(x, fmean(values), yerr=half, fmt="o", color=color, capsize=3)
+    axis.annotate(name, (x, fmean(values)), xytext=(5, 3), textcoords="offset points", fontsize=7)
 
 
 def show(records: list[dict], out: Path | None, guide: bool) -> None:
