@@ -78,7 +78,7 @@ def test_times_of_a_pretrained_model():
     assert shown == real_speed.table(record)
     (took,) = (row["token"] for row in record["rows"] if (row["dtype"], row["length"]) == ("bfloat16", 8192))
     low, stock, full = (f"{took[name]:.0f}" for name in ("Low rank, R = 16", real_speed.STOCK, "full"))
-    said = f"takes {low} ms in bfloat16, with transformers' own cache {stock}, with `policy=\"full\"`\n{full};"
+    said = f'takes {low} ms in bfloat16, with transformers\' own cache {stock}, with `policy="full"`\n{full};'
     assert said in FIRST
 
 
