@@ -91,9 +91,9 @@ class EvictingLayer(KeepingLayer):
 
     def read(self, query, k, v, scaling):
         """Attention of a prompt, (B, T, H, P), where what its keys receive comes of it; None: as the model always does,
-        and with a gradient."""
-        alone = self.call.real is None and not (self.call.probabilities or query.requires_grad)
-        if self.settings.policy != "h2o" or not alone:
+        which has a gradient, padding, probabilities to tell, and autocast's dtype."""
+        other = query.requires_grad or self.call.probabilities or torch.is_autocast_enabled(query.device.type)
+        if self.settings.policy != "h2o" or self.call.real is not None or other:
             return None
         out, self.mass = attend_received(query, k, v, scaling)
         return out

@@ -262,12 +262,13 @@ MUTATIONS = {
     "dynamic: not turned back": ([(RecycledLayer, "mean_of", not_turned)], check_dynamic),
     "dynamic: compared with the prompt": ([(RecycledLayer, "refer", reference_of_the_prompt)], check_dynamic),
     "h2o: without the prompt's columns": (
-        [(evicting, "received", lambda original: lambda *args: torch.zeros_like(original(*args)))],
+        [(evicting, "attend_received", lambda original: lambda *args: (
+            original(*args)[0], torch.zeros_like(original(*args)[1])))],
         functools.partial(check, policy="h2o"),
     ),
     "h2o: mass of the last query alone": (
-        [(evicting, "received", with_arguments(lambda q, k, scale, seen: (
-            (q[:, :, -1:], k, scale, seen[..., -1:, :]), {})))],
+        [(evicting, "attend_received", lambda original: lambda q, k, v, scale: (
+            original(q, k, v, scale)[0], evicting.received(q[:, :, -1:], k, scale, torch.ones(1, 1).bool())))],
         functools.partial(check, policy="h2o"),
     ),
     "h2o: no mass from steps": (
