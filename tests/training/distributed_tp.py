@@ -19,12 +19,14 @@ from distributed_steps import (
 from transformers.distributed.configuration_utils import DistributedConfig
 from zoo import ZOO, tokens
 
+from scrubjay.configuration.configuration_recycled import POLICIES
+
 PROMPT, NEW = 30, 12
 DYNAMIC = dict(budget=8, schedule="dynamic", qc=2, threshold=0.1)
 # Caches that choose among keys, whose choice must not depend on which heads a device has.
 CHOOSING = [
     *(("adore", dict(cache_size=12, label_k=8, rebuild=2, position_mode=mode)) for mode in ("original", "compact")),
-    *(("recycled", dict(budget=8, stride=3, policy=name)) for name in ("recycled", "snapkv", "h2o", "streaming")),
+    *(("recycled", dict(budget=8, stride=3, page=4, policy=name)) for name in POLICIES),
     *(("recycled", DYNAMIC | dict(qsim_space=space)) for space in ("pre", "post")),
 ]
 
