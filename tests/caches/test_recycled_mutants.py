@@ -7,8 +7,9 @@ import torch
 from recycled_cases import Oracle, OutOfBoundError, assert_close, compare, decoder, drive, padded, tokens
 
 from scrubjay import RecycledCache, RecycledConfig
+from scrubjay.modeling.caches import choosing_layer, kept_keys, recycled_layer
 from scrubjay.modeling.caches import evicting_layer as evicting
-from scrubjay.modeling.caches import kept_keys, recycled_layer
+from scrubjay.modeling.caches.choosing_layer import LowRankLayer, QuestLayer
 from scrubjay.modeling.caches.evicting_layer import EvictingLayer
 from scrubjay.modeling.caches.kept_keys import Call, KeepingLayer, Kept
 from scrubjay.modeling.caches.recycled_layer import TAIL, RecycledLayer
@@ -287,6 +288,43 @@ MUTATIONS = {
     "streaming: a second turn in the order of the slots": (
         [(Kept, "sort", left_in_slot_order)],
         functools.partial(check, [12, 1, 1, 1, 2] + [1] * 10, policy="streaming"),
+    ),
+    "snapkv: a window of one": (
+        [(RecycledConfig, "recent", replaced_by(property(lambda self: 1)))],
+        functools.partial(check, policy="snapkv"),
+    ),
+    "snapkv: no pooling": (
+        [(evicting, "pooled", lambda original: lambda mass, *args: mass)],
+        functools.partial(check, [30] + [1] * 9, policy="snapkv"),
+    ),
+    "tova: the largest of the heads": (
+        [(EvictingLayer, "over_heads", replaced_by(lambda self, logp: logp.exp().amax(1, keepdim=True)))],
+        functools.partial(check, policy="tova"),
+    ),
+    "lowrank: queries lowered as keys are": (
+        [(LowRankLayer, "find", lambda original: lambda self, *args: (
+            original(self, *args), self.to_low[:, :, 1].copy_(self.to_low[:, :, 0])))],
+        functools.partial(check, policy="lowrank"),
+    ),
+    "lowrank: new keys never lowered": (
+        [(LowRankLayer, "lower", lambda original: lambda self, keys: (
+            original(self, keys), self.low[..., 12 : self.seen].zero_()))],
+        functools.partial(check, policy="lowrank"),
+    ),
+    "lowrank: the newest key not read": (
+        [(choosing_layer, "best", lambda original: lambda scores, budget, recent, *args: original(
+            scores.index_fill(2, torch.tensor(scores.shape[2] - 1), -torch.inf), budget, 0, *args))],
+        functools.partial(check, policy="lowrank"),
+    ),
+    "quest: one bound of two": (
+        [(QuestLayer, "bound", lambda original: lambda self, *args: (
+            original(self, *args), setattr(self, "high", self.low)))],
+        functools.partial(check, policy="quest", page=3),
+    ),
+    "quest: the page that is not whole not read": (
+        [(choosing_layer.torch, "cat", lambda original: lambda tensors, *args, **kwargs: (
+            tensors[0] if tensors[0].dtype == torch.int64 and args == (2,) else original(tensors, *args, **kwargs)))],
+        functools.partial(check, policy="quest", page=3),
     ),
     "a piece sees what follows": (
         [(EvictingLayer, "visible", lambda original: lambda *args: original(*args) | True)],
