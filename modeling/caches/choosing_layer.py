@@ -8,6 +8,7 @@ B batch, H query heads, G key heads, P head size, n columns held, K budget, R ra
 
 import torch
 
+from scrubjay.kernels.dispatch import without_autocast
 from scrubjay.kernels.recycle import best, decode, gather_pair, pooled
 from scrubjay.modeling.caches.buffers import roomy, writable
 from scrubjay.modeling.caches.holding_layer import HoldingLayer
@@ -38,14 +39,13 @@ class LowRankLayer(ChoosingLayer):
     """Every step attends the K keys that score highest in R directions.
 
     The directions, of each key head, are those that lose the least of q . k in the mean over the queries and keys of
-    the
-    text: with the Cholesky factor L of the queries' second moments, the principal directions V of the keys' L^T k. A
-    key is held as V^T L^T k once more, beside itself, and a query becomes V^T L^-1 q. Principal directions of the keys
-    alone are Loki's (arXiv:2406.02542). They are found at the first step that chooses, from the last 64 queries and all
-    keys, and anew whenever the text has become twice as long.
+    the text: with the Cholesky factor L of the queries' second moments, the principal directions V of the keys' L^T k.
+    A key is held as V^T L^T k once more, beside itself, and a query becomes V^T L^-1 q. Principal directions of the
+    keys alone are Loki's (arXiv:2406.02542). They are found at the first step that chooses, from the last 64 queries
+    and all keys, and anew whenever the text has become twice as long: for all rows of a batch at the same column.
 
-    low: (B, G, R, capacity), `lowered` columns in use. to_low: (B, G, 2, P, R), of keys and of queries. mean: (B, G, 1,
-    P), of the keys. found_at: columns of which the directions were found.
+    low: (B, G, R, capacity), `lowered` columns in use. to_low: (B, G, 2, P, R), of keys and of queries. mean:
+    (B, G, 1, P), of the keys. found_at: columns of which the directions were found.
     """
 
     names = (*HoldingLayer.names, "low", "to_low", "mean")
@@ -60,6 +60,7 @@ class LowRankLayer(ChoosingLayer):
         super().crop(tokens_to_remove)
         self.lowered = min(self.lowered, self.seen)
 
+    @without_autocast
     def choose(self, q, keys, scaling, real):
         """The K best by the scores of few directions, of which each head's largest counts."""
         settings, groups = self.settings, keys.shape[1]
@@ -92,7 +93,7 @@ class LowRankLayer(ChoosingLayer):
         if real is not None:  # what is padding counts as nothing
             x = torch.where(real[:, None, :, None], x, 0)
             queries = torch.where(real[:, None, None, -queries.shape[3] :, None], queries, 0)
-        count = x.shape[2] if real is None else real.sum(1)[:, None, None, None]
+        count = x.shape[2] if real is None else real.sum(1).clamp(min=1)[:, None, None, None]
         self.mean = x.sum(2, keepdim=True) / count
         spread = x.mT @ x - count * (self.mean.mT @ self.mean)
         queries = queries.flatten(2, 3)
@@ -124,6 +125,7 @@ class QuestLayer(ChoosingLayer):
             whole = self.seen // self.settings.page
             self.low, self.high = self.low[:, :, :whole], self.high[:, :, :whole]
 
+    @without_autocast
     def choose(self, q, keys, scaling, real):
         """Columns of the best pages, and of the one that is not whole."""
         page, (groups, n) = self.settings.page, keys.shape[1:3]

@@ -11,6 +11,7 @@ from transformers import DynamicCache, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from zoo import ZOO, relative, tokens
 
 from scrubjay import AdoreCache, RecycledCache, RecycledConfig, RecycledForCausalLM
+from scrubjay.configuration.configuration_recycled import POLICIES
 from scrubjay.kernels import recycle
 from scrubjay.kernels.select_attention import select_attention_step
 from scrubjay.kernels.window import window_attention, window_attention_step
@@ -86,7 +87,7 @@ def test_generation_under_autocast_is_the_argmax_of_its_steps(entry, dtype):
 
 def attached(model):
     """Every cache for an unmodified decoder, with room for the whole text."""
-    for policy in ("recycled", "full", "snapkv", "h2o", "streaming"):
+    for policy in POLICIES:
         yield RecycledCache(model, budget=60, policy=policy)
     yield RecycledCache(model, budget=60, schedule="dynamic", qc=2)
     yield RecycledCache(model, budget=60, policy="streaming", rope_mode="cache")
@@ -96,7 +97,7 @@ def attached(model):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("which", range(9))
+@pytest.mark.parametrize("which", range(len(POLICIES) + 4))
 def test_a_cache_with_room_for_all_is_transformers_own(which, implementation, kind):
     """Outside of autocast to float32's rounding, whatever was held there: nothing held is rounded."""
     model, ids = decoder(kind, F32, attn_implementation=implementation), small(2, 30)
@@ -114,12 +115,15 @@ def test_a_cache_with_room_for_all_is_transformers_own(which, implementation, ki
                 at += span
 
 
-@pytest.mark.parametrize("which", range(9))
+@pytest.mark.parametrize("which", range(12))
 def test_a_cache_under_autocast_chooses_and_stays_finite(which):
     """With less room than the text needs, in every order."""
     model, ids = decoder(dtype=F32), small(2, 30)
     makes = [
-        *(lambda p=p: RecycledCache(model, budget=6, stride=3, policy=p) for p in ("recycled", "snapkv", "h2o")),
+        *(
+            lambda p=p: RecycledCache(model, budget=6, stride=3, page=3, rank=2, policy=p)
+            for p in ("recycled", "snapkv", "h2o", "lowrank", "quest", "tova")
+        ),
         lambda: RecycledCache(model, budget=6, policy="streaming"),
         lambda: RecycledCache(model, budget=6, policy="streaming", rope_mode="cache"),
         lambda: RecycledCache(model, budget=6, schedule="dynamic", qc=2, full_output=False),
