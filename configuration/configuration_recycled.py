@@ -39,7 +39,7 @@ class RecycledConfig(WrappedConfig):
             arXiv:2309.17453).
         rank: of "lowrank": directions; of a head with fewer dimensions all.
         choosing_layers: of "lowrank": indices of the layers that choose at every step, the others being those of
-            "recycled"; None: all choose. In a pretrained model few layers look things up.
+            "recycled"; None: all choose.
         page: of "quest": keys of a page; the budget has room for two at least.
         window: of "snapkv": queries at the prompt's end that choose, and tokens there that are kept whatever they
             score; half the budget where that is less.

@@ -14,7 +14,7 @@ elsewhere they keep their dtype, and the script says so. Settings that are not p
 Prints the held-out loss with sparse and full attention, before and after. Tuning on such text helps by itself, whatever
 is attended; with `--control` the same adapters are then tuned with full attention on the same texts, and what they lose
 under the mask is printed beside it. For the 5M-parameter model of `scrubjay demo --model llama --minutes 30`, about 15
-minutes on two cores (62 steps of 14 seconds), and as long as half of it for the control.
+minutes on two cores (62 steps of 14 seconds), without the control.
 """
 
 import argparse

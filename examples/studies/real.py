@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from scrubjay import RecycledCache
-from scrubjay.examples.studies.cells import Cell
+from scrubjay.examples.studies.cells import Cell, cell_of
 from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
 from scrubjay.examples.studies.real_model import load
 from scrubjay.examples.studies.real_policies import ABLATIONS, OWN_PROMPT, POLICIES
@@ -162,7 +162,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if not args.table:
         loaded(args.model, DTYPES[args.dtype])  # fetched once, before there are several processes
         laboratory.run(listed, work, args.minutes)
-    records = laboratory.records()
+    mine = {cell.key for cell in listed}
+    records = [record for record in laboratory.records() if cell_of(record).key in mine]
     show(records, laboratory.out, args.table and args.out == args.results)
     return records
 

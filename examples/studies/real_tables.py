@@ -19,14 +19,20 @@ EIGHTH = 8
 
 
 def collected(records: Iterable[dict], group: str) -> dict[Column, dict[str, dict[str, list[float]]]]:
-    """{column: {cache: {"scores" and "losses": one of each prompt, "nbytes": of each row}}} of a group of caches."""
+    """{column: {cache: {"scores" and "losses": one of each prompt, "nbytes": of each row}}} of a group of caches.
+
+    Beside the caches of another group than "policies" stands what full attention did on the same prompts; cells for
+    which that is not known yet are left out.
+    """
+    done = sorted((record for record in records if "result" in record), key=lambda record: record["cell"]["seed"])
+    whole = {_prompts(one): one["result"]["full"] for one in done if "full" in one["result"]}
     found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for record in sorted(records, key=lambda record: record["cell"]["seed"]):
+    for record in done:
         settings = record["cell"]["settings"]
-        if "result" not in record or settings["caches"] != group:
+        if settings["caches"] != group or _prompts(record) not in whole:
             continue
         column = settings["kind"], settings["length"], settings["budget"]
-        for name, result in record["result"].items():
+        for name, result in ({"full": whole[_prompts(record)]} | record["result"]).items():
             mine, rows = found[column][name], max(len(result["scores"]), len(result.get("losses", ())))
             mine["scores"] += result["scores"]
             mine["losses"] += result.get("losses", [])
@@ -34,12 +40,17 @@ def collected(records: Iterable[dict], group: str) -> dict[Column, dict[str, dic
     return found
 
 
+def _prompts(record: dict) -> str:
+    """What decides the prompts of a cell, and the budget."""
+    cell = record["cell"]
+    return json.dumps([cell["model"], cell["seed"], cell["settings"] | {"caches": ""}], sort_keys=True)
+
+
 def measured(column: Column, found: dict[str, dict[str, list[float]]], name: str) -> list[float]:
     """What a cache is judged by, one number a prompt: the score; of "text" the loss beyond full attention's."""
     if column[0] != "text":
         return found[name]["scores"]
-    whole = found["full"]["losses"] if "full" in found else None
-    return [a - b for a, b in zip(found[name]["losses"], whole or [0.0] * len(found[name]["losses"]), strict=True)]
+    return [a - b for a, b in zip(found[name]["losses"], found["full"]["losses"], strict=True)]
 
 
 def shown(values: list[float], digits: int = 2) -> str:
@@ -88,22 +99,10 @@ def table(records: list[dict]) -> str:
         part(title, lambda c, kind=kind: c[0] == kind and c[2] == c[1] // EIGHTH)
     part("RULER's kinds, answers found", lambda c: c[0] in RULER)
     part("Other shares of the keys", lambda c: c[0] in ("questions", "text") and c[2] != c[1] // EIGHTH)
-    part("What decides", lambda c: True, with_full(collected(records, "ablations"), found), ("full", *ABLATIONS))
+    part("What decides", lambda c: True, collected(records, "ablations"), ("full", *ABLATIONS))
     if (RESULTS.with_suffix(".png")).is_file() and parts:
         parts.append("![Quality against time and bytes](../results/real.png)")
     return "\n\n".join([*parts, effort(records)]) if parts else "Not run yet."
-
-
-def with_full(ablations: dict, policies: dict) -> dict:
-    """Ablations beside full attention on the same prompts, which are a first part of its own."""
-    for column, found in ablations.items():
-        count = len(next(iter(found.values()))["nbytes"])
-        if "full" in policies.get(column, {}):
-            found["full"] = {name: values[:count] for name, values in policies[column]["full"].items()}
-            short = [name for name, mine in found.items() if len(mine["nbytes"]) > len(found["full"]["nbytes"])]
-            for name in short:
-                found[name] = {what: values[: len(found["full"]["nbytes"])] for what, values in found[name].items()}
-    return ablations
 
 
 def timed(length: int) -> dict[str, float]:

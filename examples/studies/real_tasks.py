@@ -1,6 +1,6 @@
 """Questions to a pretrained model about a text that it has just read, made offline from a seed.
 
-The kinds of RULER (arXiv:2404.06654, section 3 and appendix), in its wording, and four with more output:
+The kinds of RULER (arXiv:2404.06654, section 3 and appendix), in words of our own, and four with more output:
 
     single       a number hidden in a text, asked for
     multikey     four numbers under four names, one asked for
@@ -175,11 +175,10 @@ def _hidden(writer: Writer, names: list[str], asked: list[str]) -> Sample:
     many = len(answers) > 1
     what = "are all the special magic numbers" if many else "is the special magic number"
     about = ", ".join(asked[:-1]) + f", and {asked[-1]}" if len(asked) > 1 else asked[0]
-    of = f"special magic number{'s' * many} for {about} mentioned in the provided text"
+    of = f"special magic number{'s' * many} for {about} in the text above"
     prompt = writer.around(
-        "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you "
-        "about the numbers afterwards.",
-        f"What {what} for {about} mentioned in the provided text?",
+        "The text below mentions special magic numbers. Remember them: a question about them comes at its end.",
+        f"What {what} for {about} in the text above?",
         f"The {of} {'are' if many else 'is'}",
         writer.hide(_needles(names, numbers)),
     )
@@ -210,10 +209,9 @@ def _tracking(writer: Writer) -> Sample:
         names += [name] * (name not in names)
     values = [value, *(f"VAR {name}" for name in names[:-1])]
     prompt = writer.around(
-        "Memorize and track the chain(s) of variable assignment hidden in the following text.",
-        f"Question: Find all variables that are assigned the value {value} in the text above.",
-        "Answer: According to the chain(s) of variable assignment in the text above, 5 variables are assigned the "
-        f"value {value}, they are:",
+        "The text below assigns values to variables, some by way of others. Keep track of them.",
+        f"Which five variables of the text above have the value {value}?",
+        f"The five variables that have the value {value} are:",
         writer.hide([f"VAR {name} = {of}." for name, of in zip(names, values, strict=True)]),
     )
     return Sample(prompt, names, new=48)
@@ -222,10 +220,9 @@ def _tracking(writer: Writer) -> Sample:
 def _common(writer: Writer) -> Sample:
     chosen = writer.rng.sample(words(), len(words()))
     prompt = writer.around(
-        "Below is a list of words. In these words, some appear more often than others. Memorize the ones that appear "
-        "most often.",
-        "Question: What are the 10 most common words in the above list?",
-        "Answer: The top 10 words that appear most often in the list are:",
+        "In the list of words below ten stand more often than all others. Find them.",
+        "Which ten words stand most often in the list above?",
+        "The ten words that stand most often in the list are:",
         writer.listed(chosen[:10], chosen[10:]),
     )
     return Sample(prompt, chosen[:10], new=64)
@@ -247,11 +244,9 @@ def _frequent(writer: Writer) -> Sample:
         return [t for piece in found for t in piece] + writer.ids(".") * (room - sum(map(len, found)))
 
     prompt = writer.around(
-        "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
-        "appeared coded words.",
-        "Question: Do not provide any explanation. What are the three most frequently appeared words in the above "
-        "coded text?",
-        "Answer: According to the coded text above, the three most frequently appeared words are:",
+        "The text below is made of coded words. Count how often each of them stands in it.",
+        "Which three coded words are the most frequent in the text above? Name them alone.",
+        "The three most frequent coded words are:",
         fill,
     )
     return Sample(prompt, codes[:3], new=48)

@@ -17,7 +17,8 @@ SHRINKAGE = 0.1  # of the queries' second moments towards a multiple of the iden
 
 
 class ChoosingLayer(HoldingLayer):
-    """Subclasses give `choose`: which K columns this step reads."""
+    """Subclasses give `choose(q, keys, scaling, real)`: (B, G, M) columns that this step reads, at most K, for queries
+    q (B, H, P) among keys (B, G, n, P)."""
 
     def step(self, query, key, value, scaling):
         """Attend the columns chosen for the last token's query, among them the newest; all while they fit."""
@@ -29,10 +30,6 @@ class ChoosingLayer(HoldingLayer):
             keys, values = gather_pair(key, value, index)
             real = None if real is None else real[:, None].expand(-1, key.shape[1], -1).gather(2, index)
             return decode(q, keys, values, scaling, real)[:, None]
-
-    def choose(self, q, keys, scaling, real):
-        """(B, G, M) columns for queries q (B, H, P) among keys (B, G, n, P)."""
-        raise NotImplementedError
 
 
 class LowRankLayer(ChoosingLayer):

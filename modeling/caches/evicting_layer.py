@@ -178,14 +178,15 @@ class EvictingLayer(KeepingLayer):
         self.turn_sinks()
 
     def over_heads(self, logp):
-        """(B, 1, n): the mean of probabilities over all heads, from their logarithms (B, H, n)."""
+        """(B, 1, n): the mean of probabilities over all heads, from their logarithms (B, H, n) (TOVA)."""
         mean = logp.exp().mean(1)
         if logp.shape[1] < self.settings.num_attention_heads:  # tensor parallel: other devices have the others
             mean = mean_over_devices(mean, self.call.mesh)
         return mean[:, None]
 
     def watched(self, query, keys, scaling, real):
-        """(B, G, n): what a prompt's keys receive from the last tokens of each row, the largest of neighbours."""
+        """(B, G, n): what a prompt's keys receive from the last `window` tokens of each row, the largest of neighbours
+        (SnapKV). Of the heads that share a key the largest counts, which is ours: there each has its own."""
         n, T = keys.shape[2], query.shape[2]
         window, known = min(self.settings.recent, T), self.real_until(n)
         if known is None:

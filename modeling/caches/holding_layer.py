@@ -16,14 +16,14 @@ class HoldingLayer(KeepingLayer):
     """All keys and values in one buffer. By itself it attends all of them; subclasses give `step`.
 
     full_keys, full_values: (B, G, capacity, P), `seen` columns in use. tail: (B, H, 64, P), the query of column c at
-    c mod 64; where c is padding, that of the token before it.
+    c mod 64; where c is padding, that of the token before it. scaling: of the model's scores.
     """
 
     full_keys: torch.Tensor
     full_values: torch.Tensor
     tail: torch.Tensor
     names: tuple[str, ...] = ("full_keys", "full_values", "tail")
-    counters: tuple[str, ...] = ("seen", "oldest")
+    counters: tuple[str, ...] = ("seen", "oldest", "scaling")
     is_croppable = True
 
     def clear(self) -> None:

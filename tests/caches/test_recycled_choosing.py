@@ -97,6 +97,21 @@ def continued(model, ids, cache, real):
     return torch.cat(found, 1)
 
 
+def test_a_fork_of_a_cache_that_was_saved(model, tmp_path):
+    """It knows what a choice among its keys needs."""
+    ids = tokens(2, PROMPT + NEW)
+    with RecycledCache(model, policy="full") as cache:
+        drive(model, ids[:, :PROMPT], [PROMPT], cache)
+        cache.save(tmp_path / "prompt.safetensors")
+        with cache.fork(policy="snapkv", budget=12) as fork:
+            want = continued(model, ids, fork, None)
+    with (
+        RecycledCache.load(tmp_path / "prompt.safetensors", model) as cache,
+        cache.fork(policy="snapkv", budget=12) as fork,
+    ):
+        assert torch.equal(continued(model, ids, fork, None), want)
+
+
 def test_a_fork_says_what_it_cannot_know(model):
     with (
         RecycledCache(model, policy="streaming", budget=8) as cache,

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from scrubjay.examples.data.corpus import train_tokenizer
 from scrubjay.examples.studies import real, real_model
 from scrubjay.examples.studies.real_policies import POLICIES
-from scrubjay.examples.studies.real_tables import grid, shown, table
+from scrubjay.examples.studies.real_tables import collected, grid, measured, shown, table
 from scrubjay.examples.studies.real_tasks import ASKED, KINDS, RULER, sample, sentences
 
 LENGTH = 1024
@@ -123,6 +123,25 @@ def test_cells_of_the_table_are_means_over_prompts():
         "x": {"losses": [2.1, 3.2, 4.3], "nbytes": [1] * 3},
     }
     assert "| x | 0.200 ± 0.248 |" in grid({("text", 9, 3): losses}, [("text", 9, 3)], ["full", "x"])
+
+
+def test_ablations_stand_beside_full_attention_on_their_own_prompts():
+    def record(caches, seed, **losses):
+        settings = {"kind": "text", "length": 8, "budget": 1, "caches": caches, "dtype": "float32"}
+        result = {name: {"scores": [], "losses": [loss], "nbytes": 1} for name, loss in losses.items()}
+        return {
+            "cell": {"study": "real", "model": "m", "seed": seed, "rate": 0.0, "settings": settings},
+            "result": result,
+        }
+
+    records = [record("policies", 2, full=4.0), record("policies", 0, full=1.0), record("policies", 1, full=2.0)]
+    records += [
+        record("ablations", 2, other=4.5),
+        record("ablations", 7, other=9.0),
+        record("ablations", 0, other=1.25),
+    ]
+    (found,) = collected(records, "ablations").values()
+    assert measured(("text", 8, 1), found, "other") == [0.25, 0.5]  # of seeds 0 and 2; of 7 nothing is known
 
 
 def test_a_model_by_name_is_what_the_name_says(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from scrubjay.kernels.recycle import (
     attend_received,
     attend_seen,
     attend_tail,
+    best,
     decode,
     decode_reference,
     decode_with_scores,
@@ -157,6 +158,16 @@ def test_recycled_prompt_attention_tells_what_keys_received(T, heads):
     out, mass = attend_received(*(x.bfloat16() for x in (q, k, v)), 0.4)
     assert (out.dtype, mass.dtype) == (torch.bfloat16, F32)
     assert_close(out.double(), want, bound=2e-2)
+
+
+@pytest.mark.parametrize("side", [None, "left", "inner"])
+@pytest.mark.parametrize(("recent", "sinks"), [(0, 0), (1, 0), (3, 2)])
+def test_recycled_best_are_the_top_in_any_order(side, recent, sinks):
+    scores, real = torch.randn(2, 3, 40), None if side is None else padded((40, 25), 40, side)
+    want = top(scores, 12, recent, sinks, real).sort(-1).values
+    assert torch.equal(best(scores.clone(), 12, recent, sinks, real).sort(-1).values, want)
+    everything = best(scores.clone(), 99, recent, sinks, real).sort(-1).values
+    assert torch.equal(everything, torch.arange(40).expand(2, 3, -1))
 
 
 def pooled_law(logp, G, reduce, kernel, real):
