@@ -8,6 +8,7 @@ B batch, H query heads, G key heads, P head size, T new columns, n columns held,
 
 import os
 from dataclasses import fields
+from statistics import fmean
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -15,6 +16,7 @@ from torch import nn
 
 from scrubjay.configuration.configuration_recycled import HOLDING, RecycledConfig
 from scrubjay.configuration.configuration_wrapped import WrappedConfig
+from scrubjay.modeling.caches.calibration import Calibrated
 from scrubjay.modeling.caches.choosing_layer import LowRankLayer, QuestLayer
 from scrubjay.modeling.caches.evicting_layer import EvictingLayer
 from scrubjay.modeling.caches.holding_layer import HoldingLayer
@@ -33,12 +35,19 @@ from scrubjay.modeling.decoder.decoder_call import (
     shape_of,
     tokens_of,
 )
+from scrubjay.modeling.inputs.cache_argument import named
 
 LAYERS = {"recycled": RecycledLayer, "full": HoldingLayer, "lowrank": LowRankLayer, "quest": QuestLayer}
+BEST_FIRST = {
+    "lowrank": ("rank", (64, 32, 16, 8)),
+    "quest": ("page", (4, 8, 16, 32)),
+    "fixed": ("stride", (2, 3, 5, 10, 20, 50)),
+    "dynamic": ("threshold", (0.99, 0.95, 0.9, 0.85, 0.8, 0.7)),
+}  # what `calibrate` searches beside the budget
 SETTINGS = sorted({field.name for field in fields(RecycledConfig)} - {field.name for field in fields(WrappedConfig)})
 
 
-class RecycledCache(AttachedCache):
+class RecycledCache(Calibrated, AttachedCache):
     """Keys and values of an unmodified decoder, of which most steps read `budget` a layer and key head.
 
         with RecycledCache(model, budget=2048, stride=10) as cache:
@@ -63,6 +72,7 @@ class RecycledCache(AttachedCache):
     """
 
     row_bytes = staticmethod(row_bytes)
+    size, searched = "budget", ("budget", *(name for name, _ in BEST_FIRST.values()))
     prepare, restore = staticmethod(stand_in), staticmethod(stand_back)
 
     def __init__(self, model: nn.Module, **settings):
@@ -169,8 +179,7 @@ class RecycledCache(AttachedCache):
         """
         if self.settings.policy not in HOLDING:
             raise ValueError(f"policy={self.settings.policy!r} has forgotten keys; fork a cache with one of {HOLDING}.")
-        own = {name: getattr(self.settings, name) for name in SETTINGS}
-        new = type(self)(self._model(), **own | settings)
+        new = type(self)(self._model(), **self._own() | settings)
         try:
             if self.get_seq_length():
                 new.call.real, new.call.counted = self.real(), self.call.counted
@@ -180,6 +189,65 @@ class RecycledCache(AttachedCache):
             new.close()
             raise
         return new
+
+    def best_first(self):
+        """See `Calibrated`."""
+        settings = self.settings
+        if settings.policy == "full":
+            raise ValueError("policy='full' reads all keys: there is nothing to calibrate. Choose another policy.")
+        return BEST_FIRST.get(settings.schedule if settings.policy == "recycled" else settings.policy, (None, (None,)))
+
+    def refuses(self, settings):
+        """See `Calibrated`."""
+        try:
+            RecycledConfig(base_config=self.settings.base_config, **self._own() | settings)
+        except (ValueError, StrictDataclassError) as error:
+            return error
+        return None
+
+    def read(self, prompt):
+        """See `Calibrated`."""
+        cache = type(self)(self._model(), policy="recycled", schedule="dynamic", qsim_space=self.settings.qsim_space)
+        self._model()(prompt, **named(cache), logits_to_keep=1)
+        return cache
+
+    def begun(self, settings, read, prompt):
+        """See `Calibrated`."""
+        settings = self._own() | settings
+        if settings["policy"] != "h2o" and settings["rope_mode"] == "absolute" and self.settings.recent <= TAIL:
+            return read.fork(**settings)
+        cache = type(self)(self._model(), **settings)
+        self._model()(prompt, **named(cache), logits_to_keep=1)
+        return cache
+
+    def beside(self, prompt, read):
+        """See `Calibrated`."""
+        return read.fork(policy="full")
+
+    def attended(self):
+        """See `Calibrated`."""
+        return [layer.attended() for layer in self.layers]
+
+    def reads(self, columns):
+        """See `Calibrated`."""
+        return fmean(layer.reads(columns) for layer in self.layers)
+
+    @property
+    def stride_found(self) -> float | None:
+        """Decode steps from one at which a layer attended all keys, itself choosing, to the next; None: no layer does."""
+        counts = [(getattr(layer, "full_steps", 0), getattr(layer, "partial_steps", 0)) for layer in self.layers]
+        steps = [(full + partial) / max(full, 1) for full, partial in counts if full + partial]
+        return fmean(steps) if steps else None
+
+    def adopt(self, settings):
+        """See `Calibrated`."""
+        self._build(RecycledConfig(base_config=self.settings.base_config, **self._own() | settings))
+        if isinstance(config := getattr(self._model(), "config", None), RecycledConfig):
+            for name, value in settings.items():
+                setattr(config, name, value)
+
+    def _own(self):
+        return {name: getattr(self.settings, name) for name in SETTINGS}
 
     def _padded(self, kwargs, seen):
         """A call's arguments with the mask of all columns so far, (B, n + T) bool, None without padding."""
@@ -233,9 +301,8 @@ class RecycledCache(AttachedCache):
             tensors["real"] = self.call.real
         counters = [{name: getattr(layer, name) for name in layer.counters} for layer in self.layers]
         filled = [None if layer.kept is None else layer.kept.filled for layer in self.layers]
-        settings = {name: getattr(self.settings, name) for name in SETTINGS}
         about = {
-            "settings": settings,
+            "settings": self._own(),
             "sizes": _sizes(self.settings.base_config),
             "counters": counters,
             "filled": filled,

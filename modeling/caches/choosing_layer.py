@@ -20,13 +20,24 @@ class ChoosingLayer(HoldingLayer):
     """Subclasses give `choose(q, keys, scaling, real)`: (B, G, M) columns that this step reads, at most K, for queries
     q (B, H, P) among keys (B, G, n, P)."""
 
+    chosen: torch.Tensor | None = None  # by the last step
+
+    def clear(self) -> None:
+        super().clear()
+        self.chosen = None
+
+    def attended(self):
+        """(B, G, M), the columns that the last step chose; None: all."""
+        return self.chosen
+
     def step(self, query, key, value, scaling):
         """Attend the columns chosen for the last token's query, among them the newest; all while they fit."""
+        self.chosen = None
         if self.seen <= self.settings.budget:
             return None
         with torch.no_grad():
             q, real = self.query_of(self.seen), self.real_until(self.seen)
-            index = self.choose(q, key, scaling, real)
+            index = self.chosen = self.choose(q, key, scaling, real)
             keys, values = gather_pair(key, value, index)
             real = None if real is None else real[:, None].expand(-1, key.shape[1], -1).gather(2, index)
             return decode(q, keys, values, scaling, real)[:, None]
@@ -56,6 +67,11 @@ class LowRankLayer(ChoosingLayer):
         """Forget the last columns."""
         super().crop(tokens_to_remove)
         self.lowered = min(self.lowered, self.seen)
+
+    def reads(self, columns):
+        """The budget, and R of the 2 P numbers of each key and value."""
+        rank = min(self.settings.rank, self.full_keys.shape[3])
+        return self.settings.budget + columns * rank / (2 * self.full_keys.shape[3])
 
     @without_autocast
     def choose(self, q, keys, scaling, real):
@@ -121,6 +137,10 @@ class QuestLayer(ChoosingLayer):
         if self.low is not None:
             whole = self.seen // self.settings.page
             self.low, self.high = self.low[:, :, :whole], self.high[:, :, :whole]
+
+    def reads(self, columns):
+        """The budget, and two bounds of each page."""
+        return self.settings.budget + columns / self.settings.page
 
     @without_autocast
     def choose(self, q, keys, scaling, real):

@@ -210,6 +210,14 @@ class KeepingLayer(CacheLayerMixin):
         real = None if self.call.source is None else self.call.real[:, column]
         return self.kept.put(k, v, column, rank, real)
 
+    def attended(self):
+        """(B, G, M), the columns that the last step attended; None: all."""
+        return None if self.kept is None else self.kept.index[:, :, : self.kept.filled]
+
+    def reads(self, columns):
+        """Keys that a step reads of so many; what choosing reads counts as keys of the same bytes."""
+        return columns if self.kept is None else min(columns, self.kept.filled)
+
     def scored(self, q, k, scaling, real):
         """Pooled scores (B, G, n) of keys for one query (B, H, P)."""
         return self.pool(scores_of(q, k, scaling, real), k.shape[1], real)

@@ -93,6 +93,11 @@ class RecycledLayer(HoldingLayer):
         apart = torch.cosine_similarity(now, self.reference, dim=-1) <= self.settings.threshold
         return bool(apart.any() if self.settings.qsim_batch == "any" else apart.all())
 
+    def reads(self, columns):
+        """All at full steps, the budget at others."""
+        steps, budget = self.full_steps + self.partial_steps, min(self.settings.budget, columns)
+        return columns if not steps else budget + (columns - budget) * self.full_steps / steps
+
     def short_step(self, full, k, scaling):
         """All keys fit the budget and are attended: only the order in which they will be evicted is noted."""
         if full:

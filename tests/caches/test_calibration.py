@@ -1,0 +1,241 @@
+"""`cache.calibrate`: what it measures against slow and obvious runs, what it chooses, and that it leaves nothing behind."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from recycled_cases import assert_close, decoder
+
+from scrubjay import RecycledCache, RecycledConfig, RecycledForCausalLM
+from scrubjay.modeling.caches import calibration
+from scrubjay.modeling.caches.calibration import DECODED, EVERY, Bench
+from scrubjay.modeling.decoder.attached import Hooks
+from scrubjay.modeling.inputs.cache_argument import named
+
+ROWS, COLUMNS = 8, 4 * DECODED
+PROMISE = 2.2  # nats: a random model looks at everything
+POLICIES = {
+    "fixed": {"policy": "recycled", "keep_recent": 2},
+    "dynamic": {"policy": "recycled", "schedule": "dynamic", "qc": 2},
+    "lowrank": {"policy": "lowrank"},
+    "quest": {"policy": "quest"},
+    "snapkv": {"policy": "snapkv"},
+    "h2o": {"policy": "h2o"},
+    "tova": {"policy": "tova"},
+    "streaming": {"policy": "streaming"},
+    "in the cache": {"policy": "streaming", "rope_mode": "cache"},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return decoder(initializer_range=0.4).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    """Rows that the model wrote itself, of which it knows more the more it reads: a random model knows no other text."""
+    torch.manual_seed(0)
+    start = torch.randint(3, 61, (ROWS, 1))
+    return model.generate(start, do_sample=True, top_k=0, max_new_tokens=COLUMNS - 1, eos_token_id=None)
+
+
+def bench(model, text, **settings):
+    """(cache, `Bench` of all rows) of which every token counts."""
+    cache = RecycledCache(model, **settings)
+    return cache, Bench(cache, text, torch.ones(len(text), DECODED - 1, dtype=torch.bool))
+
+
+@torch.no_grad()
+def by_hand(model, text, **settings):
+    """(B,) loss of each row above full attention without any of the code that calibrates: a cache of its own reads the
+    prompt, and goes on token by token."""
+    start, losses = text.shape[1] - DECODED, []
+    full = model(text).logits
+    full = F.cross_entropy(full[:, start:-1].transpose(1, 2), text[:, start + 1 :], reduction="none")
+    with RecycledCache(model, **settings) as cache:
+        model(text[:, :start], **named(cache))
+        for t in range(start, text.shape[1] - 1):
+            logits = model(text[:, t : t + 1], **named(cache)).logits[:, -1]
+            losses.append(F.cross_entropy(logits, text[:, t + 1], reduction="none"))
+    return (torch.stack(losses, 1) - full).mean(1)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_trial_is_what_a_cache_of_its_own_loses(model, text, policy):
+    settings = {"budget": 24, "stride": 5, "rank": 3, "page": 4} | POLICIES[policy]
+    apart = by_hand(model, text, **settings)
+    cache, own = bench(model, text, **settings)
+    with cache, own:
+        trial = own.trial({"budget": 24})
+    assert trial.loss == pytest.approx(apart.mean().item(), abs=1e-9)
+    assert trial.error == pytest.approx(apart.std().item() / ROWS**0.5, abs=1e-9)
+    assert abs(trial.loss) > 1e-3
+
+
+@pytest.mark.parametrize("policy", ["fixed", "lowrank", "quest", "snapkv", "tova"])
+def test_mass_is_that_of_full_attention_on_what_is_read(model, text, policy):
+    settings = {"budget": 24, "stride": 500, "rank": 3, "page": 4} | POLICIES[policy]
+    last = (DECODED - 2) // EVERY * EVERY  # of the steps at which mass is taken
+    text = text[:, : COLUMNS - DECODED + last + 2]  # so that it is the last of all by hand
+    kept = _stopped(model, text, settings)
+    model.set_attn_implementation("eager")
+    attentions = model(text[:, :-1], output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    for full, index, found in zip(attentions, kept, _looked(model, text, settings), strict=True):
+        share = full[:, :, -1].unflatten(1, (2, 2)).mean(2)
+        assert_close(
+            torch.tensor(found).double(), share.gather(2, index).sum(2).mean(), bound=1e-6
+        )  # transformers' softmax is float32's
+        assert 0.02 < found < 1
+
+
+def _stopped(model, text, settings):
+    """What each layer attended last, after a prompt as long as a bench's of `COLUMNS`."""
+    start = COLUMNS - DECODED
+    with RecycledCache(model, **settings) as cache, torch.no_grad():
+        model(text[:, :start], **named(cache))
+        for t in range(start, text.shape[1] - 1):
+            model(text[:, t : t + 1], **named(cache))
+        return [layer.attended() for layer in cache.layers]
+
+
+def _looked(model, text, settings):
+    """Mass of each layer at the last step that a bench looks at."""
+    whole = F.pad(text, (0, COLUMNS - text.shape[1]), value=5)
+    found = []
+    cache, own = bench(model, whole, **settings)
+    with cache, own, pytest.MonkeyPatch.context() as patch:
+        mass = calibration._mass
+        patch.setattr(calibration, "_mass", lambda *args: found.append(list(mass(*args))) or found[-1])
+        own.trial({"budget": settings["budget"]}, look=True)
+        assert own.mass == [pytest.approx(sum(layer) / len(found)) for layer in zip(*found, strict=True)]
+    return found[-1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_cheapest_that_keeps_the_promise_becomes_the_setting(model, text, policy):
+    with RecycledCache(model, **POLICIES[policy]) as cache:
+        found = cache.calibrate(text, PROMISE)
+        passing = [trial for trial in found.trials if trial.loss + trial.error <= PROMISE]
+        assert found.found.keys == min(trial.keys for trial in passing)
+        assert {name: getattr(cache.settings, name) for name in found.settings} == found.settings
+        assert all(layer.settings is cache.settings for layer in cache.layers)
+        assert cache.get_seq_length() == 0
+        model.generate(text[:, :200], **named(cache), max_new_tokens=3)
+
+
+def test_rows_that_check_decide_nothing(model, text):
+    other = text.clone()
+    other[1::2] = text[1::2].flip(1)
+    with RecycledCache(model) as cache:
+        first = cache.calibrate(text, PROMISE)
+    with RecycledCache(model) as cache:
+        second = cache.calibrate(other, PROMISE)
+    assert first.found == second.found and first.trials == second.trials
+    assert first.held_out != second.held_out and second.full_loss > first.full_loss
+
+
+def test_held_out_loss_and_stride_are_those_of_the_settings(model, text):
+    with RecycledCache(model, keep_recent=2) as cache:
+        found = cache.calibrate(text, PROMISE, budget=[16, 32, 64, 128], stride=[7])
+    apart = by_hand(model, text[1::2], keep_recent=2, **found.settings)
+    assert found.held_out.loss == pytest.approx(apart.mean().item(), abs=1e-9)
+    steps = DECODED - 1
+    assert found.stride == steps / (steps // 7)
+    n, K = COLUMNS - DECODED // 2, found.settings["budget"]
+    assert found.found.keys == pytest.approx(K + (n - K) * (steps // 7) / steps)
+    assert found.holds == (found.held_out.loss <= PROMISE) and "promised 2.2000" in str(found)
+
+
+def test_only_what_labels_count_is_promised(model, text):
+    labels = torch.full_like(text, -100)
+    labels[:, -9:-4] = text[:, -9:-4]
+    cache, whole = bench(model, text, budget=16, stride=9)
+    with cache, RecycledCache(model, stride=9) as other:
+        found = other.calibrate(text, 10.0, labels=labels, budget=[16], stride=[9])
+        some = Bench(cache, text[::2], labels[::2, 1 - DECODED :] != -100)
+        with some:
+            assert some.trial({"budget": 16, "stride": 9}) == found.found
+            assert_close(some.full, _full_loss(model, text[::2], -9, -4))
+        with whole:
+            assert whole.trial({"budget": 16}).loss != found.found.loss
+
+
+def _full_loss(model, text, start, end):
+    with torch.no_grad():
+        logits = model(text).logits[:, start - 1 : end - 1]
+    return F.cross_entropy(logits.transpose(1, 2), text[:, start:end], reduction="none").mean(1)
+
+
+def test_layers_that_need_not_choose_are_found(model, text):
+    with RecycledCache(model, policy="lowrank", stride=5) as cache:
+        found = cache.calibrate(text, PROMISE, layers=True, budget=[32, 64, 128])
+        alone = [trial for trial in found.trials if len(trial.settings.get("choosing_layers", ())) == 1]
+        assert len(alone) >= 2
+        assert found.found.loss + found.found.error <= PROMISE
+        names = [type(layer).__name__ for layer in cache.layers]
+        chosen = found.settings.get("choosing_layers", [0, 1])
+        assert names == ["LowRankLayer" if i in chosen else "RecycledLayer" for i in range(2)]
+
+
+def test_the_configuration_keeps_the_answer(tmp_path, text):
+    torch.manual_seed(0)
+    base = decoder(initializer_range=0.4)
+    config = RecycledConfig(base_config=base.config, policy="lowrank")
+    model = RecycledForCausalLM(config).double().eval()
+    model.load_state_dict(base.state_dict(), strict=False)
+    with RecycledCache(model) as cache:
+        found = cache.calibrate(text, PROMISE, rank=[4], budget=[32, 64, 128])
+    model.save_pretrained(tmp_path)
+    again = RecycledConfig.from_pretrained(tmp_path)
+    assert found.settings == {"rank": 4, "budget": again.budget} and again.rank == 4
+
+
+def test_a_text_is_cut_into_rows(model, text):
+    class Tokenizer:
+        def __call__(self, text, **options):
+            assert options == {"add_special_tokens": False, "return_tensors": "pt"}
+            return {"input_ids": torch.tensor([[int(word) for word in text.split()]])}
+
+    words = " ".join(map(str, text.flatten().tolist()))
+    with RecycledCache(model) as cache:
+        found = cache.calibrate(words, PROMISE, tokenizer=Tokenizer(), length=COLUMNS, rows=6)
+    with RecycledCache(model) as cache:
+        assert cache.calibrate(text[:6], PROMISE) == found
+
+
+REFUSED = {
+    "a text too short": (dict(rows=slice(3)), "at least 4 rows of 256 tokens"),
+    "rows too short": (dict(columns=slice(200)), "at least 4 rows of 256 tokens"),
+    "no setting": (dict(window=[3]), r"cannot search \['window'\]"),
+    "two settings": (dict(stride=[3], threshold=[0.9]), "one other setting"),
+    "a promise that none keeps": (dict(loss=-1.0, budget=[16], stride=[5, 9]), "No candidate stays within -1.0 nats"),
+    "labels of another shape": (dict(labels=torch.zeros(2, 2)), "labels must have the shape"),
+    "labels that count nothing": (dict(labels=torch.full((ROWS, COLUMNS), -100)), "count one of the last 63"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_change_nothing(model, text, case):
+    options, message = REFUSED[case]
+    options = {"loss": PROMISE} | options
+    given = text[options.pop("rows", slice(None)), options.pop("columns", slice(None))]
+    model.train()
+    living = len(hooks.living) if (hooks := Hooks.of(model.get_decoder())) else 0
+    with RecycledCache(model, budget=77, stride=3) as cache:
+        with pytest.raises(ValueError, match=message):
+            cache.calibrate(given, **options)
+        assert (cache.settings.budget, cache.settings.stride, model.training) == (77, 3, True)
+        assert len(Hooks.of(model.get_decoder()).living) == living + 1
+    model.eval()
+
+
+def test_refused_for_a_text_without_tokenizer_a_cache_in_use_and_full_attention(model, text):
+    with RecycledCache(model) as cache:
+        with pytest.raises(ValueError, match="needs its tokenizer"):
+            cache.calibrate("a text")
+        model(text, **named(cache))
+        with pytest.raises(ValueError, match="empty cache"):
+            cache.calibrate(text)
+    with RecycledCache(model, policy="full") as cache, pytest.raises(ValueError, match="nothing to calibrate"):
+        cache.calibrate(text)
