@@ -2,9 +2,9 @@
 
     python examples/studies/real_calibrate.py --model smollm2 --workers 2
 
-Three texts: documentation and source of Python's standard library, and eight questions about a text (real_tasks.py), of
-which the answers among the last 63 tokens count. 32 rows of 1024 tokens, none of which shares a token with another: half
-of them decide, half check. For each policy the candidates are those that `calibrate` tries by itself.
+Three texts: documentation and source of Python's standard library, in rows that follow each other, and eight questions
+about a text (real_tasks.py), of which the answers among the last 63 tokens count. Of 32 rows of 1024 tokens half decide
+and half check. For each policy the candidates are those that `calibrate` tries by itself.
 """
 
 import sys

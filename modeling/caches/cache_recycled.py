@@ -234,7 +234,7 @@ class RecycledCache(Calibrated, AttachedCache):
 
     @property
     def stride_found(self) -> float | None:
-        """Decode steps from one at which a layer attended all keys, itself choosing, to the next; None: no layer does."""
+        """Decode steps from one at which a layer attended all keys, itself choosing, to the next; None: none does."""
         counts = [(getattr(layer, "full_steps", 0), getattr(layer, "partial_steps", 0)) for layer in self.layers]
         steps = [(full + partial) / max(full, 1) for full, partial in counts if full + partial]
         return fmean(steps) if steps else None

@@ -10,6 +10,7 @@ B rows, T columns, n columns held, H query heads, G key heads, M columns attende
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,8 @@ IGNORED = -100  # a label that does not count, as in transformers
 
 @dataclass
 class Trial:
-    """What a candidate did. loss: nats a token above full attention, mean of rows, with its standard error. keys: read a
-    step, in the mean of the layers; what choosing them reads counts as keys of the same bytes."""
+    """What a candidate did. loss: nats a token above full attention, mean of rows, with its standard error. keys: read
+    a step, in the mean of the layers; what choosing them reads counts as keys of the same bytes."""
 
     settings: dict
     loss: float
@@ -90,7 +91,16 @@ class Calibrated:
 
     @torch.no_grad()
     def calibrate(
-        self, text, loss: float = 0.01, *, tokenizer=None, labels=None, length=1024, rows=16, layers=False, **candidates
+        self: Any,
+        text,
+        loss: float = 0.01,
+        *,
+        tokenizer=None,
+        labels=None,
+        length=1024,
+        rows=16,
+        layers=False,
+        **candidates,
     ) -> Calibration:
         """Find the settings that read the fewest keys at a loss of no more than `loss` above full attention; they
         become this cache's, and those of the model's configuration where it has them, which `save_pretrained` keeps.
@@ -166,11 +176,12 @@ class Bench:
     full: (B,), the mean loss of full attention. mass, stride: see `Calibration`, of the last trial that looked.
     """
 
-    def __init__(self, cache: Calibrated, ids: torch.Tensor, counted: torch.Tensor):
+    def __init__(self, cache: Any, ids: torch.Tensor, counted: torch.Tensor):
         self.cache, self.model, self.ids, self.counted = cache, cache._model(), ids, counted
         self.prompt, self.rest = ids[:, :-DECODED], ids[:, -DECODED:]
         self.trials: list[Trial] = []
-        self.mass, self.stride = [], None
+        self.mass: list[float] = []
+        self.stride: float | None = None
 
     def __enter__(self):
         self.read = self.cache.read(self.prompt)
@@ -228,7 +239,7 @@ class Bench:
         return min(passing, key=lambda trial: trial.keys, default=None)
 
     def fewer_layers(self, found: Trial, promise) -> Trial:
-        """As many layers as pass that do not choose at every step: those go first without which the loss rises least."""
+        """As many layers as pass that do not choose at every step, those first without which the loss rises least."""
         count, alone = len(self.cache.layers), {}
         for layer in range(count):
             rest = [i for i in range(count) if i != layer]

@@ -1,4 +1,4 @@
-"""`cache.calibrate`: what it measures against slow and obvious runs, what it chooses, and that it leaves nothing behind."""
+"""`cache.calibrate`: what it measures against slow and obvious runs, what it chooses, what it leaves behind."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def text(model):
-    """Rows that the model wrote itself, of which it knows more the more it reads: a random model knows no other text."""
+    """Rows that the model wrote itself: a random model knows more of no other text the more it reads."""
     torch.manual_seed(0)
     start = torch.randint(3, 61, (ROWS, 1))
     return model.generate(start, do_sample=True, top_k=0, max_new_tokens=COLUMNS - 1, eos_token_id=None)
@@ -131,8 +131,10 @@ def test_rows_that_check_decide_nothing(model, text):
         first = cache.calibrate(text, PROMISE)
     with RecycledCache(model) as cache:
         second = cache.calibrate(other, PROMISE)
-    assert first.found == second.found and first.trials == second.trials
-    assert first.held_out != second.held_out and second.full_loss > first.full_loss
+    assert first.found == second.found
+    assert first.trials == second.trials
+    assert first.held_out != second.held_out
+    assert second.full_loss > first.full_loss
 
 
 def test_held_out_loss_and_stride_are_those_of_the_settings(model, text):
@@ -144,7 +146,8 @@ def test_held_out_loss_and_stride_are_those_of_the_settings(model, text):
     assert found.stride == steps / (steps // 7)
     n, K = COLUMNS - DECODED // 2, found.settings["budget"]
     assert found.found.keys == pytest.approx(K + (n - K) * (steps // 7) / steps)
-    assert found.holds == (found.held_out.loss <= PROMISE) and "promised 2.2000" in str(found)
+    assert found.holds == (found.held_out.loss <= PROMISE)
+    assert "promised 2.2000" in str(found)
 
 
 def test_only_what_labels_count_is_promised(model, text):
@@ -188,7 +191,8 @@ def test_the_configuration_keeps_the_answer(tmp_path, text):
         found = cache.calibrate(text, PROMISE, rank=[4], budget=[32, 64, 128])
     model.save_pretrained(tmp_path)
     again = RecycledConfig.from_pretrained(tmp_path)
-    assert found.settings == {"rank": 4, "budget": again.budget} and again.rank == 4
+    assert found.settings == {"rank": 4, "budget": again.budget}
+    assert again.rank == 4
 
 
 def test_a_text_is_cut_into_rows(model, text):

@@ -28,11 +28,13 @@ def test_rows_differ_and_labels_are_their_tokens(tokenizer, text):
         assert torch.equal(labels[counted], ids[counted])
         assert bool(counted[:, -63:].any(1).all())
         digits = tokenizer.decode(ids[0][counted[0]]).replace(" ", "")
-        assert digits.isdigit() and len(digits) > 7 * 6
+        assert digits.isdigit()
+        assert len(digits) > 7 * 6
     else:
         assert labels is None
         decoded = tokenizer.decode(ids.flatten()[:200])
-        assert decoded and ("def " in tokenizer.decode(ids.flatten())) == (text == "source")
+        assert decoded
+        assert ("def " in tokenizer.decode(ids.flatten())) == (text == "source")
 
 
 def test_a_cell_says_what_was_chosen_or_why_nothing_was(tokenizer, tmp_path, monkeypatch):
@@ -48,7 +50,8 @@ def test_a_cell_says_what_was_chosen_or_why_nothing_was(tokenizer, tmp_path, mon
         ["--model", str(tmp_path / "model"), "--dtype", "float32", "--smoke", "--out", str(out), "--only", "a stride"]
     )
     kept, refused = (record["result"] for record in records)
-    assert kept["settings"].keys() == {"stride", "budget"} and kept["held_out"][0] <= 5
+    assert kept["settings"].keys() == {"stride", "budget"}
+    assert kept["held_out"][0] <= 5
     assert refused["refused"].startswith("No candidate stays within -5.0 nats")
     assert json.loads(out.read_text()) == records
     lines = real_calibrate.table(records).splitlines()
