@@ -4,11 +4,12 @@
 
 One prompt is read for all caches (`RecycledCache.fork`), and generate() goes on from there; the caches take turns, and
 medians over the turns are shown beside transformers' own DynamicCache, which copies all keys at each step, and beside
-full attention in memory that does not ("full"). Prompts are timed apart, each cache reading one by itself. The budget
-is an eighth of the prompt.
+full attention in memory that does not ("full"). H2O and ADORE read the prompt themselves. Prompts are timed apart, each
+cache reading one by itself. The budget is an eighth of the prompt. ADORE's controller is untrained: it takes as long.
 """
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -18,7 +19,7 @@ from statistics import median
 import torch
 from transformers import DynamicCache
 
-from scrubjay import RecycledCache
+from scrubjay import AdoreCache, RecycledCache
 from scrubjay.examples.generate import Clock
 from scrubjay.examples.measuring.processor import processor, slug
 from scrubjay.examples.measuring.run_report import commit, machine, versions, write_whole
@@ -26,6 +27,7 @@ from scrubjay.examples.studies.drawing import write_between
 from scrubjay.examples.studies.laboratory import command_line
 from scrubjay.examples.studies.real_model import load
 from scrubjay.examples.studies.real_policies import POLICIES
+from scrubjay.modeling.decoder.controller import Controller
 from scrubjay.modeling.inputs.cache_argument import named
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -35,6 +37,18 @@ PLAN = [(1024, 1), (4096, 1), (8192, 1), (1024, 8), (4096, 8)]  # tokens of the 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FEW = ("StreamingLLM", "SnapKV", "TOVA", "Quest", "Recycled, S = 10", "Low rank, R = 16", "Low rank, R = 32")
 SOME = {"lowrank in 8 of 30 layers": {"policy": "lowrank", "choosing_layers": (5, 7, 8, 14, 15, 17, 18, 23)}}
+REBUILT = (0, 8)  # of ADORE, with as many tokens fewer in the cache
+
+
+def owned(model, budget: int) -> dict:
+    """{cache: one that reads its prompt by itself}."""
+    torch.manual_seed(0)
+    controller = Controller(model.config.hidden_size).to(model.device).eval()
+    found = {"H2O": RecycledCache(model, policy="h2o", budget=budget)}
+    for count in REBUILT:
+        cache = AdoreCache(model, cache_size=budget - count, rebuild=count, controller=controller)
+        found[f"ADORE, R = {count}"] = cache
+    return found
 
 
 @torch.no_grad()
@@ -43,7 +57,10 @@ def decoding(model, ids: torch.Tensor, budget: int, tokens: int, turns: int) -> 
     names = {name: POLICIES[name] for name in ("full", *FEW)}
     if model.config.num_hidden_layers == 30:
         names |= SOME
-    times: dict[str, list[float]] = {name: [] for name in (STOCK, *names)}
+    own = owned(model, budget)
+    for cache in own.values():
+        model(ids[:, :-1], **named(cache), logits_to_keep=1)
+    times: dict[str, list[float]] = {name: [] for name in (STOCK, *names, *own)}
     with RecycledCache(model, policy="full", budget=budget) as read:
         model(ids[:, :-1], **named(read), logits_to_keep=1)
         for _ in range(turns):
@@ -55,6 +72,11 @@ def decoding(model, ids: torch.Tensor, budget: int, tokens: int, turns: int) -> 
             for name, settings in names.items():
                 with read.fork(**{"budget": budget} | settings) as cache:
                     times[name].append(_rate(model, ids, cache, tokens))
+            for name, begun in own.items():
+                with copy.deepcopy(begun) as cache:
+                    times[name].append(_rate(model, ids, cache, tokens))
+    for cache in own.values():
+        cache.close()
     return {name: median(each) for name, each in times.items()}
 
 
@@ -69,9 +91,10 @@ def _rate(model, ids, cache, tokens) -> float:
 def reading(model, ids: torch.Tensor, budget: int) -> dict[str, float]:
     """{cache: seconds of a prompt and the first step after it}."""
     found = {}
-    for name, settings in POLICIES.items():
+    others = {name: RecycledCache(model, **{"budget": budget} | settings) for name, settings in POLICIES.items()}
+    for name, cache in (others | owned(model, budget)).items():
         start = time.perf_counter()
-        with RecycledCache(model, **{"budget": budget} | settings) as cache:
+        with cache:
             model(ids[:, :-1], **named(cache), logits_to_keep=1)
             model(ids[:, -1:], **named(cache))
         found[name] = time.perf_counter() - start

