@@ -12,12 +12,19 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
 import yaml
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import ZOO
 
+from scrubjay import RecycledConfig, RecycledForCausalLM
 from scrubjay.examples.data.corpus import train_tokenizer
+from scrubjay.examples.lm_eval_tasks import ruler_tasks
+from scrubjay.examples.studies import real_tasks
 
 ROOT = Path(__file__).parents[2]
 TASKS = ROOT / "examples" / "lm_eval_tasks"
@@ -176,11 +183,69 @@ def test_sizes_that_do_not_fit_are_refused(recall_tasks, sizes):
 
 
 def test_each_task_file_names_a_function_that_exists(recall_tasks):
-    files = sorted(TASKS.glob("*.yaml"))
-    assert [file.stem for file in files] == ["mqar", "needle"]
+    files = [TASKS / "mqar.yaml", TASKS / "needle.yaml"]
+    assert {file.stem for file in TASKS.glob("*.yaml")} == {"mqar", "needle", "_ruler", *real_tasks.RULER}
     for file in files:
         named = re.search(r"!function recall_tasks\.(\w+)", file.read_text())[1]
         assert named == file.stem
         assert callable(getattr(recall_tasks, named))
         settings = yaml.safe_load(file.read_text().replace("!function ", ""))
         assert settings["task"] == f"scrubjay_{named}"
+
+
+@pytest.fixture(scope="module")
+def few_keys(tmp_path_factory):
+    """(folder, model, tokenizer) of a random Llama that reads 40 keys a step."""
+    folder = tmp_path_factory.mktemp("few")
+    tokenizer = train_tokenizer([" ".join(real_tasks.sentences())[:60_000]], 1500)
+    sizes = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    base = LlamaConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=2048, initializer_range=0.3)
+    torch.manual_seed(0)
+    config = RecycledConfig(base_config=base, policy="snapkv", budget=40, eos_token_id=tokenizer.eos_token_id)
+    model = RecycledForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, model, tokenizer
+
+
+@pytest.mark.parametrize("kind", real_tasks.RULER)
+def test_rulers_kinds_are_the_studys_samples(few_keys, kind):
+    folder, _, tokenizer = few_keys
+    settings = yaml.safe_load((TASKS / f"{kind}.yaml").read_text().replace("!function ", ""))
+    assert settings == {
+        "include": "_ruler.yaml",
+        "task": f"scrubjay_{kind}",
+        "custom_dataset": f"ruler_tasks.{kind}",
+    }
+    made = getattr(ruler_tasks, kind)(length=800, num_docs=2, seed=5, pretrained=str(folder), version=1.0)["test"]
+    for number, doc in enumerate(made):
+        one = real_tasks.sample(kind, tokenizer, 800, 5 + number)
+        assert doc["answers"] == one.answers
+        assert doc["context"] == tokenizer.decode(one.prompt)
+        assert ruler_tasks.found(doc, [" ".join(one.answers)]) == {"found": 1}
+        assert ruler_tasks.found(doc, [one.answers[0]]) == {"found": 1 / len(one.answers)}
+
+
+def test_rulers_kinds_run_through_a_cache_of_few_keys(few_keys):
+    folder, model, tokenizer = few_keys
+    given = {"length": 700, "num_docs": 3, "tokenizer": str(folder)}
+    manager = TaskManager(include_path=str(TASKS), metadata=given)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    done = lm_eval.simple_evaluate(wrapped, tasks=["scrubjay_multikey"], task_manager=manager)
+    assert done["results"]["scrubjay_multikey"]["found,none"] == 0  # a random model
+    full = LlamaForCausalLM(model.config.base_config)
+    full.load_state_dict({name.removeprefix("model.decoder."): x for name, x in model.state_dict().items()})
+    texts = []
+    for told in done["samples"]["scrubjay_multikey"]:
+        ids = tokenizer(told["doc"]["context"], return_tensors="pt", return_token_type_ids=False)
+        wrote = [one.generate(**ids, do_sample=False, max_new_tokens=64) for one in (model, full)]
+        texts.append([tokenizer.decode(row[0, ids.input_ids.shape[1] :], skip_special_tokens=True) for row in wrote])
+        assert told["resps"][0][0] == texts[-1][0]
+    assert any(few != all_keys for few, all_keys in texts)
+
+
+def test_rulers_kinds_need_a_tokenizer():
+    with pytest.raises(ValueError, match="pass --model_args pretrained=FOLDER"):
+        ruler_tasks.single()
