@@ -79,7 +79,7 @@ class RecycledCache(Calibrated, AttachedCache):
         decoder, config = decoder_of(model), getattr(model, "config", None)
         if unknown := sorted(set(settings) - set(SETTINGS)):
             raise ValueError(f"RecycledCache has no setting {unknown}; it has {SETTINGS}.")
-        if isinstance(config, RecycledConfig):
+        if _is_recycled(config):
             settings = {name: getattr(config, name) for name in SETTINGS} | {"train_tail": 0} | settings
         try:
             config = RecycledConfig(base_config=decoder.config, **settings)
@@ -242,7 +242,7 @@ class RecycledCache(Calibrated, AttachedCache):
     def adopt(self, settings):
         """See `Calibrated`."""
         self._build(RecycledConfig(base_config=self.settings.base_config, **self._own() | settings))
-        if isinstance(config := getattr(self._model(), "config", None), RecycledConfig):
+        if _is_recycled(config := getattr(self._model(), "config", None)):
             for name, value in settings.items():
                 setattr(config, name, value)
 
@@ -335,6 +335,12 @@ class RecycledCache(Calibrated, AttachedCache):
             # a copy lies at an address that products take as they took the original's: the same bits
             cache.layers[int(index)].set(name, tensor.clone())
         return cache
+
+
+def _is_recycled(config):
+    """Whether it has our settings. Not by its class: of a folder's own code transformers makes one copy for the
+    configuration and another for the model."""
+    return getattr(config, "model_type", None) == RecycledConfig.model_type
 
 
 def _sizes(config):
