@@ -70,12 +70,12 @@ def write_between(guide: Path, name: str, text: str) -> None:
     write_whole(guide, f"{before}{opening}\n{text}\n\n{closing}{after}")
 
 
-def panels(count: int, *, width: float = 5.5, height: float = 4.4):
-    """(figure, list of axes) side by side, without a window or global state."""
+def panels(count: int, *, rows: int = 1, width: float = 5.5, height: float = 4.4):
+    """(figure, list of axes) side by side in each row, row by row, without a window or global state."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * count, height), layout="constrained")
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    figure = Figure(figsize=(width * count, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, count, squeeze=False).flat)
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -26,7 +26,7 @@ from scrubjay.examples.measuring.run_report import commit, machine, versions, wr
 from scrubjay.examples.studies.drawing import write_between
 from scrubjay.examples.studies.laboratory import command_line
 from scrubjay.examples.studies.real_model import load
-from scrubjay.examples.studies.real_policies import POLICIES
+from scrubjay.examples.studies.real_policies import OWN_PROMPT, POLICIES
 from scrubjay.modeling.decoder.controller import Controller
 from scrubjay.modeling.inputs.cache_argument import named
 
@@ -35,7 +35,6 @@ GUIDE = Path(__file__).with_name("README.md")
 STOCK = "DynamicCache of transformers"
 PLAN = [(1024, 1), (4096, 1), (8192, 1), (1024, 8), (4096, 8)]  # tokens of the prompt, rows
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FEW = ("StreamingLLM", "SnapKV", "TOVA", "Quest", "Recycled, S = 10", "Low rank, R = 16", "Low rank, R = 32")
 SOME = {"lowrank in 8 of 30 layers": {"policy": "lowrank", "choosing_layers": (5, 7, 8, 14, 15, 17, 18, 23)}}
 REBUILT = (0, 8)  # of ADORE, with as many tokens fewer in the cache
 
@@ -54,14 +53,14 @@ def owned(model, budget: int) -> dict:
 @torch.no_grad()
 def decoding(model, ids: torch.Tensor, budget: int, tokens: int, turns: int) -> dict[str, float]:
     """{cache: seconds a token}, the median over turns of what generate() takes for all tokens but the first two."""
-    names = {name: POLICIES[name] for name in ("full", *FEW)}
+    names = {name: settings for name, settings in POLICIES.items() if name not in OWN_PROMPT}
     if model.config.num_hidden_layers == 30:
         names |= SOME
     own = owned(model, budget)
     for cache in own.values():
         model(ids[:, :-1], **named(cache), logits_to_keep=1)
     times: dict[str, list[float]] = {name: [] for name in (STOCK, *names, *own)}
-    with RecycledCache(model, policy="full", budget=budget) as read:
+    with RecycledCache(model, budget=budget, schedule="dynamic") as read:
         model(ids[:, :-1], **named(read), logits_to_keep=1)
         for _ in range(turns):
             stock = DynamicCache()
@@ -70,7 +69,7 @@ def decoding(model, ids: torch.Tensor, budget: int, tokens: int, turns: int) -> 
                 stock.update(keys, values, i)
             times[STOCK].append(_rate(model, ids, stock, tokens))
             for name, settings in names.items():
-                with read.fork(**{"budget": budget} | settings) as cache:
+                with read.fork(**{"schedule": "fixed"} | settings) as cache:
                     times[name].append(_rate(model, ids, cache, tokens))
             for name, begun in own.items():
                 with copy.deepcopy(begun) as cache:

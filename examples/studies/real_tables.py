@@ -16,6 +16,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "real.json"
 GUIDE = Path(__file__).with_name("README.md")
 Column = tuple[str, int, int]  # kind, tokens of the prompt, budget
 EIGHTH = 8
+BELOW = ("Low rank, R = 32", "Recycled, S = 5", "SnapKV", "TOVA")  # names in the figure
 
 
 def collected(records: Iterable[dict], group: str) -> dict[Column, dict[str, dict[str, list[float]]]]:
@@ -105,32 +106,47 @@ def table(records: list[dict]) -> str:
     return "\n\n".join([*parts, effort(records)]) if parts else "Not run yet."
 
 
-def timed(length: int) -> dict[str, float]:
-    """{cache: milliseconds a token} after so many tokens, one text in bfloat16, of the first recorded processor."""
+def timed(length: int, rows: int) -> dict[str, float]:
+    """{cache: milliseconds a step} after so many tokens in bfloat16, of the first recorded processor."""
     for path in sorted(RESULTS.parent.glob("real_speed_*.json")):
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-            if (row["length"], row["rows"], row["dtype"]) == (length, 1, "bfloat16"):
+            if (row["length"], row["rows"], row["dtype"]) == (length, rows, "bfloat16"):
                 return row["token"]
     return {}
 
 
 def draw(records: list[dict], path: Path) -> None:
-    """Answers and loss against the time of a token and against bytes held."""
+    """Answers and loss against the time of a step at batch 1 and 8 and against bytes held, a column of panels each; and
+    beside it, for the first page, the answers after the longest prompts that are timed at batch 8."""
     found = collected(records, "policies")
     wanted = [c for c in sorted(found) if c[0] in ("questions", "text") and c[2] == c[1] // EIGHTH]
-    plots = [(c, "ms a token, batch 1", timed(c[1])) for c in wanted if timed(c[1])]
-    plots += [(c, "MiB of cache for a text", {}) for c in wanted]
-    if not plots:
+    if not wanted:
         return
-    figure, axes = panels(len(plots), width=4.0)
-    for (column, label, times), axis in zip(plots, axes, strict=True):
-        for name, mine in found[column].items():
-            x = times.get(name) if times else fmean(mine["nbytes"]) / 2**20
-            if x is not None:
-                _point(axis, name, x, measured(column, found[column], name))
-        axis.set(xlabel=label, title=f"{column[0]}, {column[1]} tokens, K = {column[2]}")
-        axis.set_ylabel("nats more than full attention" if column[0] == "text" else "questions answered")
-    figure.savefig(path, dpi=110)
+    figure, axes = panels(len(wanted), rows=3, width=4.2, height=3.4)
+    for i, column in enumerate(wanted):
+        for j, rows in enumerate((1, 8, None)):
+            panel(axes[j * len(wanted) + i], column, found[column], rows)
+    figure.savefig(path, dpi=90)
+    asked = [c for c in wanted if c[0] == "questions" and timed(c[1], 8)]
+    if not asked:
+        return
+    figure, axes = panels(2, width=5.0, height=3.6)
+    for axis, rows in zip(axes, (8, None), strict=True):
+        panel(axis, asked[-1], found[asked[-1]], rows)
+    figure.savefig(path.with_stem(f"{path.stem}_first"), dpi=90)
+
+
+def panel(axis, column: Column, found: dict, rows: int | None) -> None:
+    """Quality against milliseconds of a step of so many rows; None: against MiB of a row's cache."""
+    times = timed(column[1], rows) if rows else {}
+    axis.set_visible(bool(times) or rows is None)
+    for name, mine in found.items():
+        x = times.get(name) if rows else fmean(mine["nbytes"]) / 2**20
+        if x is not None:
+            _point(axis, name, x, measured(column, found, name))
+    label = f"ms a step, batch {rows}" if rows else "MiB of cache for a text"
+    axis.set(xlabel=label, title=f"{column[0]}, {column[1]} tokens, K = {column[2]}")
+    axis.set_ylabel("nats more than full attention" if column[0] == "text" else "questions answered")
 
 
 def _point(axis, name: str, x: float, values: list[float]) -> None:
@@ -138,7 +154,8 @@ def _point(axis, name: str, x: float, values: list[float]) -> None:
     half = 0.0 if interval is None else (interval[1] - interval[0]) / 2
     color = FULL if name == "full" else OURS if name.startswith(("Low", "Rec")) else GRAY
     axis.errorbar(x, fmean(values), yerr=half, fmt="o", color=color, capsize=3)
-    axis.annotate(name, (x, fmean(values)), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    below = name in BELOW  # where its neighbour's name stands above
+    axis.annotate(name, (x, fmean(values)), xytext=(5, -9 if below else 3), textcoords="offset points", fontsize=7)
 
 
 def show(records: list[dict], out: Path | None, guide: bool) -> None:
