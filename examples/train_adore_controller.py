@@ -118,7 +118,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="name or folder of a Llama, Qwen2, Qwen3 or Mistral model")
     parser.add_argument("--text", help="file or folder of UTF-8 text; default: Python's standard library")
     parser.add_argument("--out", type=Path, default=Path("controller"), help="folder for the controller")
-    parser.add_argument("--score-mode", default="query", choices=("query", "distance", "static"))
+    parser.add_argument("--score-mode", default="query", choices=("query", "bilinear", "distance", "static"))
     parser.add_argument("--controller-pos", default="relative", choices=("relative", "absolute", "learned"))
     parser.add_argument("--label-agg", default="mean", choices=("mean", "max_head", "vote"))
     parser.add_argument("--label-layers", type=int, nargs="*", default=[], help="layers that are asked; none: all")

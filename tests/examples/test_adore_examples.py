@@ -180,7 +180,7 @@ def test_checkpointing_gives_the_gradients_of_sparse_tuning(scope):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["query", "static"])
+@pytest.mark.parametrize("mode", ["query", "bilinear", "static"])
 def test_train_adore_controller_smoke(mode, tmp_path):
     record = train_adore_controller.main(
         ["--smoke", "--score-mode", mode, "--rebuild", "3", "--out", str(tmp_path / "c")]
