@@ -287,7 +287,7 @@ class Controller(Scorer):
         return self.query(z) * self.hidden**-0.5 if self.score_mode == "bilinear" else self._turned(self.query(z))
 
     def _scored(self, features, asked, place):
-        """(B, Q, C) scores. features: (B, 1, C, h). asked: (B, Q, h). place: ([B,] Q, C, h); of a product, ([B,] Q, C, 1)."""
+        """(B, Q, C) scores of features (B, 1, C, h). asked: (B, Q, h). place: ([B,] Q, C, h), of a product 1 for h."""
         if self.score_mode == "bilinear":
             wide = torch.promote_types(features.dtype, asked.dtype)
             scores = asked.to(wide) @ features[:, 0].to(wide).mT

@@ -183,7 +183,7 @@ def test_it_learns_which_tokens_matter():
 
 
 def recall_of_a_head(mode, steps=400, width=16):
-    """Share of the eight tokens of 64 that one random head looks at most, found by a controller that was taught them."""
+    """Share of the eight tokens of 64 that one random head looks at most, found by a controller taught so."""
     torch.manual_seed(0)
     controller, at = Controller(width, 32, mode), torch.tensor([63])
     optimizer = torch.optim.AdamW(controller.parameters(), lr=3e-3)
