@@ -11,7 +11,17 @@ import pytest
 from scrubjay.examples.benchmarks import benchmark_tables as tables
 from scrubjay.examples.measuring.processor import slug
 from scrubjay.examples.measuring.run_report import size
-from scrubjay.examples.studies import ablations, demo_search, language, real, real_speed, real_tables, recall, scan
+from scrubjay.examples.studies import (
+    ablations,
+    demo_search,
+    language,
+    real,
+    real_speed,
+    real_tables,
+    recall,
+    releasing,
+    scan,
+)
 from scrubjay.examples.studies.language_runs import read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +55,7 @@ STUDIES = {
     "ablations": ablations,
     "demo_search": demo_search,
     "real": real,
+    "releasing": releasing,
 }
 
 

@@ -38,7 +38,7 @@ class Recipe:
     seed: int = 0
     train_bytes: int = 1 << 22
     heldout_bytes: int = 1 << 19
-    eval_texts: int = 16
+    eval_texts: int = 8
     tune_steps: int = 64
     tune_batch: int = 2
     tune_lr: float = 5e-4
