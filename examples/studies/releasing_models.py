@@ -117,7 +117,7 @@ class Workshop:
 
     def _folder(self, tuning, *parts):
         """Of what was trained by this recipe; the fields that decide it are its name."""
-        left_out = [] if parts else ["teach_", "queries"]
+        left_out = ["eval_texts", "heldout_bytes"] if parts else ["teach_", "queries"]
         left_out += ["tune_", "rank", "alpha"] if tuning == "none" else []
         decides = {k: v for k, v in asdict(self.recipe).items() if not k.startswith(tuple(left_out))}
         name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]

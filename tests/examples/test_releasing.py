@@ -94,7 +94,7 @@ def test_what_a_step_attended_is_what_the_rules_say(rebuild, model):
     for n in range(1, 40):
         for row in range(2):
             assert {*cache.attended[n - 1][row].tolist(), n} - {-1} == set(seen[row, n].nonzero()[:, 0].tolist())
-    known = read(model, [Sample(row[:1], forced=row[1:] + [0]) for row in ids.tolist()])
+    known = read(model, [Sample(row[:1], forced=[*row[1:], 0]) for row in ids.tolist()])
     assert (known.attention - a).abs().max() < 1e-6
     found, at = kept(known, cache.attended, 6), torch.arange(1, 40)
     assert found["mass"] == pytest.approx((a * seen)[:, 1:].sum(-1).mean().item(), abs=1e-4)
