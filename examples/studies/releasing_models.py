@@ -44,7 +44,7 @@ class Recipe:
     tune_lr: float = 5e-4
     rank: int = 16
     alpha: int = 32
-    teach_steps: int = 250
+    teach_steps: int = 400
     teach_batch: int = 2
     teach_lr: float = 2e-3
     queries: int = 64
