@@ -9,7 +9,7 @@ from transformers.utils import logging
 from scrubjay.configuration.configuration_wrapped import WrappedConfig
 
 CHOICES = {
-    "score_mode": ("query", "distance", "static"),
+    "score_mode": ("query", "bilinear", "distance", "static"),
     "controller_pos": ("relative", "absolute", "learned"),
     "rebuild_commit": ("discard", "swap"),
     "rebuild_mask": ("causal", "full"),
@@ -103,12 +103,13 @@ class AdoreConfig(WrappedConfig):
 
     Args:
         base_config: the decoder, see `WrappedConfig`.
-        score_mode: a token's score follows the current token ("query"), only its distance ("distance"), or neither
-            ("static": the published formula, under which rebuilding gains nothing).
+        score_mode: a token's score follows the current token, by a sum of their features ("query") or by their scaled
+            dot product ("bilinear"), only its distance ("distance"), or neither ("static": the published formula, under
+            which rebuilding gains nothing).
         controller_hidden: width of the GRU.
         controller_pos: the position that the score sees: "relative" to the current token, "absolute", or an embedding
             of the distance in logarithmic buckets, "learned". With score_mode "static": absolute whenever "relative".
-        controller_mlp_layers: linear layers from features to score.
+        controller_mlp_layers: linear layers from features to score; of a dot product, from distance to score.
         label_k: K, tokens of full attention that are labelled important; also of the mask under which the decoder is
             tuned. None: 96, a worked example's, or `cache_size` where that is less.
         label_agg: how heads and layers agree on one ranking: "mean" of probabilities, "max_head", or "vote" (number of

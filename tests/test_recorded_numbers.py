@@ -20,6 +20,7 @@ from scrubjay.examples.studies import (
     real_speed,
     real_tables,
     recall,
+    releasing,
     scan,
 )
 from scrubjay.examples.studies.language_runs import read_settings
@@ -56,6 +57,7 @@ STUDIES = {
     "demo_search": demo_search,
     "real": real,
     "real_calibrate": real_calibrate,
+    "releasing": releasing,
 }
 
 

@@ -1,15 +1,17 @@
 """What trainings of ADORE share: a decoder to smoke-test with, real text as streams of ids, labels, loss, the loop."""
 
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 from scrubjay.examples.data.corpus import encode, load_corpus, train_tokenizer
 from scrubjay.examples.learning.attention_capture import attention_rows
 from scrubjay.examples.learning.importance import later_share, top, within_horizon
+from scrubjay.modeling.decoder.controller import Controller
 
 SMOKE_VOCABULARY = 512
 
@@ -57,26 +59,59 @@ def labels_of(model, ids, at, config) -> torch.Tensor:
 def loss_of(controller, model, ids, at, config, pos_weight: float) -> torch.Tensor:
     """Binary cross entropy of the scores of every token that a query sees."""
     labels = labels_of(model, ids, at, config)
-    embeds = model.get_input_embeddings()(ids).detach()
-    weight = torch.tensor(pos_weight, device=ids.device)
-    if config.score_mode == "static":
+    return loss_of_labels(controller, model.get_input_embeddings()(ids).detach(), labels, at, pos_weight)
+
+
+def loss_of_labels(controller, embeds, labels, at, pos_weight: float) -> torch.Tensor:
+    """`loss_of` for labels (B, Q, T) that are there, which several controllers may share. embeds: (B, T, D)."""
+    weight = torch.tensor(pos_weight, device=embeds.device)
+    if controller.score_mode == "static":
         share, count = later_share(labels, at)
         scores = controller(embeds, at[:1])[:, 0]
         known = (count > 0).expand_as(scores)
         return binary_cross_entropy_with_logits(scores[known], share[known].to(scores), pos_weight=weight)
     scores = controller(embeds, at)
-    known = (torch.arange(ids.shape[1], device=ids.device) <= at[:, None]).expand_as(scores)
+    known = (torch.arange(embeds.shape[1], device=embeds.device) <= at[:, None]).expand_as(scores)
     return binary_cross_entropy_with_logits(scores[known], labels[known].to(scores), pos_weight=weight)
+
+
+def train_controllers(
+    controllers: Mapping[str, Controller], model, stream: np.ndarray, config, args: Namespace
+) -> dict[str, list[float]]:
+    """AdamW with a cosine on all controllers at once, which share the labels; the decoder learns nothing.
+
+    args: length, batch_size, queries of each text, steps, seed, lr, pos_weight. Returns the loss of each step by name.
+    """
+    groups = [{"params": list(controller.parameters())} for controller in controllers.values()]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(args.steps // 20, 1), args.steps)
+    rng = np.random.default_rng(args.seed)
+    found: dict[str, list[float]] = {name: [] for name in controllers}
+
+    def step() -> float:
+        ids = windows(stream, args.length, args.batch_size, rng, model.device)
+        # a query with no more than K tokens before it has all of them labelled and teaches nothing
+        asked = np.arange(config.num_labelled, args.length)
+        at = torch.from_numpy(np.sort(rng.choice(asked, min(args.queries, len(asked)), False))).to(model.device)
+        labels, embeds = labels_of(model, ids, at, config), model.get_input_embeddings()(ids).detach()
+        for name, controller in controllers.items():
+            loss = loss_of_labels(controller, embeds, labels, at, args.pos_weight)
+            loss.backward()
+            found[name].append(loss.item())
+        return float(np.mean([losses[-1] for losses in found.values()]))
+
+    descend(step, optimizer, schedule, args.steps, 1.0)
+    return found
 
 
 def descend(loss_of_step: Callable[[], float], optimizer, schedule, steps: int, clip: float) -> list[float]:
     """`steps` updates; `loss_of_step` returns the loss of a fresh batch and leaves its gradients, whose norm is cut to
-    `clip`. Prints ten means on the way; returns the loss of each step."""
+    `clip` in each group of parameters. Prints ten means on the way; returns the loss of each step."""
     losses, often = [], max(steps // 10, 1)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for step in range(1, steps + 1):
         losses.append(loss_of_step())
-        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from scrubjay import RecycledCache
+from scrubjay.examples.data.real_model import load
 from scrubjay.examples.studies.cells import Cell, cell_of
 from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
-from scrubjay.examples.studies.real_model import load
 from scrubjay.examples.studies.real_policies import ABLATIONS, OWN_PROMPT, POLICIES
 from scrubjay.examples.studies.real_tables import RESULTS, show, table  # noqa: F401, the study's own
 from scrubjay.examples.studies.real_tasks import RULER, Sample, sample
@@ -115,15 +115,18 @@ def answered(model, tokenizer, cache, logits, samples: list[Sample]) -> dict:
                 round(fmean(a in text for a in one.answers), 4) for one, text in zip(samples, texts, strict=True)
             ]
         }
-    count = max(len(one.forced) for one in samples)
-    given = torch.tensor([one.forced + [0] * (count - len(one.forced)) for one in samples])
+    given = given_to(samples)
     likely, losses = [], []
-    for t in range(count):
+    for t in range(count := given.shape[1]):
         likely.append(logits.argmax(-1))
         losses.append(F.cross_entropy(logits.float(), given[:, t], reduction="none"))
         if t + 1 < count:
             logits = model(given[:, t : t + 1], **named(cache)).logits[:, -1]
-    right, losses = torch.stack(likely, 1) == given, torch.stack(losses, 1)
+    return judged(samples, torch.stack(likely, 1) == given, torch.stack(losses, 1))
+
+
+def judged(samples: list[Sample], right: torch.Tensor, losses: torch.Tensor) -> dict:
+    """Scores and losses of texts that were given: which tokens were the most likely (B, N), and their losses (B, N)."""
     found: dict = {"scores": [], "losses": []}
     for one, hits, each in zip(samples, right, losses, strict=True):
         counted = [i for start, end in one.spans for i in range(start, end)] or range(len(one.forced))
@@ -131,6 +134,12 @@ def answered(model, tokenizer, cache, logits, samples: list[Sample]) -> dict:
         if one.spans:
             found["scores"].append(round(fmean(hits[start:end].all().item() for start, end in one.spans), 4))
     return found
+
+
+def given_to(samples: list[Sample]) -> torch.Tensor:
+    """(B, N) tokens that follow the prompts, zeros where a row has fewer."""
+    count = max(len(one.forced) for one in samples)
+    return torch.tensor([one.forced + [0] * (count - len(one.forced)) for one in samples])
 
 
 def _until(row: list[int], end: int | None) -> list[int]:

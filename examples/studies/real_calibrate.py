@@ -17,11 +17,11 @@ import torch
 
 from scrubjay import RecycledCache
 from scrubjay.examples.data.corpus import load_corpus
+from scrubjay.examples.data.real_model import load
 from scrubjay.examples.studies.cells import Cell, cell_of
 from scrubjay.examples.studies.drawing import write_between
 from scrubjay.examples.studies.laboratory import command_line, effort, opened, study_parser
 from scrubjay.examples.studies.real import DTYPES
-from scrubjay.examples.studies.real_model import load
 from scrubjay.examples.studies.real_tasks import sample
 from scrubjay.modeling.caches.calibration import IGNORED
 

@@ -20,12 +20,12 @@ import torch
 from transformers import DynamicCache
 
 from scrubjay import AdoreCache, RecycledCache
+from scrubjay.examples.data.real_model import load
 from scrubjay.examples.generate import Clock
 from scrubjay.examples.measuring.processor import processor, slug
 from scrubjay.examples.measuring.run_report import commit, machine, versions, write_whole
 from scrubjay.examples.studies.drawing import write_between
 from scrubjay.examples.studies.laboratory import command_line
-from scrubjay.examples.studies.real_model import load
 from scrubjay.examples.studies.real_policies import OWN_PROMPT, POLICIES
 from scrubjay.modeling.decoder.controller import Controller
 from scrubjay.modeling.inputs.cache_argument import named
@@ -67,19 +67,20 @@ def decoding(model, ids: torch.Tensor, budget: int, tokens: int, turns: int) -> 
             for i, layer in enumerate(read.layers):
                 keys, values = (x[:, :, : layer.seen].clone() for x in (layer.full_keys, layer.full_values))
                 stock.update(keys, values, i)
-            times[STOCK].append(_rate(model, ids, stock, tokens))
+            times[STOCK].append(rate(model, ids, stock, tokens))
             for name, settings in names.items():
                 with read.fork(**{"schedule": "fixed"} | settings) as cache:
-                    times[name].append(_rate(model, ids, cache, tokens))
+                    times[name].append(rate(model, ids, cache, tokens))
             for name, begun in own.items():
                 with copy.deepcopy(begun) as cache:
-                    times[name].append(_rate(model, ids, cache, tokens))
+                    times[name].append(rate(model, ids, cache, tokens))
     for cache in own.values():
         cache.close()
     return {name: median(each) for name, each in times.items()}
 
 
-def _rate(model, ids, cache, tokens) -> float:
+def rate(model, ids, cache, tokens) -> float:
+    """Seconds a token of generate() that goes on after ids, of which the cache has read all but the last."""
     clock = Clock()
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "stopping_criteria": [clock]}
     model.generate(ids, attention_mask=torch.ones_like(ids), **named(cache), **options)

@@ -2,12 +2,14 @@
 
     z_i = GRU(rms_norm(x_i), z_{i-1})                                      x_i: embedding of token i
     score_{n,i} = MLP(p_{n-i} + z_i + U z_n)     sigma = sigmoid(score)    for the current token n ("query")
+    score_{n,i} = (Q z_n + b) . (W z_i + c) / sqrt(h) + MLP(p_{n-i})          what the query asks for ("bilinear")
     score_{n,i} = MLP(p_{n-i} + z_i)                                       U = 0 ("distance")
     score_i     = MLP(p_i + z_i)                                           the published formula ("static")
 
 B batch, T time, q new tokens, C candidates, D width of embeddings, h width of the GRU, F width of features.
 Scores are logits: a sigmoid changes no ranking, but rounds many large ones to the same 1.
 The MLP starts with a linear layer W, so W z_i is taken once a token, W p once a distance, and W U z_n once a step.
+A product ranks as attention itself does, where a sum has to learn that by its MLP; it costs a step C h operations.
 """
 
 import json
@@ -26,7 +28,7 @@ logger = logging.get_logger(__name__)
 WEIGHTS, SIZES = "controller.safetensors", "controller.json"
 BLOCK = 2**18  # numbers that a step scores at a time on a CPU, whose cache holds them between the operations
 BUCKETS = 32  # of the learned embedding of distances: the last one starts at about 2^15
-SCORE_MODES = ("query", "distance", "static")
+SCORE_MODES = ("query", "bilinear", "distance", "static")
 POSITIONS = ("relative", "absolute", "learned")
 
 
@@ -183,11 +185,13 @@ class Controller(Scorer):
         self.hidden, self.score_mode = hidden, score_mode
         self.pos = "absolute" if score_mode == "static" and pos == "relative" else pos
         self.gru = ControllerGRU(embedding_size, hidden, batch_first=True)
-        self.first = ControllerLinear(hidden, hidden if mlp_layers > 1 else 1)
-        inner = [[nn.ReLU(), ControllerLinear(hidden, hidden)] for _ in range(mlp_layers - 2)]
-        outer = [nn.ReLU(), ControllerLinear(hidden, 1)] if mlp_layers > 1 else []
-        self.rest = nn.Sequential(*(layer for pair in inner for layer in pair), *outer)
-        self.query = ControllerLinear(hidden, hidden, bias=False) if score_mode == "query" else None
+        mlp = [ControllerLinear(hidden, hidden if i < mlp_layers else 1) for i in range(1, mlp_layers + 1)]
+        later = [part for layer in mlp[1:] for part in (nn.ReLU(), layer)]
+        self.first, self.rest = mlp[0], nn.Sequential(*later)
+        if product := score_mode == "bilinear":  # the MLP is that of distances
+            self.rest = nn.Sequential(mlp[0], *later) if self.is_relative else nn.Sequential()
+            self.first = ControllerLinear(hidden, hidden)
+        self.query = ControllerLinear(hidden, hidden, product) if score_mode in ("query", "bilinear") else None
         self.distance = ControllerEmbedding(BUCKETS, hidden) if self.pos == "learned" else None
 
     @property
@@ -237,26 +241,24 @@ class Controller(Scorer):
         return features.to(embeds.dtype), state
 
     def table(self, length, like):
-        """(length, F): W p of the distances."""
+        """(length, h): W p of the distances; (length, 1) of a product, the MLP of p."""
         if not self.is_relative:
             return None
-        return self._turned(self.encode(torch.arange(length, device=like.device)))
+        p = self.encode(torch.arange(length, device=like.device))
+        return self.rest(p) if self.score_mode == "bilinear" else self._turned(p)
 
     def score(self, features, positions, now, state, table):
         """See `Scorer`."""
         if self.score_mode == "static":
             return features[..., 0]
-        asked = None if self.query is None else self._turned(self.query(state))[:, None]
+        asked = self._asked(state[:, None])
         distances = (now - positions).clamp(min=0)
         columns = features.shape[1] if features.is_cuda else max(1, BLOCK // (len(features) * self.hidden))
         scores = []
         for part, apart in zip(features.split(columns, 1), distances.split(columns, 1), strict=True):
-            hidden = part.to(torch.promote_types(part.dtype, torch.float32))
-            if table is not None:
-                hidden = hidden + torch.nn.functional.embedding(apart, table)
-            if asked is not None:
-                hidden = hidden + asked
-            scores.append(self.rest(hidden)[..., 0])
+            place = None if table is None else torch.nn.functional.embedding(apart, table)
+            wide = part.to(torch.promote_types(part.dtype, torch.float32))
+            scores.append(self._scored(wide[:, None], asked, place if place is None else place[:, None])[:, 0])
         return torch.cat(scores, 1)
 
     def forward(self, embeds: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
@@ -265,19 +267,33 @@ class Controller(Scorer):
         embeds: (B, T, D). Those of tokens after their query mean nothing. Static scores are the same for each query.
         """
         z, _ = self.contexts(embeds)
-        at = torch.arange(embeds.shape[1], device=embeds.device)
-        features = self.first(z)[:, None]
+        at, place = torch.arange(embeds.shape[1], device=embeds.device), None
+        features = self.first(z)
         if self.is_relative:
-            features = features + self._turned(self.encode((queries[:, None] - at).clamp(min=0)))
+            place = torch.nn.functional.embedding((queries[:, None] - at).clamp(min=0), self.table(len(at), embeds))
         else:
             features = features + self._turned(self.encode(at))
-        if self.query is not None:
-            features = features + self._turned(self.query(z[:, queries]))[:, :, None]
-        return self.rest(features)[..., 0].expand(-1, len(queries), -1)
+        scores = self._scored(features[:, None], self._asked(z[:, queries]), place)
+        return scores.expand(-1, len(queries), -1)
 
     def _turned(self, x):
         """W x, without the bias that the features already have."""
         return self.first(x, biased=False)
+
+    def _asked(self, z):
+        """What a query (B, Q, h) adds to features or multiplies them with, (B, Q, h); None: nothing."""
+        if self.query is None:
+            return None
+        return self.query(z) * self.hidden**-0.5 if self.score_mode == "bilinear" else self._turned(self.query(z))
+
+    def _scored(self, features, asked, place):
+        """(B, Q, C) scores of features (B, 1, C, h). asked: (B, Q, h). place: ([B,] Q, C, h), of a product 1 for h."""
+        if self.score_mode == "bilinear":
+            wide = torch.promote_types(features.dtype, asked.dtype)
+            scores = asked.to(wide) @ features[:, 0].to(wide).mT
+            return scores if place is None else scores + place[..., 0]
+        hidden = features if place is None else features + place
+        return self.rest(hidden if asked is None else hidden + asked[:, :, None])[..., 0]
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `controller.safetensors` and `controller.json` into a folder."""

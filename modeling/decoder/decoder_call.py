@@ -189,7 +189,9 @@ def cut(x, first):
     if isinstance(x, tuple):
         return tuple(cut(part, first) for part in x)
     if isinstance(x, torch.Tensor):
-        return x[:, first:] if x.ndim == 3 else x[:, :, first:]
+        x = x[:, first:] if x.ndim == 3 else x[:, :, first:]
+        # a product of a view with frozen weights copies them for every row: the head's took ten times the step
+        return x.clone(memory_format=torch.contiguous_format)
     return x
 
 

@@ -123,6 +123,17 @@ def test_output_as_a_tuple_and_probabilities_lose_the_rebuilt_tokens_too():
     assert {x.shape for x in probabilities} == {(1, 4, 1, 7 + 3 + 1)}
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_hidden_states_of_a_step_lie_in_one_piece(model, batch):
+    """A product of a view with frozen weights copies them for every row: in bfloat16 that was most of the step."""
+    cache, ids = made(model), text(batch, 19)
+    with torch.no_grad():
+        model(ids[:, :18], **named(cache))
+        hidden = model.model(ids[:, 18:], **named(cache)).last_hidden_state
+    assert cache.last_rebuilt.shape[1] == 3
+    assert hidden.stride() == torch.empty(hidden.shape).stride()
+
+
 def test_eager_equals_sdpa(model):
     eager = decoder(attn_implementation="eager", dtype=torch.float32)
     ids, sdpa = text(3), decoder(dtype=torch.float32)

@@ -13,7 +13,7 @@ from scrubjay import AdoreCache, AdoreConfig
 from scrubjay.examples import sparse_tune, train_adore_controller
 from scrubjay.examples.benchmarks import benchmark_adore
 from scrubjay.examples.benchmarks.comparison import SIDES
-from scrubjay.examples.learning import adore_training
+from scrubjay.examples.learning import adore_training, sparse_tuning
 from scrubjay.examples.learning.adore_training import smoke_model, windows
 from scrubjay.examples.learning.attention_capture import PER_HEAD, Request, answering, attention_rows
 from scrubjay.examples.learning.importance import agreed, attended, later_share, top, tuning_mask, within_horizon
@@ -162,7 +162,7 @@ def test_the_sparse_loss_of_every_token_is_the_plain_loss(scope):
     model, ids = decoder(), text(2, 30)
     for k, same in ((30, True), (3, False)):
         config = AdoreConfig(base_config=model.config, cache_size=30, label_k=k, mask_scope=scope)
-        gap = abs(sparse_tune.sparse_loss(model, ids, config) - model(ids, labels=ids).loss)
+        gap = abs(sparse_tuning.sparse_loss(model, ids, config) - model(ids, labels=ids).loss)
         assert (gap < 1e-6) == same
 
 
@@ -173,14 +173,14 @@ def test_checkpointing_gives_the_gradients_of_sparse_tuning(scope):
     config = AdoreConfig(base_config=model.config, cache_size=8, label_k=4, mask_scope=scope)
     grads = []
     for _ in range(2):
-        sparse_tune.backward(model, ids, config)
+        sparse_tuning.backward(model, ids, config)
         grads.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["query", "static"])
+@pytest.mark.parametrize("mode", ["query", "bilinear", "static"])
 def test_train_adore_controller_smoke(mode, tmp_path):
     record = train_adore_controller.main(
         ["--smoke", "--score-mode", mode, "--rebuild", "3", "--out", str(tmp_path / "c")]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from scrubjay.examples.data import real_model
 from scrubjay.examples.data.corpus import train_tokenizer
-from scrubjay.examples.studies import real, real_model, real_speed
+from scrubjay.examples.studies import real, real_speed
 from scrubjay.examples.studies.real_policies import POLICIES
 from scrubjay.examples.studies.real_tables import collected, grid, measured, shown, table
 from scrubjay.examples.studies.real_tasks import ASKED, KINDS, RULER, sample, sentences

@@ -22,6 +22,7 @@ CHOOSING = {
 }
 CONTROLLERS = [
     {"score_mode": "query", "controller_pos": "relative"},
+    {"score_mode": "bilinear", "controller_pos": "relative"},
     {"score_mode": "query", "controller_pos": "absolute", "position_mode": "compact"},
     {"score_mode": "distance", "controller_pos": "learned", "controller_mlp_layers": 3},
     {"score_mode": "static", "rebuild": 0, "controller_mlp_layers": 1},
