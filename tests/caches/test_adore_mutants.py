@@ -5,7 +5,7 @@ import torch
 from adore_cases import EXACT, PIECES, decoder, drawn_scores, follows, gap_after_reordering, text
 
 from scrubjay.kernels import release
-from scrubjay.modeling.caches import cache_adore
+from scrubjay.modeling.caches import adore_schedule
 from scrubjay.modeling.caches.adore_history import TokenHistory
 from scrubjay.modeling.caches.adore_layer import AdoreLayer
 from scrubjay.modeling.caches.cache_adore import AdoreCache
@@ -70,7 +70,7 @@ def in_rows(model):
 
 MUTANTS = {
     "wrong RoPE position": (AdoreCache, "enter", rebuilt_at_the_current_position, in_one_run),
-    "non-causal rebuild": (cache_adore, "visibility", rebuilt_sees_later_tokens, in_one_run),
+    "non-causal rebuild": (adore_schedule, "visibility", rebuilt_sees_later_tokens, in_one_run),
     "stale slot": (AdoreLayer, "_stored", not_written, in_one_run),
     "another slot than the table says": (release, "placement", written_one_slot_late, in_one_run),
     "one token too few kept": (release, "survivors", released_too_early, in_one_run),
