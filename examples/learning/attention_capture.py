@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
 from scrubjay.examples.learning.importance import BLOCK, agreed, merged, probabilities, top, tuning_mask
+from scrubjay.modeling.decoder.attending import attending_by
 
 CAPTURE, PER_HEAD = "adore_capture", "adore_per_head"
 
@@ -69,16 +69,12 @@ FUNCTIONS = {CAPTURE: _capturing, PER_HEAD: _per_head}
 @contextmanager
 def answering(model: PreTrainedModel, name: str, request: Request) -> Iterator[Request]:
     """Run `model` with one of the attention functions above, and put its own back."""
-    before = model.config._attn_implementation
-    AttentionInterface.register(name, FUNCTIONS[name])
-    AttentionMaskInterface.register(name, sdpa_mask)
-    model.set_attn_implementation(name)
-    _requests.append(request)
-    try:
-        yield request
-    finally:
-        _requests.pop()
-        model.set_attn_implementation(before)
+    with attending_by(model, name, FUNCTIONS[name]):
+        _requests.append(request)
+        try:
+            yield request
+        finally:
+            _requests.pop()
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ class AdoreSchedule(AttachedCache):
     """The tokens of a text, which of them are cached, released and brought back, and who sees whom.
 
     slots: (B, m) int64 columns of the history, -1 where a slot is free. last_rebuilt: (B, r) int64 columns that the
-    last call brought back, -1 for none. None both before the first call.
+    last call brought back, -1 for none. last_attended: (B, .) int64 columns that it attended, its own among them,
+    likewise. None all before the first call.
     """
 
     settings: AdoreSettings
@@ -30,6 +31,7 @@ class AdoreSchedule(AttachedCache):
         self.history = TokenHistory()
         self.slots = None  # (B, m) columns of the history, -1 where a slot is free
         self.last_rebuilt = None  # (B, r) columns rebuilt by the last call, -1 for none
+        self.last_attended = None
         self._table = None
         self._calls = 0
         self._step = None
@@ -71,6 +73,7 @@ class AdoreSchedule(AttachedCache):
         kept, target = self._admit(columns, is_real, pos, width, rebuilt.shape[1])
         if settings.release_before:
             is_real[:, :width] &= kept
+        self.last_attended = columns.masked_fill(~is_real, -1)
         if seen:
             query_pos = pos[:, width:].clone()
             mask = visibility(query_pos, pos, is_real)

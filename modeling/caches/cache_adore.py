@@ -25,6 +25,7 @@ from scrubjay.configuration.configuration_adore import AdoreSettings, warn_of_fi
 from scrubjay.modeling.caches.adore_history import TokenHistory
 from scrubjay.modeling.caches.adore_layer import AdoreLayer, row_bytes
 from scrubjay.modeling.caches.adore_schedule import AdoreSchedule
+from scrubjay.modeling.caches.calibration import Calibrated, looked_at
 from scrubjay.modeling.caches.saved_tensors import read_tensors, write_tensors
 from scrubjay.modeling.decoder.attached import decoder_of
 from scrubjay.modeling.decoder.controller import Scorer, check_scorer, scorer_for
@@ -41,12 +42,13 @@ from scrubjay.modeling.decoder.decoder_call import (
     shape_of,
     tokens_of,
 )
+from scrubjay.modeling.inputs.cache_argument import named
 from scrubjay.modeling.training.adapters import in_use
 
 SINKS = 4  # of the policy "streaming", where `sinks` says nothing
 
 
-class AdoreCache(AdoreSchedule):
+class AdoreCache(Calibrated, AdoreSchedule):
     """Holds `cache_size` tokens of each row and rebuilds `rebuild` released ones with every step.
 
     Pass it as `cache` (before transformers 5.24 as `past_key_values`) to the model's forward or generate(). It takes
@@ -71,6 +73,8 @@ class AdoreCache(AdoreSchedule):
     """
 
     row_bytes = staticmethod(row_bytes)
+    size, searched = "cache_size", ("cache_size", "rebuild")
+    stride_found = None  # no step attends all tokens
     scorer: Any  # of a pickle that is not yet attached, the name of its kind
 
     def __init__(
@@ -198,6 +202,47 @@ class AdoreCache(AdoreSchedule):
                 raise
             finally:
                 self._ahead = False
+
+    def best_first(self):
+        """See `Calibrated`."""
+        return "rebuild", (16, 8, 4, 0) if self.scorer.moving else (0,)
+
+    def refuses(self, settings):
+        """See `Calibrated`."""
+        try:
+            dataclasses.replace(self.settings, **settings)
+        except ValueError as error:
+            return error
+        return None
+
+    def read(self, prompt):
+        """See `Calibrated`."""
+
+    def begun(self, settings, read, prompt):
+        """See `Calibrated`."""
+        cache = type(self)(self._model(), dataclasses.replace(self.settings, **settings), controller=self.scorer)
+        self._model()(prompt, **named(cache), logits_to_keep=1)
+        return cache
+
+    def looked(self, prompt, rest, read):
+        """See `Calibrated`."""
+        return looked_at(self._model(), torch.cat([prompt, rest], 1), prompt.shape[1])
+
+    def attended(self):
+        """See `Calibrated`."""
+        return [self.last_attended[:, None]] * len(self.layers)
+
+    def reads(self, columns):
+        """See `Calibrated`."""
+        return min(columns, self.settings.cache_size + self.settings.rebuild + 1)
+
+    def adopt(self, settings):
+        """See `Calibrated`."""
+        self._build(dataclasses.replace(self.settings, **settings), self.scorer, len(self.layers))
+        config = getattr(self._model(), "config", None)
+        if hasattr(config, "settings"):  # an Adore model's
+            for name, value in settings.items():
+                setattr(config, name, value)
 
     @property
     def batch_size(self) -> int:

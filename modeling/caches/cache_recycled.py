@@ -16,7 +16,7 @@ from torch import nn
 
 from scrubjay.configuration.configuration_recycled import HOLDING, RecycledConfig
 from scrubjay.configuration.configuration_wrapped import WrappedConfig
-from scrubjay.modeling.caches.calibration import Calibrated
+from scrubjay.modeling.caches.calibration import Calibrated, share_of
 from scrubjay.modeling.caches.choosing_layer import LowRankLayer, QuestLayer
 from scrubjay.modeling.caches.evicting_layer import EvictingLayer
 from scrubjay.modeling.caches.holding_layer import HoldingLayer
@@ -220,9 +220,16 @@ class RecycledCache(Calibrated, AttachedCache):
         self._model()(prompt, **named(cache), logits_to_keep=1)
         return cache
 
-    def beside(self, prompt, read):
+    def looked(self, prompt, rest, read):
         """See `Calibrated`."""
-        return read.fork(policy="full")
+        with read.fork(policy="full") as full:
+            logits = self._model()(rest, **named(full)).logits
+        return logits, full.look
+
+    def look(self, layer, columns):
+        """(B, G, columns): see `Calibrated.looked`; one of the last 64 columns, under a policy that holds all keys."""
+        held = self.layers[layer]
+        return share_of(held.query_of(columns), held.full_keys[:, :, :columns], held.scaling)
 
     def attended(self):
         """See `Calibrated`."""

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from scrubjay.kernels.recycle import scores_of
-from scrubjay.modeling.caches.kept_keys import TAIL
+from scrubjay.modeling.decoder.attached import decoder_of
+from scrubjay.modeling.decoder.attending import attending_by
 from scrubjay.modeling.inputs.cache_argument import named
 
-DECODED = TAIL  # tokens at the end of each row that are given one at a time: full attention's queries are remembered
+DECODED = 64  # tokens at the end of each row that are given one at a time: as many queries as caches remember
 EVERY = 8  # steps from one at which the attention mass is taken to the next
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of a row's tokens, candidates for the number of keys
 LEAST = 4 * DECODED  # tokens of a row
@@ -82,9 +83,11 @@ class Calibrated:
     """A cache with `calibrate`. It gives
 
     size: the setting that is the number of keys. best_first(): the other setting and its candidates. refuses(settings):
-    why these cannot be, or None. read(prompt): what a prompt (B, n) leaves for all candidates. begun(settings, read,
-    prompt): a cache that has read it. beside(prompt): full attention that has read it. attended(): columns that each
-    layer read at the last step, (B, G or 1, M), -1: none; None: all. reads(n): keys a step, of n. adopt(settings).
+    why these cannot be, or None. read(prompt): a cache of the prompt (B, n) for all candidates, or None.
+    begun(settings, read, prompt): a cache that has read it. looked(prompt, rest, read): full attention's logits of the
+    rest, and a function of a layer and a number of columns that gives the probabilities (B, G, columns) of the last
+    one's query, mean over the heads that share a key. attended(): columns that each layer read at the last step, (B, G or 1, M), -1:
+    none; None: all. reads(n): keys a step, of n. stride_found: see `Calibration`. adopt(settings): make them its own.
     """
 
     size: str
@@ -185,15 +188,13 @@ class Bench:
 
     def __enter__(self):
         self.read = self.cache.read(self.prompt)
-        self.reference = self.cache.beside(self.prompt, self.read)
-        logits = self.model(self.rest, **named(self.reference)).logits[:, :-1]
-        self.full = self.mean(self.losses(logits))
+        logits, self.look = self.cache.looked(self.prompt, self.rest, self.read)
+        self.full = self.mean(self.losses(logits[:, :-1]))
         return self
 
     def __exit__(self, *error):
-        for cache in (self.reference, self.read):
-            if cache is not None:
-                cache.close()
+        if self.read is not None:
+            self.read.close()
 
     def losses(self, logits, first=0):
         """(B, q) of logits (B, q, V) after the rest's columns from `first` on."""
@@ -213,7 +214,7 @@ class Bench:
                 logits = self.model(self.rest[:, t : t + 1], **named(cache)).logits
                 losses.append(self.losses(logits, t))
                 if look and t % EVERY == 0:
-                    looked.append(list(_mass(self.reference, cache.attended(), self.prompt.shape[1] + t + 1)))
+                    looked.append(list(_mass(self.look, cache.attended(), self.prompt.shape[1] + t + 1)))
             keys = cache.reads(self.ids.shape[1] - DECODED // 2)
             if look:
                 self.mass, self.stride = [fmean(layer) for layer in zip(*looked, strict=True)], cache.stride_found
@@ -256,18 +257,38 @@ class Bench:
         return found
 
 
-def _mass(reference, attended, columns) -> Iterator[float]:
-    """Of each layer: full attention's probability of the query of the last of `columns` that falls on what another
-    cache attended."""
-    for layer, index in zip(reference.layers, attended, strict=True):
+def _mass(look, attended, columns) -> Iterator[float]:
+    """Of each layer: full attention's probability of the query of the last of `columns` that falls on what a cache
+    attended."""
+    for layer, index in enumerate(attended):
         if index is None:
             yield 1.0
             continue
-        keys = layer.full_keys[:, :, :columns]
-        logp = scores_of(layer.query_of(columns), keys, layer.scaling)
-        share = logp.exp().unflatten(1, (keys.shape[1], -1)).mean(2)
-        there, index = index >= 0, index.clamp(min=0).expand(-1, keys.shape[1], -1)
-        yield (share.gather(2, index) * there).sum(2).mean().item()
+        share = look(layer, columns)
+        index = index.expand(-1, share.shape[1], -1)
+        yield (share.gather(2, index.clamp(min=0)) * (index >= 0)).sum(2).mean().item()
+
+
+def share_of(query, keys, scaling) -> torch.Tensor:
+    """(B, G, n) probabilities of a query (B, H, P) over keys (B, G, n, P), mean over the heads that share a key."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = query.unflatten(1, (keys.shape[1], -1)).to(wide) @ keys.to(wide).mT * scaling
+    return scores.softmax(-1).mean(2)
+
+
+def looked_at(model, ids, start: int):
+    """`Calibrated.looked` of ids (B, T) by a pass of the model itself, the rest from column `start` on."""
+    shares: dict[tuple[int, int], torch.Tensor] = {}
+    asked = range(start + 1, ids.shape[1], EVERY)
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        for columns in asked:
+            shares[module.layer_idx, columns] = share_of(query[:, :, columns - 1], key[:, :, :columns], scaling)
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+
+    with attending_by(decoder_of(model), "scrubjay_looking", attend):
+        logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - start).logits
+    return logits, lambda layer, columns: shares[layer, columns]
 
 
 def _rows(text, tokenizer, labels, length, rows, model):

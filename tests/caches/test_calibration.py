@@ -5,10 +5,19 @@ import torch
 import torch.nn.functional as F
 from recycled_cases import assert_close, decoder
 
-from scrubjay import RecycledCache, RecycledConfig, RecycledForCausalLM
+from scrubjay import (
+    AdoreCache,
+    AdoreConfig,
+    AdoreForCausalLM,
+    RecycledCache,
+    RecycledConfig,
+    RecycledForCausalLM,
+)
 from scrubjay.modeling.caches import calibration
 from scrubjay.modeling.caches.calibration import DECODED, EVERY, Bench
+from scrubjay.modeling.caches.kept_keys import TAIL
 from scrubjay.modeling.decoder.attached import Hooks
+from scrubjay.modeling.decoder.controller import Controller
 from scrubjay.modeling.inputs.cache_argument import named
 
 ROWS, COLUMNS = 8, 4 * DECODED
@@ -243,3 +252,79 @@ def test_refused_for_a_text_without_tokenizer_a_cache_in_use_and_full_attention(
             cache.calibrate(text)
     with RecycledCache(model, policy="full") as cache, pytest.raises(ValueError, match="nothing to calibrate"):
         cache.calibrate(text)
+
+
+def adore(model, **settings):
+    """A cache whose controller is untrained."""
+    torch.manual_seed(0)
+    controller = Controller(32, 16, score_mode="bilinear").double()
+    return AdoreCache(model, controller=controller, recent=2, **settings)
+
+
+def test_adore_finds_what_it_holds_and_rebuilds(model, text):
+    with adore(model) as cache:
+        found = cache.calibrate(text, PROMISE, cache_size=[40, 80, 160])
+        passing = [trial for trial in found.trials if trial.loss + trial.error <= PROMISE]
+        assert found.found.keys == min(trial.keys for trial in passing)
+        size, rebuilt = found.settings["cache_size"], found.settings["rebuild"]
+        assert found.found.keys == size + rebuilt + 1
+        assert (cache.settings.cache_size, cache.settings.rebuild, cache.settings.recent) == (size, rebuilt, 2)
+        assert cache.layers[0].size == size
+        assert found.stride is None
+        assert {trial.settings["rebuild"] for trial in found.trials} == {16, 8, 4, 0}
+        model.generate(text[:, :200], **named(cache), max_new_tokens=3)
+    with adore(model, cache_size=size, rebuild=rebuilt) as cache, torch.no_grad():
+        start, losses = COLUMNS - DECODED, []
+        rows = text[1::2]
+        full = F.cross_entropy(model(rows).logits[:, start:-1].mT, rows[:, start + 1 :], reduction="none")
+        model(rows[:, :start], **named(cache))
+        for t in range(start, COLUMNS - 1):
+            logits = model(rows[:, t : t + 1], **named(cache)).logits[:, -1]
+            losses.append(F.cross_entropy(logits, rows[:, t + 1], reduction="none"))
+    assert found.held_out.loss == pytest.approx((torch.stack(losses, 1) - full).mean().item(), abs=1e-9)
+
+
+def test_adores_mass_is_that_of_full_attention_on_what_it_attends(model, text):
+    last = COLUMNS - DECODED + (DECODED - 2) // EVERY * EVERY
+    with adore(model, cache_size=30, rebuild=3) as cache, torch.no_grad():
+        model(text[:, : COLUMNS - DECODED], **named(cache))
+        for t in range(COLUMNS - DECODED, last + 1):
+            slots = cache.slots
+            model(text[:, t : t + 1], **named(cache))
+        attended = torch.cat([slots, cache.last_rebuilt, torch.full((ROWS, 1), last)], 1)
+        model.set_attn_implementation("eager")
+        attentions = model(text[:, : last + 1], output_attentions=True).attentions
+        model.set_attn_implementation("sdpa")
+        found = list(calibration._mass(looked(model, text), cache.attended(), last + 1))
+    for full, mass in zip(attentions, found, strict=True):
+        wanted = full[:, :, -1].gather(2, attended[:, None].expand(-1, 4, -1)).sum(2).mean()
+        assert_close(torch.tensor(mass).double(), wanted, bound=1e-6)  # transformers' softmax is float32's
+
+
+def looked(model, text):
+    """What full attention looks at, found by a pass of the model, which is the same as from a cache of all keys."""
+    logits, by_pass = calibration.looked_at(model, text, COLUMNS - DECODED)
+    with RecycledCache(model, policy="full") as cache:
+        model(text, **named(cache))
+        for columns in range(COLUMNS - DECODED + 1, COLUMNS, EVERY):
+            for layer in range(2):
+                assert_close(by_pass(layer, columns), cache.look(layer, columns))
+    assert_close(logits, model(text).logits[:, -DECODED:])
+    assert model.config._attn_implementation == "sdpa"
+    return by_pass
+
+
+def test_an_adore_models_configuration_keeps_the_answer(tmp_path, text):
+    base = decoder(initializer_range=0.4)
+    config = AdoreConfig(base_config=base.config, controller_hidden=16, recent=2)
+    model = AdoreForCausalLM(config).double().eval()
+    with AdoreCache(model) as cache:
+        found = cache.calibrate(text, 5.0, rebuild=[3], cache_size=[50, 100])
+    model.save_pretrained(tmp_path)
+    again = AdoreConfig.from_pretrained(tmp_path)
+    assert found.settings == {"rebuild": again.rebuild, "cache_size": again.cache_size}
+    assert again.rebuild == 3
+
+
+def test_the_tokens_that_are_given_are_no_more_than_caches_remember_queries_of():
+    assert DECODED <= TAIL
