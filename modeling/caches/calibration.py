@@ -86,8 +86,9 @@ class Calibrated:
     why these cannot be, or None. read(prompt): a cache of the prompt (B, n) for all candidates, or None.
     begun(settings, read, prompt): a cache that has read it. looked(prompt, rest, read): full attention's logits of the
     rest, and a function of a layer and a number of columns that gives the probabilities (B, G, columns) of the last
-    one's query, mean over the heads that share a key. attended(): columns that each layer read at the last step, (B, G or 1, M), -1:
-    none; None: all. reads(n): keys a step, of n. stride_found: see `Calibration`. adopt(settings): make them its own.
+    one's query, mean over the heads that share a key. attended(): columns that each layer read at the last step,
+    (B, G or 1, M), -1: none; None: all. reads(n): keys a step, of n. stride_found: see `Calibration`. adopt(settings):
+    make them its own.
     """
 
     size: str
