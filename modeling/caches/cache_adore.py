@@ -272,7 +272,7 @@ class AdoreCache(AdoreSchedule):
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
             if layer.host is not None:
-                tensors[f"{i}.host"] = layer.host.tensor()
+                tensors[f"{i}.rows"] = layer.host.tensor()
         about: dict = {"settings": dataclasses.asdict(self.settings), "scorer": type(self.scorer).__name__}
         about |= {"seen": self.get_seq_length(), "calls": self._calls, "num_layers": len(self.layers)}
         write_tensors(path, tensors, type(self), about)
@@ -287,7 +287,7 @@ class AdoreCache(AdoreSchedule):
         decoder: Any = decoder_of(model)
         tensors, about = read_tensors(path, cls)
         device = device_of(decoder)
-        tensors = {name: x if name.endswith(".host") else x.to(device) for name, x in tensors.items()}
+        tensors = {name: x if name.endswith(".rows") else x.to(device) for name, x in tensors.items()}
         cache = cls(model, AdoreSettings(**about["settings"]), controller=controller)
         check_sizes(path, [about["num_layers"], tensors["0.keys"].shape[1], tensors["0.keys"].shape[3]], decoder)
         check_scorer(path, about["scorer"], cache.scorer)
@@ -300,6 +300,6 @@ class AdoreCache(AdoreSchedule):
         for i, layer in enumerate(cache.layers):
             layer.lazy_initialization(tensors[f"{i}.keys"], tensors[f"{i}.values"])
             if layer.host is not None:
-                layer.host = HostRows(tensors[f"{i}.host"])
+                layer.host = HostRows(tensors[f"{i}.rows"])
             layer.keys, layer.values, layer.seen = tensors[f"{i}.keys"], tensors[f"{i}.values"], about["seen"]
         return cache

@@ -98,7 +98,7 @@ class HostRows:
             self._written = None
 
     def _allocated(self, count, like):
-        return torch.empty(count, *like.shape[1:], dtype=like.dtype, pin_memory=self.pinned)
+        return torch.empty(count, *like.shape[1:], dtype=like.dtype, device="cpu", pin_memory=self.pinned)
 
     def _with_room(self, held, end):
         """`held` if it has room for `end` rows, or a copy that is larger by half."""

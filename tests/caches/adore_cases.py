@@ -28,6 +28,7 @@ VOCAB = 97
 EXACT = 5e-12
 PIECES = [18] + [1] * 20
 SMALL = dict(cache_size=7, rebuild=3)
+HOST = SMALL | {"rebuild_from": "host"}
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -87,6 +88,11 @@ def drawn_scores(length=64, seed=5):
 def made(model, **settings):
     """A cache with these scores, small enough to release."""
     return AdoreCache(model, controller=drawn_scores(), **SMALL | settings)
+
+
+def on_host(model, **settings):
+    """The same, its released tokens on the host."""
+    return made(model, **HOST | settings)
 
 
 @dataclass
