@@ -11,6 +11,7 @@ from scrubjay.configuration.configuration_wrapped import WrappedConfig
 CHOICES = {
     "score_mode": ("query", "bilinear", "distance", "static"),
     "controller_pos": ("relative", "absolute", "learned"),
+    "rebuild_from": ("model", "host"),
     "rebuild_commit": ("discard", "swap"),
     "rebuild_mask": ("causal", "full"),
     "position_mode": ("original", "compact"),
@@ -32,25 +33,20 @@ def check_choices(values: dict) -> None:
             raise ValueError(f"{name} must be one of {allowed}; got {values[name]!r}.")
 
 
-def warn_of_fixed_order(what: str, cache_size: int, rebuild: int) -> None:
-    """Say, once, that rebuilding with scores whose order never changes attends what a larger cache attends."""
-    logger.warning_once(
-        f"The scores of {what} never change their order, so {cache_size} cached and {rebuild} rebuilt tokens are the "
-        f"tokens that a cache of {cache_size + rebuild} attends without rebuilding, at the price of {rebuild} tokens "
-        f"more in every step. Use cache_size={cache_size + rebuild}, rebuild=0, or scores that follow the query."
-    )
-
-
 @dataclass(frozen=True)
 class AdoreSettings:
     """What an `AdoreCache` does. Values outside the rules raise ValueError with value and rule.
 
     Args:
         cache_size: m, tokens whose keys and values are held, in every layer and head the same. 192: a worked example's.
-        rebuild: R, released tokens that run through the model again with each step. 8: the same example's.
+        rebuild: R, released tokens that come back for each step. 8: the same example's.
+        rebuild_from: they run through the "model" again with the step, or their keys and values, as they were when the
+            token came, are brought from the "host"'s memory, where those of every token are kept: the model then runs
+            on the new tokens alone, and what is brought back is exact. Costs one synchronisation with the device a
+            step. `rebuild_mask` and `store` speak of "model" alone.
         recent: newest tokens that are never released. The method names the newest one alone.
         sinks: first tokens that are never released. 0 in the method; 4 spares a model whose controller is untrained.
-        rebuild_commit: "discard" what was rebuilt after the step, or "swap": it competes for the cache with the others.
+        rebuild_commit: "discard" what came back after the step, or "swap": it competes for the cache with the others.
         rebuild_mask: a rebuilt token sees what came before it ("causal"), or all that is cached ("full", an ablation:
             its keys then depend on later tokens).
         rebuild_every: steps from one rebuilding to the next. 1: every step.
@@ -66,6 +62,7 @@ class AdoreSettings:
 
     cache_size: int = 192
     rebuild: int = 8
+    rebuild_from: str = "model"
     recent: int = 1
     sinks: int = 0
     rebuild_commit: str = "discard"
@@ -90,6 +87,34 @@ class AdoreSettings:
             raise ValueError(
                 f"cache_size >= sinks + recent >= 1 is needed; got {self.cache_size}, {self.sinks} and {self.recent}."
             )
+        if self.rebuild_from == "host":
+            self._check_host()
+
+    def _check_host(self):
+        """Refuse what speaks of tokens that run through the model again."""
+        for name, why in (
+            ("rebuild_mask", "no token runs through the model again, so there is none to see later ones"),
+            ("store", "keys and values of released tokens are kept, so nothing is to run again"),
+        ):
+            value, needed = getattr(self, name), getattr(type(self), name)
+            if value != needed:
+                raise ValueError(
+                    f"{name}={value!r} means nothing with rebuild_from='host': {why}. Leave {name} at "
+                    f"{needed!r}, or use rebuild_from='model'."
+                )
+
+
+def warn_of_fixed_order(what: str, settings: AdoreSettings) -> None:
+    """Say, once, that rebuilding with scores whose order never changes attends what a larger cache attends."""
+    size, count = settings.cache_size, settings.rebuild
+    price = f"{count} tokens more in every step"
+    if settings.rebuild_from == "host":
+        price = f"bringing {count} tokens from the host in every step"
+    logger.warning_once(
+        f"The scores of {what} never change their order, so {size} cached and {count} rebuilt tokens are the tokens "
+        f"that a cache of {size + count} attends without rebuilding, at the price of {price}. Use "
+        f"cache_size={size + count}, rebuild=0, or scores that follow the query."
+    )
 
 
 @strict
@@ -97,9 +122,9 @@ class AdoreConfig(WrappedConfig):
     r"""A decoder that holds a constant number of tokens and rebuilds released ones that matter again
     (ADORE, adaptive token release, arXiv:2407.02328).
 
-    `cache_size`, `rebuild`, `recent`, `sinks`, `rebuild_commit`, `rebuild_mask`, `rebuild_every`, `rebuild_gate`,
-    `release_before`, `position_mode`, `prefill`, `store` are those of `AdoreSettings`. The paper gives no sizes of its
-    controller and no code; defaults of the fields below are ours where nothing else is said.
+    `cache_size`, `rebuild`, `rebuild_from`, `recent`, `sinks`, `rebuild_commit`, `rebuild_mask`, `rebuild_every`,
+    `rebuild_gate`, `release_before`, `position_mode`, `prefill`, `store` are those of `AdoreSettings`. The paper gives
+    no sizes of its controller and no code; defaults of the fields below are ours where nothing else is said.
 
     Args:
         base_config: the decoder, see `WrappedConfig`.
@@ -129,6 +154,7 @@ class AdoreConfig(WrappedConfig):
         "open": {
             "cache_size": "tokens held; 192 is a worked example's",
             "rebuild": "tokens rebuilt a step; 8 is the same example's",
+            "rebuild_from": "whether rebuilt tokens run through the model again or come from host memory",
             "score_mode": "what a score follows; with the published formula its order is fixed and rebuilding gains "
             "nothing",
             "controller_hidden": "width of the controller",
@@ -151,6 +177,7 @@ class AdoreConfig(WrappedConfig):
 
     cache_size: int = AdoreSettings.cache_size
     rebuild: int = AdoreSettings.rebuild
+    rebuild_from: str = AdoreSettings.rebuild_from
     recent: int = AdoreSettings.recent
     sinks: int = AdoreSettings.sinks
     score_mode: str = "query"
@@ -218,7 +245,7 @@ class AdoreConfig(WrappedConfig):
                 f"label_layers must be layer indices from 0 to {layers - 1}; got {list(self.label_layers)}."
             )
         if self.score_mode == "static" and self.rebuild > 0:
-            warn_of_fixed_order("score_mode 'static'", self.cache_size, self.rebuild)
+            warn_of_fixed_order("score_mode 'static'", self.settings)
 
 
 __all__ = ["AdoreConfig"]

@@ -39,6 +39,7 @@ class Sizes:
     context: int = 8192
     cache_size: int = 192
     rebuild: int = 8
+    rebuild_from: str = "model"
     batch: int = 8
     most: int = 64  # rows at most in equal memory
     steps: int = 4  # of one pass
@@ -47,28 +48,33 @@ class Sizes:
 
 
 LARGE, OTHERS = Sizes(), (Sizes(dtype="float32"), Sizes("160M", 768, 3072, 12, 12))
-SMALL = Sizes("tiny", 32, 48, 2, 4, 97, 40, 8, 3, 2, most=4, steps=2, dtype="float32")
+SMALL = Sizes("tiny", 32, 48, 2, 4, 97, 40, 8, 3, batch=2, most=4, steps=2, dtype="float32")
+
+
+def decoder(sizes: Sizes) -> LlamaForCausalLM:
+    """A random model; every query head has a key head of its own. The same for all caches of one shape."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    room = sizes.context + sizes.steps * sizes.passes
+    shape = {name: getattr(sizes, name) for name in names} | {"max_position_embeddings": room}
+    return random_llama(sizes.dtype, **shape)
 
 
 @lru_cache(maxsize=1)
-def decoder(sizes: Sizes) -> LlamaForCausalLM:
-    """A random model; every query head has a key head of its own."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    shape = {name: getattr(sizes, name) for name in names}
-    room = sizes.context + sizes.steps * sizes.passes
+def random_llama(dtype: str, **shape: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(**shape, max_position_embeddings=room, attn_implementation="sdpa")
-    return LlamaForCausalLM(config).to(getattr(torch, sizes.dtype)).eval()
+    config = LlamaConfig(**shape, attn_implementation="sdpa")
+    return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
 
 
 @torch.no_grad()
 def full_cache(sizes: Sizes) -> StaticCache:
     """Keys and values of the whole text, allocated once and random, which costs its steps the same."""
     config, generator = decoder(sizes).config, torch.Generator().manual_seed(0)
+    like = decoder(sizes).lm_head.weight
     cache = StaticCache(config=config, max_cache_len=config.max_position_embeddings)
     shape = (sizes.batch, config.num_key_value_heads, sizes.context, config.head_dim)
     for layer in range(config.num_hidden_layers):
-        keys, values = (torch.randn(shape, generator=generator).to(decoder(sizes).dtype) for _ in "kv")
+        keys, values = (torch.randn(shape, generator=generator).to(like) for _ in "kv")
         cache.update(keys, values, layer)
     return cache
 
@@ -87,17 +93,18 @@ def has_read(sizes: Sizes) -> AdoreCache:
     """A cache after n tokens."""
     model = decoder(sizes)
     torch.manual_seed(0)
-    controller = Controller(model.config.hidden_size).eval()
-    settings = {"cache_size": sizes.cache_size, "rebuild": sizes.rebuild, "prefill": "chunked"}
-    cache = AdoreCache(model, controller=controller, **settings)
-    for piece in torch.randint(sizes.vocab_size, (1, sizes.context)).split(PIECE, 1):
+    controller = Controller(model.config.hidden_size).to(model.device).eval()
+    settings = {"cache_size": sizes.cache_size, "rebuild": sizes.rebuild, "rebuild_from": sizes.rebuild_from}
+    cache = AdoreCache(model, controller=controller, prefill="chunked", **settings)
+    for piece in torch.randint(sizes.vocab_size, (1, sizes.context)).to(model.device).split(PIECE, 1):
         model(piece, **named(cache), logits_to_keep=1)
     return cache
 
 
 def steps(sizes: Sizes, cache, batch: int) -> Callable[[], int]:
     """Greedy steps of all rows; returns the number of tokens."""
-    model, token = decoder(sizes), torch.arange(batch)[:, None]
+    model = decoder(sizes)
+    token = torch.arange(batch, device=model.device)[:, None]
 
     @torch.no_grad()
     def run() -> int:

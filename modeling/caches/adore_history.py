@@ -8,13 +8,14 @@ import torch
 from scrubjay.modeling.caches.buffers import writable
 
 CHUNK = 256  # columns by which the tables grow, so that a step copies nothing
-TABLES = ("ids", "embeds", "positions", "real", "features")
+TABLES = ("ids", "embeds", "host", "positions", "real", "features")
 
 
 class TokenHistory:
     """Tables of the batch's tokens, batch first, grown in pieces of `CHUNK` columns.
 
-    ids: (B, T) int32, or embeds: (B, T, D) where embeddings were given. positions: (B, T) int32, real tokens before
+    ids: (B, T) int32, or embeds: (B, T, D) where embeddings were given, or host: (B, T) int32, the number of its row in
+    `HostRows`; none where nothing is brought back. positions: (B, T) int32, real tokens before
     each. real: (B, T) bool. features: (B, T, F). counts: (B,) int64, real tokens. state: (B, S) of the scorer.
     """
 
@@ -80,6 +81,13 @@ class TokenHistory:
         """Hold embeddings in place of ids from now on."""
         if "ids" in self.tables:
             self.tables["embeds"] = embedding(self.tables.pop("ids").long()).detach()
+
+    def renumber(self) -> torch.Tensor:
+        """Number the rows on the host anew, a batch row's tokens one after another; returns the old (B * T,) there."""
+        old = self["host"].flatten().cpu().long()
+        self.tables["host"] = writable(self.tables["host"])
+        self.tables["host"][:, : self.length] = torch.arange(len(old)).view(-1, self.length)
+        return old
 
     def map(self, change) -> None:
         """Apply a change of rows to every table."""

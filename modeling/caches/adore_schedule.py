@@ -37,6 +37,11 @@ class AdoreSchedule(AttachedCache):
         self._step = None
         self._failed = False
 
+    @property
+    def from_host(self) -> bool:
+        """Whether released tokens come back from host memory."""
+        return self.layers[0].host is not None
+
     def _append(self, decoder, kwargs, real):
         """Enter the new columns into the history."""
         history, embedding = self.history, decoder.get_input_embeddings()
@@ -48,7 +53,10 @@ class AdoreSchedule(AttachedCache):
         positions = history.locate(real)
         features, state = self.scorer.read(embeds, positions, real, history.state if history.rows else None)
         columns = {"positions": positions.int(), "real": real, "features": features}
-        if self.settings.rebuild:
+        if self.from_host:
+            first = self.layers[0].host.length
+            columns["host"] = torch.arange(first, first + real.numel(), device=real.device).view_as(real).int()
+        elif self.settings.rebuild:
             columns |= {"ids": kwargs["input_ids"].int()} if as_ids else {"embeds": embeds.detach()}
         self._failed = True  # until the call has ended well
         history.append(columns, state)
@@ -56,7 +64,7 @@ class AdoreSchedule(AttachedCache):
             self._table = self.scorer.table(history.capacity, embeds)
 
     def _plan(self, decoder, kwargs):
-        """Decide the call: set the step, the slots, positions and mask; returns the columns rebuilt, (B, r)."""
+        """Decide the call: set the step, the slots, positions and mask; returns the columns brought back, (B, r)."""
         settings, history = self.settings, self.history
         new = tokens_of(kwargs).shape[1]
         seen = history.length - new
@@ -74,17 +82,19 @@ class AdoreSchedule(AttachedCache):
         if settings.release_before:
             is_real[:, :width] &= kept
         self.last_attended = columns.masked_fill(~is_real, -1)
+        first = width + rebuilt.shape[1] if self.from_host else width  # of what runs through the model
         if seen:
-            query_pos = pos[:, width:].clone()
-            mask = visibility(query_pos, pos, is_real)
+            mask = visibility(pos[:, first:].clone(), pos, is_real)
             if settings.rebuild_mask == "full":
                 mask[:, : rebuilt.shape[1]] |= is_real[:, None]
             kwargs["attention_mask"] = as_attention_takes_it(mask, decoder)
-        self._step = Step(rebuilt.shape[1], new, width, target)
+        self._step = Step(width + rebuilt.shape[1] - first, new, width, target)
+        if first > width:
+            self._step.back = history["host"].gather(1, rebuilt).cpu().long()
         if settings.position_mode == "compact":
             pos = compacted(pos, is_real)
-            self._turn(decoder, pos, width)
-        kwargs["position_ids"] = pos[:, width:]
+            self._turn(decoder, pos, first)
+        kwargs["position_ids"] = pos[:, first:]
         return rebuilt
 
     def _rebuilt(self, seen):
@@ -134,16 +144,16 @@ class AdoreSchedule(AttachedCache):
         )  # fmt: skip
         return kept, target
 
-    def _turn(self, decoder, pos, width):
-        """Give the step the rotations of compact positions (B, w + r + q)."""
+    def _turn(self, decoder, pos, first):
+        """Give the step the rotations of compact positions (B, w + r + q), of which those from `first` on run."""
         like = torch.empty(0, dtype=decoder.dtype, device=pos.device)
         cos, sin = decoder.rotary_emb(like, pos)
-        self._step.held = (cos[:, :width], sin[:, :width]) if width else None
-        self._step.own = (cos[:, width:], sin[:, width:])
+        self._step.held = (cos[:, :first], sin[:, :first]) if first else None
+        self._step.own = (cos[:, first:], sin[:, first:])
 
     def _inputs(self, decoder, kwargs, rebuilt):
         """The model's inputs with the rebuilt tokens in front."""
-        if rebuilt.shape[1] == 0:
+        if self._step.rebuilt == 0:
             return {}
         history = self.history
         if "ids" in history.tables:

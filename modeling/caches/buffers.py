@@ -17,7 +17,7 @@ def roomy(x: torch.Tensor, *new: torch.Tensor) -> torch.Tensor:
     return x.to(dtype)
 
 
-def appended(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """(B, K, S, P) and (B, K, T, P) -> (B, K, S + T, P). Autocast's own `cat` takes two dtypes at most."""
-    held = roomy(held, new)
-    return torch.cat([held, new.to(held.dtype)], 2)
+def appended(held: torch.Tensor, *new: torch.Tensor) -> torch.Tensor:
+    """(B, K, S, P) and (B, K, T, P), ... -> (B, K, S + T + ..., P). Autocast's own `cat` takes two dtypes at most."""
+    held = roomy(held, *new)
+    return torch.cat([held, *(x.to(held.dtype) for x in new)], 2)

@@ -6,6 +6,8 @@ One call with q new tokens a row, as the cache sees it:
     3. the R best released tokens are put in front of the new ones, so that one pass gives all of them keys and values
     4. each layer attends [slots | rebuilt | new] and stores the tokens that stay, at the slots that became free
     5. the hidden states of the rebuilt tokens are cut off
+With rebuild_from="host" the keys and values of the R tokens come from host memory instead, as they were when the token
+came. The model runs on the new tokens alone; each layer attends [slots | brought back | new].
 The first call of a text is the decoder's own causal pass; of its keys and values m a row are stored.
 
 Of the published formula: the cache is attended before it releases (m + R + 1 keys), rebuilt keys are dropped after the
@@ -26,6 +28,7 @@ from scrubjay.modeling.caches.adore_history import TokenHistory
 from scrubjay.modeling.caches.adore_layer import AdoreLayer, row_bytes
 from scrubjay.modeling.caches.adore_schedule import AdoreSchedule
 from scrubjay.modeling.caches.calibration import Calibrated, looked_at
+from scrubjay.modeling.caches.host_rows import HostRows
 from scrubjay.modeling.caches.saved_tensors import read_tensors, write_tensors
 from scrubjay.modeling.decoder.attached import decoder_of
 from scrubjay.modeling.decoder.controller import Scorer, check_scorer, scorer_for
@@ -59,7 +62,9 @@ class AdoreCache(Calibrated, AdoreSchedule):
 
     Bytes: layers * B * H * (m + 1) * (P_keys + P_values) * itemsize of keys and values, whatever the number of tokens;
     and for each token, released or not, 4 (its id) + 4 + 1 + the features of its scorer (`controller_hidden` *
-    itemsize; 4 for static scores, none for a policy), allocated in pieces of 256.
+    itemsize; 4 for static scores, none for a policy), allocated in pieces of 256. With rebuild_from="host" also, on the
+    host, layers * H * (P_keys + P_values) * itemsize for each token, and room for half as many more; pinned where the
+    model is on CUDA. `nbytes` is all of it, `nbytes_by_place` says what is where.
 
     Args:
         model: a Llama, Qwen2, Qwen3 or Mistral model of transformers, with or without head, or an Adore model.
@@ -100,7 +105,7 @@ class AdoreCache(Calibrated, AdoreSchedule):
         self._build(settings, scorer_for(controller, decoder), decoder.config.num_hidden_layers)
         self.attach(model)
         if settings.rebuild and not self.scorer.moving:
-            warn_of_fixed_order(type(self.scorer).__name__, settings.cache_size, settings.rebuild)
+            warn_of_fixed_order(type(self.scorer).__name__, settings)
 
     def attach(self, model: nn.Module, controller: Scorer | None = None) -> None:
         """Take part in the calls of `model` that are given this cache: the model that it was made for, or its equal.
@@ -121,8 +126,9 @@ class AdoreCache(Calibrated, AdoreSchedule):
         super().attach(model)
 
     def _build(self, settings, scorer, num_layers):
-        super().__init__(layers=[AdoreLayer(settings.cache_size) for _ in range(num_layers)])
         self.settings, self.scorer = settings, scorer
+        host = settings.rebuild_from == "host" and settings.rebuild > 0
+        super().__init__(layers=[AdoreLayer(settings.cache_size, host) for _ in range(num_layers)])
         self._clear()
 
     def _clear(self):
@@ -156,6 +162,7 @@ class AdoreCache(Calibrated, AdoreSchedule):
             self._append(decoder, kwargs, real)
             rebuilt = self._plan(decoder, kwargs)
         kwargs |= self._inputs(decoder, kwargs, rebuilt)
+        self._fetch(0)
         self._pieces = pieces
         return kwargs
 
@@ -173,7 +180,15 @@ class AdoreCache(Calibrated, AdoreSchedule):
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         """As transformers calls it, within a call that `enter` has prepared."""
-        return super().update(key_states, value_states, layer_idx, self._step)
+        attended = super().update(key_states, value_states, layer_idx, self._step)
+        self._fetch(layer_idx + 1)
+        return attended
+
+    def _fetch(self, layer_idx):
+        """Send for what a layer needs from the host: the host gathers it while the device is a layer behind."""
+        if self._step is not None and self._step.back is not None and layer_idx < len(self.layers):
+            layer = self.layers[layer_idx]
+            layer.host.fetch(self._step.back, layer.keys.device)
 
     def _real(self, kwargs):
         """Which of the new columns are tokens, (B, q) bool."""
@@ -252,9 +267,18 @@ class AdoreCache(Calibrated, AdoreSchedule):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
+        return sum(self.nbytes_by_place.values())
+
+    @property
+    def nbytes_by_place(self) -> dict[str, int]:
+        """Bytes of all tensors held, by where they are: where the model computes ("device"), or in the host's memory to
+        come back from there ("host")."""
         layers = [x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values)]
         others = [x for x in (self.slots, self._table) if x is not None]
-        return sum(x.nbytes for x in layers + others) + self.history.nbytes
+        return {
+            "device": sum(x.nbytes for x in layers + others) + self.history.nbytes,
+            "host": sum(layer.host.nbytes for layer in self.layers if layer.host is not None),
+        }
 
     def reset(self) -> None:
         """Forget every token."""
@@ -262,8 +286,15 @@ class AdoreCache(Calibrated, AdoreSchedule):
         self._clear()
 
     def _map(self, change):
+        rows = self.batch_size
         super()._map(change)
         self.history.map(change)
+        if (
+            self.from_host and not self._failed and self.batch_size < rows
+        ):  # the rows that left are not held on the host for nothing
+            numbers = self.history.renumber()
+            for layer in self.layers:
+                layer.host.keep(numbers)
         if self.slots is not None:
             self.slots = change(self.slots)
             self.last_rebuilt = change(self.last_rebuilt)
@@ -285,6 +316,8 @@ class AdoreCache(Calibrated, AdoreSchedule):
         tensors = {f"history.{name}": x for name, x in self.history.tensors().items()} | {"slots": self.slots}
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
+            if layer.host is not None:
+                tensors[f"{i}.rows"] = layer.host.tensor()
         about: dict = {"settings": dataclasses.asdict(self.settings), "scorer": type(self.scorer).__name__}
         about |= {"seen": self.get_seq_length(), "calls": self._calls, "num_layers": len(self.layers)}
         write_tensors(path, tensors, type(self), about)
@@ -297,7 +330,9 @@ class AdoreCache(Calibrated, AdoreSchedule):
             ValueError: a file of another kind of cache or of another model, or another scorer.
         """
         decoder: Any = decoder_of(model)
-        tensors, about = read_tensors(path, cls, device_of(decoder))
+        tensors, about = read_tensors(path, cls)
+        device = device_of(decoder)
+        tensors = {name: x if name.endswith(".rows") else x.to(device) for name, x in tensors.items()}
         cache = cls(model, AdoreSettings(**about["settings"]), controller=controller)
         check_sizes(path, [about["num_layers"], tensors["0.keys"].shape[1], tensors["0.keys"].shape[3]], decoder)
         check_scorer(path, about["scorer"], cache.scorer)
@@ -309,5 +344,7 @@ class AdoreCache(Calibrated, AdoreSchedule):
         cache.last_rebuilt = cache.slots[:, :0]
         for i, layer in enumerate(cache.layers):
             layer.lazy_initialization(tensors[f"{i}.keys"], tensors[f"{i}.values"])
+            if layer.host is not None:
+                layer.host = HostRows(tensors[f"{i}.rows"])
             layer.keys, layer.values, layer.seen = tensors[f"{i}.keys"], tensors[f"{i}.values"], about["seen"]
         return cache

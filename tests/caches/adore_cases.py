@@ -28,6 +28,7 @@ VOCAB = 97
 EXACT = 5e-12
 PIECES = [18] + [1] * 20
 SMALL = dict(cache_size=7, rebuild=3)
+HOST = SMALL | {"rebuild_from": "host"}
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -89,6 +90,11 @@ def made(model, **settings):
     return AdoreCache(model, controller=drawn_scores(), **SMALL | settings)
 
 
+def on_host(model, **settings):
+    """The same, its released tokens on the host."""
+    return made(model, **HOST | settings)
+
+
 @dataclass
 class Instance:
     """One run of a token through the model: its column, the call, and the instances that it attends."""
@@ -110,6 +116,7 @@ class Law:
 def simulate(scores, pieces, cache_size, rebuild, recent=1, sinks=0, **flags):
     """Slots and instances for calls of so many new tokens each; flags as in `AdoreSettings`."""
     instances, slots, law_slots, law_rebuilt, start = [], {}, [], [], 0
+    first, host = {}, flags.get("rebuild_from") == "host"  # each column's instance of the call that it came with
     for call, new in enumerate(pieces):
         now, row = start + new - 1, scores[start + new - 1].tolist()
 
@@ -122,16 +129,19 @@ def simulate(scores, pieces, cache_size, rebuild, recent=1, sinks=0, **flags):
         gate = flags.get("rebuild_gate")
         if gate and chosen and row[chosen[0]] <= min(row[c] for c in slots):
             chosen = []
-        entering = {c: Instance(c, call) for c in [*chosen, *range(start, start + new)]}
+        fresh = {c: Instance(c, call) for c in range(start, start + new)}
+        again = {c: first[c] if host else Instance(c, call) for c in chosen}
+        entering, running = again | fresh, fresh if host else again | fresh
+        first |= fresh
         rivals = {*slots, *range(start, start + new), *(chosen if flags.get("rebuild_commit") == "swap" else ())}
         spared = {c for c in rivals if c < sinks or c > now - recent}
         order = sorted(rivals, key=lambda c: (c in spared, *rank(c)))
         kept = set(order[-cache_size:])
         attended = {c: i for c, i in slots.items() if c in kept or not flags.get("release_before")} | entering
-        for column, instance in entering.items():
+        for column, instance in running.items():
             everything = flags.get("rebuild_mask") == "full" and column < start
             instance.sees = [i for c, i in attended.items() if c <= column or everything]
-        instances += entering.values()
+        instances += running.values()
         slots = {c: i for c, i in {**slots, **entering}.items() if c in kept}
         law_slots.append(set(slots))
         law_rebuilt.append(set(chosen))
@@ -154,11 +164,13 @@ def dense(model, ids, law):
 
 
 class Recorder(AdoreCache):
-    """Keeps what each call gave each layer: (keys, values) of the entries, in the order of the call."""
+    """Keeps what each call attended in each layer beside the slots: (keys, values), in the order of the call."""
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        self.__dict__.setdefault("entries", []).append((layer_idx, key_states[0].clone(), value_states[0].clone()))
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        attended = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        keys, values = (x[0, :, self._step.width :].clone() for x in attended)
+        self.__dict__.setdefault("entries", []).append((layer_idx, keys, values))
+        return attended
 
 
 @torch.no_grad()
@@ -191,27 +203,28 @@ def follows(model, ids, pieces, scorer, **settings):
         rows[instance.call, instance.column] = row
     call_of = [call for call, new in enumerate(pieces) for _ in range(new)]
     originals = [rows[call, column] for column, call in enumerate(call_of)]
+    host = settings.get("rebuild_from") == "host"
     gap = float((logits[0] - want[originals]).abs().max())
     rebuilt_gap, per_call = 0.0, len(layers)
     for call, (_, rebuilt) in enumerate(tables):
         for layer, keys, values in cache.entries[call * per_call : (call + 1) * per_call]:
             for at, column in enumerate(rebuilt[0].tolist()):
                 if column >= 0:
-                    row = rows[call, column]
+                    row = originals[column] if host else rows[call, column]
                     for got, held in zip((keys, values), layers[layer], strict=True):
                         rebuilt_gap = max(rebuilt_gap, float((got[:, at] - held[:, row]).abs().max()))
     return gap, rebuilt_gap, law
 
 
 @torch.no_grad()
-def gap_after_reordering(model):
+def gap_after_reordering(model, **flags):
     """Largest difference of rows of a left-padded batch, reordered half way, from the same rows alone (check E).
 
     Asserts that the rows hold different tokens when they change places.
     """
     lengths, ids, later = (18, 11, 2), text(3), [1, 1, 4, 1, 1]
     mask = torch.cat([mask_of(lengths, 18), torch.ones(3, 22, dtype=torch.long)], 1)
-    order, settings = torch.tensor([2, 0, 0]), dict(cache_size=5, rebuild=3, rebuild_commit="swap")
+    order, settings = torch.tensor([2, 0, 0]), dict(cache_size=5, rebuild=3, rebuild_commit="swap") | flags
     cache = AdoreCache(model, controller=drawn_scores(), **settings)
     first, tables = run(model, ids[:, :28], [18] + [1] * 10, cache, mask[:, :28])
     assert len({tuple(row.sort().values.tolist()) for row in tables[-1][0]}) == 3

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from scrubjay import AdoreCache, AdoreConfig
 from scrubjay.examples import sparse_tune, train_adore_controller
-from scrubjay.examples.benchmarks import benchmark_adore
+from scrubjay.examples.benchmarks import benchmark_adore, benchmark_adore_host
 from scrubjay.examples.benchmarks.comparison import SIDES
 from scrubjay.examples.learning import adore_training, sparse_tuning
 from scrubjay.examples.learning.adore_training import smoke_model, windows
@@ -261,6 +261,21 @@ def test_benchmark_adore_rebuilds_as_often_as_its_row_says(every, rebuilt):
     first = widths.index(max(widths))
     assert widths[first : first + 4] == rebuilt
     assert benchmark_adore.has_read(sizes).get_seq_length() == sizes.context  # the copy alone has gone on
+
+
+def test_benchmark_adore_host_measures_all_ways_beside_each_other(tmp_path, capsys):
+    result = benchmark_adore_host.main(["--smoke", "--repetitions", "2", "--out", str(tmp_path / "host.json")])
+    assert json.loads((tmp_path / "host.json").read_text()) == json.loads(json.dumps(result))
+    assert {"command", "commit", "machine", "versions", "sizes"} <= set(result)
+    sizes = benchmark_adore.SMALL
+    rows = {(row["batch"], row["name"]): row for row in result["rows"]}
+    names = [name for batch, name in rows if batch == 1]
+    assert names == ["full attention", "R = 0", "R = 3 run again", "R = 3 from the host"]
+    for (batch, name), row in rows.items():
+        assert len(row["samples"]) == 2
+        pairs = 2 * 4 * 2 * 8 * 4 * batch * sizes.context if name.endswith("host") else 0  # layers, heads, k and v
+        assert row["bytes"]["host"] == pairs, "each row has tokens of its own there"
+    assert "batch 8, R = 3 from the host" in capsys.readouterr().out
 
 
 def test_benchmark_adore_holds_a_constant_number_of_keys():
