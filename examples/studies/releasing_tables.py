@@ -141,13 +141,13 @@ def verdict(records: list[dict], model: str) -> str:
         return "Nothing is measured yet."
     (_, length, size, rebuild), _, against = reference
     loss, tuning, name = min(ours)
-    best = f"ADORE's best learned scores ({name}, {size + rebuild} keys, {TUNED[tuning]})"
+    best = f"ADORE by the best learned scores ({name}, {size + rebuild} keys, decoder {TUNED[tuning]})"
     plain, other, _ = min(one for one in candidates if one[2] == "StreamingLLM")
     fast = _faster(records, model, length, f"ADORE, {name.partition(', ')[2]}")
     stream = _faster(records, model, length, "StreamingLLM")
     return (
-        f"After {length} tokens {best} are {fast}, and cost {loss:+.3f} nats a token beside full attention "
-        f"{TUNED[against]}; StreamingLLM with as many keys ({TUNED[other]}) is {stream}, at {plain:+.3f}."
+        f"After {length} tokens {best} is {fast}, at {loss:+.3f} nats a token beside full attention (decoder "
+        f"{TUNED[against]}); StreamingLLM with as many keys (decoder {TUNED[other]}) is {stream}, at {plain:+.3f}."
     )
 
 
@@ -157,9 +157,8 @@ def _faster(records: list[dict], model: str, length: int, name: str) -> str:
         result, stock = one["result"], one["result"][STOCK]
         if name in result:
             gain = (result[name]["rows"] / result[name]["ms"]) / (stock["rows"] / stock["ms"])
-            batch = _batch(one["cell"]["settings"])
-            found.append(f"{gain:.2f} times {'in' if batch.startswith('equal') else 'at'} {batch}")
-    return f"as fast as transformers' cache {', '.join(found)}" if found else "not timed yet"
+            found.append(f"{gain:.2f} times ({_batch(one['cell']['settings'])})")
+    return f"{', '.join(found)} as fast as transformers' cache" if found else "not timed yet"
 
 
 def table(records: list[dict]) -> str:

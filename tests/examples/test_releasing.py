@@ -144,7 +144,7 @@ def test_the_study_runs_and_goes_on(run, folder, capsys):
     assert [one.get("error") for one in timed] == [None] * (len(records) + 3)
     printed = capsys.readouterr().out
     assert "| ADORE, R = 8 |" in printed
-    assert "nats a token beside full attention tuned with full attention" in printed
+    assert "nats a token beside full attention (decoder tuned with full attention)" in printed
 
 
 def test_what_is_trained_is_used_and_made_again_where_it_is_missing(run, folder):
@@ -177,9 +177,9 @@ def test_the_last_line_is_computed_from_the_longest_prompts():
         record("full", 1024, full=2.5, StreamingLLM=2.75, bilinear_2=2.625, oracle_2=2.5),
     ]
     assert verdict(records[:2], "m") == (
-        "After 1024 tokens ADORE's best learned scores (bilinear, R = 2, 11 keys, as published) are not timed yet, and "
-        "cost +0.250 nats a token beside full attention as published; StreamingLLM with as many keys (as published) is "
-        "not timed yet, at +0.500."
+        "After 1024 tokens ADORE by the best learned scores (bilinear, R = 2, 11 keys, decoder as published) is not "
+        "timed yet, at +0.250 nats a token beside full attention (decoder as published); StreamingLLM with as many "
+        "keys (decoder as published) is not timed yet, at +0.500."
     )
     names = {"DynamicCache of transformers": 30, "StreamingLLM": 10, "ADORE, R = 2": 20, "ADORE, R = 0": 5}
     for rows, count in ((8, 8), ("equal memory", 16)):
@@ -188,10 +188,10 @@ def test_the_last_line_is_computed_from_the_longest_prompts():
         timed["cell"]["settings"] = {"part": "speed", "length": 1024, "rows": rows}
         records.append(timed | {"result": result})
     said = verdict(records, "m")
-    assert "(bilinear, R = 2, 11 keys, tuned with full attention)" in said
-    assert "as fast as transformers' cache 1.50 times at batch 8, 3.00 times in equal memory, and cost +0.125" in said
-    assert "StreamingLLM with as many keys (tuned with full attention) is" in said
-    assert said.endswith("6.00 times in equal memory, at +0.250.")
+    assert "(bilinear, R = 2, 11 keys, decoder tuned with full attention)" in said
+    times = "1.50 times (batch 8), 3.00 times (equal memory) as fast as transformers' cache"
+    assert f"is {times}, at +0.125 nats a token beside full attention (decoder tuned with full attention);" in said
+    assert said.endswith("6.00 times (equal memory) as fast as transformers' cache, at +0.250.")
     assert verdict([], "m") == "Nothing is measured yet."
     assert beyond({"losses": [2.0, 3.0]}, {"losses": [1.0, 1.0]}) == [1.0, 2.0]
 
