@@ -1,5 +1,7 @@
 """The study of ADORE: its caches are those of use, its table says what its records say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from adore_cases import decoder, made, text
@@ -161,6 +163,42 @@ def test_what_is_trained_is_used_and_made_again_where_it_is_missing(run, folder)
     report.unlink()
     again = shop.teaching("sparse")
     assert all(again[mode] == pytest.approx(losses[mode]) for mode in MODES)
+
+
+def stopping(after):
+    """`clip_grad_norm_` that ends the run after so many calls."""
+    clip, count = torch.nn.utils.clip_grad_norm_, [0]
+
+    def clipped(*args):
+        count[0] += 1
+        if count[0] > after:
+            raise KeyboardInterrupt
+        return clip(*args)
+
+    return clipped
+
+
+@pytest.mark.parametrize(("what", "groups"), [("tuning", 1), ("teaching", 2)])
+def test_a_training_that_was_stopped_goes_on_to_the_same_end(what, groups, folder, tmp_path, monkeypatch, capsys):
+    recipe, ends = replace(releasing.SMOKE, tune_steps=5, teach_steps=5, tune_batch=2), []
+    for stops in (False, True):
+        shop = Workshop(str(folder), "float32", tmp_path / str(stops), recipe)
+        if what == "teaching":
+            shop.decoder("sparse")
+        if stops:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.nn.utils, "clip_grad_norm_", stopping(3 * groups))
+                with pytest.raises(KeyboardInterrupt):
+                    getattr(shop, what)("sparse")
+            capsys.readouterr()
+            assert len([*(tmp_path / str(stops)).rglob("stopped.pt")]) == 1
+            shop = Workshop(str(folder), "float32", tmp_path / str(stops), recipe)
+        report = getattr(shop, what)("sparse")
+        assert not [*(tmp_path / str(stops)).rglob("stopped.pt")]
+        assert ("step     3 " in capsys.readouterr().out) != stops
+        ends.append(report["losses"] + list(report["heldout"].values()) if what == "tuning" else report["query"])
+    assert len(ends[0]) in (5, 7)
+    assert ends[0] == pytest.approx(ends[1], abs=1e-6)
 
 
 def record(tuning, length, **losses):
