@@ -143,7 +143,7 @@ def verdict(records: list[dict], model: str) -> str:
     loss, tuning, name = min(ours)
     best = f"ADORE by the best learned scores ({name}, {size + rebuild} keys, decoder {TUNED[tuning]})"
     plain, other, _ = min(one for one in candidates if one[2] == "StreamingLLM")
-    fast = _faster(records, model, length, f"ADORE, {name.partition(', ')[2]}")
+    fast = _faster(records, model, length, f"ADORE, {name.rpartition(', ')[2]}")
     stream = _faster(records, model, length, "StreamingLLM")
     return (
         f"After {length} tokens {best} is {fast}, at {loss:+.3f} nats a token beside full attention (decoder "

@@ -63,7 +63,8 @@ def test_all_tokens_attended_are_full_attention_and_few_are_not(model, samples):
     controllers = {"bilinear": Controller(48, 16, "bilinear")}
     many = compared(model, None, samples, controllers, N + GIVEN, 2, 5)
     few = compared(model, None, samples, controllers, 7, 2, 5)
-    names = ["newest", "StreamingLLM", "bilinear, R = 0", "bilinear, R = 2", "oracle, R = 0", "oracle, R = 2"]
+    kinds = ("bilinear", "bilinear guarded", "oracle", "oracle guarded")
+    names = ["newest", "StreamingLLM", *(f"{kind}, R = {r}" for kind in kinds for r in (0, 2))]
     assert list(many) == list(few) == ["full", *names]
     for name in names:
         assert many[name]["losses"] == pytest.approx(many["full"]["losses"], abs=2e-4)
