@@ -126,20 +126,21 @@ def verdict(records: list[dict], model: str) -> str:
     reference, candidates = None, []
     for column in sorted(wanted, key=lambda c: (c[1], c[2])):
         found = {tuning: measured(records, model, tuning, column) for tuning in TUNED}
-        against = found["full"] or found["none"]
-        if not against:
+        against = "full" if found["full"] else "none"
+        if not found[against]:
             continue
-        reference = column, against["full"], "full" if found["full"] else "none"
+        full = found[against]["full"]
+        reference = column, against
         candidates = [
-            (fmean(beyond(mine, against["full"])), tuning, name)
+            (fmean(beyond(mine, full)), tuning, name)
             for tuning, caches in found.items()
             for name, mine in caches.items()
-            if name.startswith(("query", "bilinear")) or name == "StreamingLLM"
+            if name.startswith(("query", "bilinear", "StreamingLLM")) and len(mine["losses"]) == len(full["losses"])
         ]
     ours = [one for one in candidates if one[2] != "StreamingLLM"]
     if reference is None or not ours:
         return "Nothing is measured yet."
-    (_, length, size, rebuild), _, against = reference
+    (_, length, size, rebuild), against = reference
     loss, tuning, name = min(ours)
     best = f"ADORE by the best learned scores ({name}, {size + rebuild} keys, decoder {TUNED[tuning]})"
     plain, other, _ = min(one for one in candidates if one[2] == "StreamingLLM")
