@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, get_cosin
 from scrubjay.examples.data.corpus import encode, load_corpus, train_tokenizer
 from scrubjay.examples.learning.attention_capture import attention_rows
 from scrubjay.examples.learning.importance import later_share, top, within_horizon
+from scrubjay.examples.learning.resuming import Resuming
 from scrubjay.modeling.decoder.controller import Controller
 
 SMOKE_VOCABULARY = 512
@@ -80,7 +82,8 @@ def train_controllers(
 ) -> dict[str, list[float]]:
     """AdamW with a cosine on all controllers at once, which share the labels; the decoder learns nothing.
 
-    args: length, batch_size, queries of each text, steps, seed, lr, pos_weight. Returns the loss of each step by name.
+    args: length, batch_size, queries of each text, steps, seed, lr, pos_weight; where it has `kept`, a file, it goes on
+    from there. Returns the loss of each step by name.
     """
     groups = [{"params": list(controller.parameters())} for controller in controllers.values()]
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
@@ -100,15 +103,33 @@ def train_controllers(
             found[name].append(loss.item())
         return float(np.mean([losses[-1] for losses in found.values()]))
 
-    descend(step, optimizer, schedule, args.steps, 1.0)
+    descend(step, optimizer, schedule, args.steps, 1.0, rng, getattr(args, "kept", None), found)
     return found
 
 
-def descend(loss_of_step: Callable[[], float], optimizer, schedule, steps: int, clip: float) -> list[float]:
+def descend(
+    loss_of_step: Callable[[], float],
+    optimizer,
+    schedule,
+    steps: int,
+    clip: float,
+    rng: np.random.Generator | None = None,
+    kept: Path | None = None,
+    lists: dict[str, list[float]] | None = None,
+) -> list[float]:
     """`steps` updates; `loss_of_step` returns the loss of a fresh batch and leaves its gradients, whose norm is cut to
-    `clip` in each group of parameters. Prints ten means on the way; returns the loss of each step."""
-    losses, often = [], max(steps // 10, 1)
-    for step in range(1, steps + 1):
+    `clip` in each group of parameters. Prints ten means on the way; returns the loss of each step.
+
+    Args:
+        kept: a file in which every tenth of the steps is kept, with `rng` and what `loss_of_step` adds to `lists`: the
+            same call goes on from there. It is removed at the end.
+    """
+    losses: list[float] = []
+    often, done = max(steps // 10, 1), 0
+    resuming = kept and Resuming(kept, optimizer, schedule, rng, {"": losses} | (lists or {}))
+    if resuming:
+        done = resuming.step()
+    for step in range(done + 1, steps + 1):
         losses.append(loss_of_step())
         for group in optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], clip)
@@ -117,4 +138,8 @@ def descend(loss_of_step: Callable[[], float], optimizer, schedule, steps: int, 
         optimizer.zero_grad()
         if step % often == 0:
             print(f"  step {step:5d}  loss {np.mean(losses[-often:]):.4f}", flush=True)
+            if resuming:
+                resuming.keep(step)
+    if resuming:
+        resuming.done()
     return losses

@@ -1,6 +1,7 @@
 """Tuning of a decoder that attends few tokens: LoRA, the mask of each batch, the loss under it, and the loop.
 
-`args` has length, batch_size, steps, seed, lr, eval_texts, and of LoRA rank, alpha and dropout.
+`args` has length, batch_size, steps, seed, lr, eval_texts, and of LoRA rank, alpha and dropout; where it has `kept`, a
+file, the training goes on from there.
 """
 
 from argparse import Namespace
@@ -92,4 +93,4 @@ def tune(model: PeftModel, stream: np.ndarray, config: AdoreConfig, args: Namesp
         model.train()
         return backward(model, windows(stream, args.length, args.batch_size, rng, model.device), config, full)
 
-    return descend(step, optimizer, schedule, args.steps, 0.3)
+    return descend(step, optimizer, schedule, args.steps, 0.3, rng, getattr(args, "kept", None))

@@ -54,8 +54,7 @@ def cells(model: str, dtype: str, recipe: Recipe, lengths=LENGTHS, cache_size=19
         found.append(Cell("releasing", model, 0, recipe.teach_lr, {"part": "teach", "tuning": tuning} | steps))
         found += [measured(tuning, "text", n, cache_size, seed) for n in lengths for seed in range(seeds)]
         found += [measured(tuning, kind, lengths[0], cache_size, 0) for kind in kinds or ("agree", "questions")]
-    half = [(t, n) for t in ORDER for n in (lengths[0], lengths[-1])]
-    return found + [measured(tuning, "text", n, cache_size // 2, 0) for tuning, n in half]
+    return found + [measured(tuning, "text", lengths[0], cache_size // 2, 0) for tuning in ORDER]
 
 
 class Work:

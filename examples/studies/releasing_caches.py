@@ -103,16 +103,21 @@ def filled(cache: AdoreCache, model, ids: torch.Tensor, keys_values) -> AdoreCac
 
 
 def caches(model, controllers: dict, oracle: Oracle, cache_size: int, rebuild: int) -> dict:
-    """{name: settings} of caches that attend `cache_size` + `rebuild` tokens and the new one."""
-    budget = cache_size + rebuild
+    """{name: settings} of caches that attend `cache_size` + `rebuild` tokens and the new one.
+
+    "guarded": four sinks and the newest sixth of m are never released, whatever their scores.
+    """
+    budget, guards = cache_size + rebuild, {"": {}, " guarded": dict(sinks=SINKS, recent=max(cache_size // 6, 1))}
     found: dict = {name: dict(cache_size=budget, rebuild=0, controller=policy) for name, policy in POLICIES.items()}
     for name, scorer in (*controllers.items(), ("oracle", oracle)):
-        found[f"{name}, R = 0"] = dict(cache_size=budget, rebuild=0, controller=scorer)
-        if rebuild:
-            found[f"{name}, R = {rebuild}"] = dict(cache_size=cache_size, rebuild=rebuild, controller=scorer)
+        for guarded, guard in guards.items():
+            for r in dict.fromkeys((0, rebuild)):
+                settings = dict(cache_size=budget - r, rebuild=r, controller=scorer)
+                found[f"{name}{guarded}, R = {r}"] = settings | guard
     return found
 
 
+SINKS = 4
 POLICIES = {"newest": "recency", "StreamingLLM": "streaming"}
 
 

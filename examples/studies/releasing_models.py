@@ -1,6 +1,6 @@
 """What the study of ADORE trains: a decoder tuned to few tokens or to all, and controllers that learn what it looks at.
 
-Everything is kept in a folder and made again where it is missing, from the same seeds.
+Everything is kept in a folder, a training that was stopped too, and made again from the same seeds where it is missing.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from scrubjay.modeling.decoder.controller import Controller
 
 TUNINGS = ("none", "sparse", "full")  # under which attention the decoder was tuned
 MODES = ("query", "bilinear")
+STOPPED = "stopped.pt"  # a training that is not done
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -136,7 +137,7 @@ class Workshop:
         recipe = self.recipe
         args = Namespace(length=recipe.length, batch_size=recipe.tune_batch, steps=recipe.tune_steps, seed=recipe.seed)
         args.lr, args.rank, args.alpha, args.dropout = recipe.tune_lr, recipe.rank, recipe.alpha, 0.0
-        args.eval_texts = recipe.eval_texts
+        args.eval_texts, args.kept = recipe.eval_texts, folder / STOPPED
         self._ready = None
         torch.manual_seed(recipe.seed)
         model = self.loaded(self.dtype)
@@ -152,6 +153,7 @@ class Workshop:
         recipe, model = self.recipe, self.decoder(tuning)
         args = Namespace(length=recipe.length, batch_size=recipe.teach_batch, steps=recipe.teach_steps)
         args.seed, args.lr, args.queries, args.pos_weight = recipe.seed + 1, recipe.teach_lr, recipe.queries, 1.0
+        args.kept = folder / STOPPED
         config, controllers = self.config(model), {}
         for mode in MODES:
             torch.manual_seed(recipe.seed)

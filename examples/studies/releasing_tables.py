@@ -126,28 +126,29 @@ def verdict(records: list[dict], model: str) -> str:
     reference, candidates = None, []
     for column in sorted(wanted, key=lambda c: (c[1], c[2])):
         found = {tuning: measured(records, model, tuning, column) for tuning in TUNED}
-        against = found["full"] or found["none"]
-        if not against:
+        against = "full" if found["full"] else "none"
+        if not found[against]:
             continue
-        reference = column, against["full"], "full" if found["full"] else "none"
+        full = found[against]["full"]
+        reference = column, against
         candidates = [
-            (fmean(beyond(mine, against["full"])), tuning, name)
+            (fmean(beyond(mine, full)), tuning, name)
             for tuning, caches in found.items()
             for name, mine in caches.items()
-            if name.startswith(("query", "bilinear")) or name == "StreamingLLM"
+            if name.startswith(("query", "bilinear", "StreamingLLM")) and len(mine["losses"]) == len(full["losses"])
         ]
     ours = [one for one in candidates if one[2] != "StreamingLLM"]
     if reference is None or not ours:
         return "Nothing is measured yet."
-    (_, length, size, rebuild), _, against = reference
+    (_, length, size, rebuild), against = reference
     loss, tuning, name = min(ours)
-    best = f"ADORE's best learned scores ({name}, {size + rebuild} keys, {TUNED[tuning]})"
+    best = f"ADORE by the best learned scores ({name}, {size + rebuild} keys, decoder {TUNED[tuning]})"
     plain, other, _ = min(one for one in candidates if one[2] == "StreamingLLM")
-    fast = _faster(records, model, length, f"ADORE, {name.partition(', ')[2]}")
+    fast = _faster(records, model, length, f"ADORE, {name.rpartition(', ')[2]}")
     stream = _faster(records, model, length, "StreamingLLM")
     return (
-        f"After {length} tokens {best} are {fast}, and cost {loss:+.3f} nats a token beside full attention "
-        f"{TUNED[against]}; StreamingLLM with as many keys ({TUNED[other]}) is {stream}, at {plain:+.3f}."
+        f"After {length} tokens {best} is {fast}, at {loss:+.3f} nats a token beside full attention (decoder "
+        f"{TUNED[against]}); StreamingLLM with as many keys (decoder {TUNED[other]}) is {stream}, at {plain:+.3f}."
     )
 
 
@@ -157,9 +158,8 @@ def _faster(records: list[dict], model: str, length: int, name: str) -> str:
         result, stock = one["result"], one["result"][STOCK]
         if name in result:
             gain = (result[name]["rows"] / result[name]["ms"]) / (stock["rows"] / stock["ms"])
-            batch = _batch(one["cell"]["settings"])
-            found.append(f"{gain:.2f} times {'in' if batch.startswith('equal') else 'at'} {batch}")
-    return f"as fast as transformers' cache {', '.join(found)}" if found else "not timed yet"
+            found.append(f"{gain:.2f} times ({_batch(one['cell']['settings'])})")
+    return f"{', '.join(found)} as fast as transformers' cache" if found else "not timed yet"
 
 
 def table(records: list[dict]) -> str:

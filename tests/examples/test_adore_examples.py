@@ -8,17 +8,21 @@ import pytest
 import torch
 from adore_cases import EXACT, PIECES, TableScorer, decoder, made, run, text
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from scrubjay import AdoreCache, AdoreConfig
 from scrubjay.examples import sparse_tune, train_adore_controller
 from scrubjay.examples.benchmarks import benchmark_adore, benchmark_adore_host
 from scrubjay.examples.benchmarks.comparison import SIDES
+from scrubjay.examples.data.corpus import train_tokenizer
 from scrubjay.examples.learning import adore_training, sparse_tuning
 from scrubjay.examples.learning.adore_training import smoke_model, windows
 from scrubjay.examples.learning.attention_capture import PER_HEAD, Request, answering, attention_rows
 from scrubjay.examples.learning.importance import agreed, attended, later_share, top, tuning_mask, within_horizon
 from scrubjay.examples.measuring.measure import cache_nbytes
+from scrubjay.examples.studies.real_tasks import sentences
 from scrubjay.modeling.decoder.controller import Controller
+from scrubjay.modeling.inputs.cache_argument import named
 
 
 def maps(model, ids):
@@ -223,6 +227,26 @@ def test_sparse_tune_smoke(scope, tmp_path):
     trained = [p for name, p in tuned.named_parameters() if "lora_B" in name]
     assert trained
     assert all(p.abs().max() > 0 for p in trained)
+
+
+def test_a_controller_for_a_folder_or_a_model_by_name(tmp_path, monkeypatch):
+    """As `--model smollm2`, whose folder is known, does it: from a folder, and the controller knows which."""
+    folder, tokenizer = tmp_path / "model", train_tokenizer([" ".join(sentences())[:60_000]], 800)
+    decoder(dtype=torch.float32, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(train_adore_controller, "folder_of", lambda name: {"smollm2": str(folder)}[name])
+    flags = ["--model", "smollm2", "--score-mode", "bilinear", "--dtype", "float32", "--out", str(tmp_path / "c")]
+    flags += ["--length", "64", "--steps", "2", "--batch-size", "1", "--queries", "4", "--eval-texts", "1"]
+    flags += ["--cache-size", "12", "--rebuild", "2"]
+    (tmp_path / "text.txt").write_text(" ".join(sentences()) * 4)
+    record = train_adore_controller.main([*flags, "--text", str(tmp_path / "text.txt")])
+    assert len(record["losses"]) == 2
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    controller = Controller.load(tmp_path / "c")
+    assert (controller.score_mode, controller.sizes["base_model"]) == ("bilinear", model.config.name_or_path)
+    with AdoreCache(model, controller=controller, cache_size=12, rebuild=2) as cache:
+        model.generate(torch.arange(20)[None], **named(cache), max_new_tokens=3, do_sample=False)
+        assert cache.last_rebuilt.shape == (1, 2)
 
 
 @pytest.mark.parametrize("example", [train_adore_controller, sparse_tune])

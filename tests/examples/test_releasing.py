@@ -1,5 +1,7 @@
 """The study of ADORE: its caches are those of use, its table says what its records say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from adore_cases import decoder, made, text
@@ -61,7 +63,8 @@ def test_all_tokens_attended_are_full_attention_and_few_are_not(model, samples):
     controllers = {"bilinear": Controller(48, 16, "bilinear")}
     many = compared(model, None, samples, controllers, N + GIVEN, 2, 5)
     few = compared(model, None, samples, controllers, 7, 2, 5)
-    names = ["newest", "StreamingLLM", "bilinear, R = 0", "bilinear, R = 2", "oracle, R = 0", "oracle, R = 2"]
+    kinds = ("bilinear", "bilinear guarded", "oracle", "oracle guarded")
+    names = ["newest", "StreamingLLM", *(f"{kind}, R = {r}" for kind in kinds for r in (0, 2))]
     assert list(many) == list(few) == ["full", *names]
     for name in names:
         assert many[name]["losses"] == pytest.approx(many["full"]["losses"], abs=2e-4)
@@ -144,7 +147,7 @@ def test_the_study_runs_and_goes_on(run, folder, capsys):
     assert [one.get("error") for one in timed] == [None] * (len(records) + 3)
     printed = capsys.readouterr().out
     assert "| ADORE, R = 8 |" in printed
-    assert "nats a token beside full attention tuned with full attention" in printed
+    assert "nats a token beside full attention (decoder tuned with full attention)" in printed
 
 
 def test_what_is_trained_is_used_and_made_again_where_it_is_missing(run, folder):
@@ -163,6 +166,42 @@ def test_what_is_trained_is_used_and_made_again_where_it_is_missing(run, folder)
     assert all(again[mode] == pytest.approx(losses[mode]) for mode in MODES)
 
 
+def stopping(after):
+    """`clip_grad_norm_` that ends the run after so many calls."""
+    clip, count = torch.nn.utils.clip_grad_norm_, [0]
+
+    def clipped(*args):
+        count[0] += 1
+        if count[0] > after:
+            raise KeyboardInterrupt
+        return clip(*args)
+
+    return clipped
+
+
+@pytest.mark.parametrize(("what", "groups"), [("tuning", 1), ("teaching", 2)])
+def test_a_training_that_was_stopped_goes_on_to_the_same_end(what, groups, folder, tmp_path, monkeypatch, capsys):
+    recipe, ends = replace(releasing.SMOKE, tune_steps=5, teach_steps=5, tune_batch=2), []
+    for stops in (False, True):
+        shop = Workshop(str(folder), "float32", tmp_path / str(stops), recipe)
+        if what == "teaching":
+            shop.decoder("sparse")
+        if stops:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.nn.utils, "clip_grad_norm_", stopping(3 * groups))
+                with pytest.raises(KeyboardInterrupt):
+                    getattr(shop, what)("sparse")
+            capsys.readouterr()
+            assert len([*(tmp_path / str(stops)).rglob("stopped.pt")]) == 1
+            shop = Workshop(str(folder), "float32", tmp_path / str(stops), recipe)
+        report = getattr(shop, what)("sparse")
+        assert not [*(tmp_path / str(stops)).rglob("stopped.pt")]
+        assert ("step     3 " in capsys.readouterr().out) != stops
+        ends.append(report["losses"] + list(report["heldout"].values()) if what == "tuning" else report["query"])
+    assert len(ends[0]) in (5, 7)
+    assert ends[0] == pytest.approx(ends[1], abs=1e-6)
+
+
 def record(tuning, length, **losses):
     settings = {"part": "measure", "tuning": tuning, "kind": "text", "length": length, "cache_size": 9, "rebuild": 2}
     result = {name.replace("_", ", R = "): {"losses": [loss], "scores": []} for name, loss in losses.items()}
@@ -177,9 +216,9 @@ def test_the_last_line_is_computed_from_the_longest_prompts():
         record("full", 1024, full=2.5, StreamingLLM=2.75, bilinear_2=2.625, oracle_2=2.5),
     ]
     assert verdict(records[:2], "m") == (
-        "After 1024 tokens ADORE's best learned scores (bilinear, R = 2, 11 keys, as published) are not timed yet, and "
-        "cost +0.250 nats a token beside full attention as published; StreamingLLM with as many keys (as published) is "
-        "not timed yet, at +0.500."
+        "After 1024 tokens ADORE by the best learned scores (bilinear, R = 2, 11 keys, decoder as published) is not "
+        "timed yet, at +0.250 nats a token beside full attention (decoder as published); StreamingLLM with as many "
+        "keys (decoder as published) is not timed yet, at +0.500."
     )
     names = {"DynamicCache of transformers": 30, "StreamingLLM": 10, "ADORE, R = 2": 20, "ADORE, R = 0": 5}
     for rows, count in ((8, 8), ("equal memory", 16)):
@@ -188,10 +227,10 @@ def test_the_last_line_is_computed_from_the_longest_prompts():
         timed["cell"]["settings"] = {"part": "speed", "length": 1024, "rows": rows}
         records.append(timed | {"result": result})
     said = verdict(records, "m")
-    assert "(bilinear, R = 2, 11 keys, tuned with full attention)" in said
-    assert "as fast as transformers' cache 1.50 times at batch 8, 3.00 times in equal memory, and cost +0.125" in said
-    assert "StreamingLLM with as many keys (tuned with full attention) is" in said
-    assert said.endswith("6.00 times in equal memory, at +0.250.")
+    assert "(bilinear, R = 2, 11 keys, decoder tuned with full attention)" in said
+    times = "1.50 times (batch 8), 3.00 times (equal memory) as fast as transformers' cache"
+    assert f"is {times}, at +0.125 nats a token beside full attention (decoder tuned with full attention);" in said
+    assert said.endswith("6.00 times (equal memory) as fast as transformers' cache, at +0.250.")
     assert verdict([], "m") == "Nothing is measured yet."
     assert beyond({"losses": [2.0, 3.0]}, {"losses": [1.0, 1.0]}) == [1.0, 2.0]
 
