@@ -20,7 +20,7 @@ from scrubjay import RecycledCache
 from scrubjay.examples.data.real_model import load
 from scrubjay.examples.studies.cells import Cell, cell_of
 from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
-from scrubjay.examples.studies.real_policies import ABLATIONS, OWN_PROMPT, POLICIES
+from scrubjay.examples.studies.real_policies import ABLATIONS, HELD, OWN_PROMPT, POLICIES
 from scrubjay.examples.studies.real_tables import RESULTS, show, table  # noqa: F401, the study's own
 from scrubjay.examples.studies.real_tasks import RULER, Sample, sample
 from scrubjay.modeling.inputs.cache_argument import named
@@ -35,6 +35,8 @@ PLAN = [
     ("questions", 1024, 1 / 8, 3, "ablations"),
     ("text", 1024, 1 / 8, 3, "ablations"),
     ("questions", 4096, 1 / 8, 2, "policies"),
+    ("questions", 1024, 1 / 8, 3, "held"),
+    ("text", 1024, 1 / 8, 3, "held"),
     ("text", 4096, 1 / 8, 2, "policies"),
     ("copy", 1024, 1 / 8, 2, "policies"),
     ("agree", 1024, 1 / 8, 3, "policies"),
@@ -46,7 +48,7 @@ PLAN = [
     *((kind, 4096, 1 / 8, 13, "policies") for kind in ("single", "multivalue")),
 ]
 SMOKE = [("text", 256, 1 / 8, 1, "policies"), ("multikey", 512, 1 / 8, 1, "policies")]
-GROUPS = {"policies": POLICIES, "ablations": ABLATIONS}
+GROUPS = {"policies": POLICIES, "ablations": ABLATIONS, "held": HELD}
 
 
 def cells(model: str, dtype: str, plan=PLAN) -> list[Cell]:

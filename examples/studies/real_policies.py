@@ -13,6 +13,17 @@ POLICIES = {
     "Low rank, R = 16": {"policy": "lowrank", "rank": 16},
     "Low rank, R = 32": {"policy": "lowrank", "rank": 32},
 }
+LOW, FEW = {"policy": "lowrank", "rank": 16}, {"policy": "recycled", "stride": 5}
+HELD = {
+    "full, 8 bits": {"policy": "full", "hold_bits": 8},
+    "full, 4 bits": {"policy": "full", "hold_bits": 4},
+    "Low rank, R = 16, host": LOW | {"hold": "host"},
+    "Low rank, R = 16, 8 bits": LOW | {"hold_bits": 8},
+    "Low rank, R = 16, 4 bits": LOW | {"hold_bits": 4},
+    "Recycled, S = 5, host": FEW | {"hold": "host"},
+    "Recycled, S = 5, 4 bits": FEW | {"hold_bits": 4},
+    "Recycled, S = 5, 4 bits, exact ones on the host": FEW | {"hold": "host", "hold_bits": 4},
+}
 OWN_PROMPT = ("H2O",)  # needs what every query of the prompt attended, and so reads it itself
 ABLATIONS = {
     "all keys, every step chooses: R = 64": {"policy": "lowrank", "rank": 64},

@@ -26,7 +26,7 @@ from scrubjay.examples.measuring.processor import processor, slug
 from scrubjay.examples.measuring.run_report import commit, machine, versions, write_whole
 from scrubjay.examples.studies.drawing import write_between
 from scrubjay.examples.studies.laboratory import command_line
-from scrubjay.examples.studies.real_policies import OWN_PROMPT, POLICIES
+from scrubjay.examples.studies.real_policies import HELD, OWN_PROMPT, POLICIES
 from scrubjay.modeling.decoder.controller import Controller
 from scrubjay.modeling.inputs.cache_argument import named
 
@@ -36,6 +36,7 @@ STOCK = "DynamicCache of transformers"
 PLAN = [(1024, 1), (4096, 1), (8192, 1), (1024, 8), (4096, 8)]  # tokens of the prompt, rows
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SOME = {"lowrank in 8 of 30 layers": {"policy": "lowrank", "choosing_layers": (5, 7, 8, 14, 15, 17, 18, 23)}}
+PLACES = ("device", "host")
 REBUILT = (0, 8)  # of ADORE, with as many tokens fewer in the cache
 
 
@@ -47,18 +48,22 @@ def owned(model, budget: int) -> dict:
     for count in REBUILT:
         cache = AdoreCache(model, cache_size=budget - count, rebuild=count, controller=controller)
         found[f"ADORE, R = {count}"] = cache
+    settings = {"cache_size": budget - 8, "rebuild": 8, "rebuild_from": "host"}
+    found["ADORE, R = 8 from the host"] = AdoreCache(model, controller=controller, **settings)
     return found
 
 
 @torch.no_grad()
-def decoding(model, ids: torch.Tensor, budget: int, tokens: int, turns: int) -> dict[str, float]:
-    """{cache: seconds a token}, the median over turns of what generate() takes for all tokens but the first two."""
-    names = {name: settings for name, settings in POLICIES.items() if name not in OWN_PROMPT}
+def decoding(model, ids: torch.Tensor, budget: int, tokens: int, turns: int) -> tuple[dict, dict]:
+    """{cache: seconds a token}, the median over turns of what generate() takes for all tokens but the first two; and
+    {cache: its bytes at the end by place, {"device", "host"}}."""
+    names = {name: settings for name, settings in (POLICIES | HELD).items() if name not in OWN_PROMPT}
     if model.config.num_hidden_layers == 30:
         names |= SOME
     own = owned(model, budget)
     for cache in own.values():
         model(ids[:, :-1], **named(cache), logits_to_keep=1)
+    places: dict[str, dict[str, int]] = {}
     times: dict[str, list[float]] = {name: [] for name in (STOCK, *names, *own)}
     with RecycledCache(model, budget=budget, schedule="dynamic") as read:
         model(ids[:, :-1], **named(read), logits_to_keep=1)
@@ -71,12 +76,14 @@ def decoding(model, ids: torch.Tensor, budget: int, tokens: int, turns: int) -> 
             for name, settings in names.items():
                 with read.fork(**{"schedule": "fixed"} | settings) as cache:
                     times[name].append(rate(model, ids, cache, tokens))
+                    places[name] = cache.nbytes_by_place
             for name, begun in own.items():
                 with copy.deepcopy(begun) as cache:
                     times[name].append(rate(model, ids, cache, tokens))
+                    places[name] = cache.nbytes_by_place
     for cache in own.values():
         cache.close()
-    return {name: median(each) for name, each in times.items()}
+    return {name: median(each) for name, each in times.items()}, places
 
 
 def rate(model, ids, cache, tokens) -> float:
@@ -107,7 +114,7 @@ def row(name: str, dtype: str, length: int, rows: int, tokens: int, turns: int, 
     torch.manual_seed(0)
     ids = torch.randint(100, min(40_000, model.config.vocab_size), (rows, length))
     about = {"length": length, "rows": rows, "dtype": dtype, "budget": length // 8, "commit": commit()}
-    times = decoding(model, ids, length // 8, tokens, turns)
+    times, about["bytes"] = decoding(model, ids, length // 8, tokens, turns)
     about["token"] = {name: round(1e3 * seconds, 2) for name, seconds in times.items()}
     if prompts:
         about["prompt"] = {name: round(1e3 * s, 1) for name, s in reading(model, ids, length // 8).items()}
@@ -132,8 +139,20 @@ def table(record: dict) -> str:
         for name in timed[0]["prompt"]:
             lines.append(f"| {name} | " + " | ".join(f"{one['prompt'][name] / 1e3:.1f}" for one in timed) + " |")
         parts.append("\n".join(lines))
+        if "bytes" in timed[0]:
+            parts.append(bytes_table(timed))
     where = record["machine"]
     return "\n\n".join([*parts, f"{where['cpu']}, {where['capability']}, {where['torch_threads']} threads."])
+
+
+def bytes_table(rows: list[dict]) -> str:
+    """MiB of each cache, where they lie."""
+    heads = [f"MiB on the {place}, {one['dtype']}, {one['length']} tokens" for one in rows for place in PLACES]
+    lines = ["| cache | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name in rows[0]["bytes"]:
+        cells = [f"{one['bytes'][name][place] / 2**20:.1f}" for one in rows for place in PLACES]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -9,7 +9,7 @@ from statistics import fmean
 from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS
 from scrubjay.examples.studies.drawing import confidence, panels, write_between
 from scrubjay.examples.studies.laboratory import effort
-from scrubjay.examples.studies.real_policies import ABLATIONS, POLICIES
+from scrubjay.examples.studies.real_policies import ABLATIONS, HELD, POLICIES
 from scrubjay.examples.studies.real_tasks import ASKED, RULER
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "real.json"
@@ -101,6 +101,7 @@ def table(records: list[dict]) -> str:
     part("RULER's kinds, answers found", lambda c: c[0] in RULER)
     part("Other shares of the keys", lambda c: c[0] in ("questions", "text") and c[2] != c[1] // EIGHTH)
     part("What decides", lambda c: True, collected(records, "ablations"), ("full", *ABLATIONS))
+    part("All keys on the host, or in few bits", lambda c: True, collected(records, "held"), ("full", *HELD))
     if (RESULTS.with_suffix(".png")).is_file() and parts:
         parts.append("![Quality against time and bytes](../results/real.png)")
     return "\n\n".join([*parts, effort(records)]) if parts else "Not run yet."

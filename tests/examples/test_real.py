@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from scrubjay.examples.data import real_model
 from scrubjay.examples.data.corpus import train_tokenizer
 from scrubjay.examples.studies import real, real_speed
-from scrubjay.examples.studies.real_policies import POLICIES
+from scrubjay.examples.studies.real_policies import HELD, POLICIES
 from scrubjay.examples.studies.real_tables import collected, grid, measured, shown, table
 from scrubjay.examples.studies.real_tasks import ASKED, KINDS, RULER, sample, sentences
 
@@ -164,6 +164,9 @@ def test_speed_times_every_cache_and_reads_prompts_with_each(folder, tmp_path):
     record = real_speed.main(["--model", str(folder), *options])
     (row,) = json.loads(out.read_text())["rows"]
     assert row == record["rows"][0]
-    assert {*POLICIES, "ADORE, R = 0", "ADORE, R = 8"} == set(row["prompt"]) == set(row["token"]) - {real_speed.STOCK}
+    own = {"ADORE, R = 0", "ADORE, R = 8", "ADORE, R = 8 from the host"}
+    assert {*POLICIES, *own} == set(row["prompt"])
+    assert {*POLICIES, *HELD, *own} == set(row["token"]) - {real_speed.STOCK} == set(row["bytes"])
+    assert row["bytes"]["Recycled, S = 5, host"]["host"] > 0 == row["bytes"]["full"]["host"]
     assert all(took > 0 for took in (row["token"] | row["prompt"]).values())
-    assert real_speed.table(record).count("| ADORE, R = 8 |") == 2
+    assert real_speed.table(record).count("| ADORE, R = 8 |") == 3
