@@ -13,8 +13,6 @@ CHOICES = {
     "qsim_space": ("pre", "post"),
     "qsim_batch": ("any", "all"),
     "rope_mode": ("absolute", "cache"),
-    "hold": ("device", "host"),
-    "hold_bits": (None, 8, 4),
 }
 
 
@@ -60,11 +58,6 @@ class RecycledConfig(WrappedConfig):
             within the "cache", as in StreamingLLM: then a text may grow beyond the length that the model knows.
         train_tail: S of the paper's continued pre-training (50 there): in train mode the last S tokens of each row see
             themselves and the `budget` keys that the token before them chooses. 0: ordinary attention.
-        hold: of policies that forget no key: where all keys and values lie, on the "device" of the model, or on the
-            "host", from which a layer fetches all of them for a step that reads all, and otherwise those chosen.
-        hold_bits: 8 or 4: all keys and values are held in so many bits (as KIVI holds them, arXiv:2402.02750), the
-            newest 64 to 95 exact; None: in the model's dtype. With hold="host" the few bits lie on the device and serve
-            the choice and the steps that read all, and the exact ones lie on the host, from which those chosen come.
         full_layers: indices of layers that attend all keys at every step (none in the paper).
     """
 
@@ -100,8 +93,6 @@ class RecycledConfig(WrappedConfig):
     qsim_batch: str = "any"
     rope_mode: str = "absolute"
     train_tail: int = 0
-    hold: str = "device"
-    hold_bits: int | None = None
     full_layers: list | tuple = ()
     choosing_layers: list | tuple | None = None
 
@@ -134,11 +125,6 @@ class RecycledConfig(WrappedConfig):
             raise ValueError(
                 "rope_mode='cache' numbers sinks and a window anew, which policy='streaming' alone keeps; got "
                 f"{self.policy!r}."
-            )
-        if self.policy not in HOLDING and (self.hold != "device" or self.hold_bits is not None):
-            raise ValueError(
-                f"hold and hold_bits say where all keys lie, and policy={self.policy!r} forgets keys; got hold="
-                f"{self.hold!r}, hold_bits={self.hold_bits}. Leave them out, or use a policy of {HOLDING}."
             )
         kind = (getattr(self.base_config, "rope_parameters", None) or {}).get("rope_type", "default")
         if self.rope_mode == "cache" and kind in ("dynamic", "longrope"):

@@ -94,7 +94,6 @@ class RecycledCache(Calibrated, AttachedCache):
         if settings.policy == "lowrank" and settings.choosing_layers is not None:
             kinds = [kind if i in settings.choosing_layers else RecycledLayer for i, kind in enumerate(kinds)]
         super().__init__(layers=[kind(settings, i, self.call) for i, kind in enumerate(kinds)])
-        self.call.layers = self.layers
 
     def attach(self, model):
         """Take part in the calls of `model` that are given this cache: the model that it was made for, or its equal.
@@ -294,12 +293,6 @@ class RecycledCache(Calibrated, AttachedCache):
         """Bytes of all tensors held, memory not yet in use included."""
         held = sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors().values())
         return held + (0 if self.call.real is None else self.call.real.nbytes)
-
-    @property
-    def nbytes_by_place(self) -> dict[str, int]:
-        """`nbytes` by where the tensors are to lie, {"device", "host"}; without an accelerator both are one memory."""
-        host = sum(layer.host_nbytes for layer in self.layers if isinstance(layer, HoldingLayer))
-        return {"device": self.nbytes - host, "host": host}
 
     @property
     def full_steps(self) -> list[int]:

@@ -12,14 +12,13 @@ from scrubjay.kernels.dispatch import without_autocast
 from scrubjay.kernels.recycle import best, decode, gather_pair, pooled
 from scrubjay.modeling.caches.buffers import roomy, writable
 from scrubjay.modeling.caches.holding_layer import HoldingLayer
-from scrubjay.modeling.caches.kept_keys import pick
 
 SHRINKAGE = 0.1  # of the queries' second moments towards a multiple of the identity: 64 queries are few
 
 
 class ChoosingLayer(HoldingLayer):
-    """Subclasses give `choose(q, groups, scaling, real)`: (B, G, M) columns that this step reads, at most K, for
-    queries q (B, H, P); what they need of the keys, `whole` gives."""
+    """Subclasses give `choose(q, keys, scaling, real)`: (B, G, M) columns that this step reads, at most K, for queries
+    q (B, H, P) among keys (B, G, n, P)."""
 
     chosen: torch.Tensor | None = None  # by the last step
 
@@ -38,9 +37,9 @@ class ChoosingLayer(HoldingLayer):
             return None
         with torch.no_grad():
             q, real = self.query_of(self.seen), self.real_until(self.seen)
-            index = self.chosen = self.choose(q, key.shape[1], scaling, real)
-            keys, values = self.rows(index) if self.far else gather_pair(key, value, index)
-            real = None if real is None else pick(real, index)
+            index = self.chosen = self.choose(q, key, scaling, real)
+            keys, values = gather_pair(key, value, index)
+            real = None if real is None else real[:, None].expand(-1, key.shape[1], -1).gather(2, index)
             return decode(q, keys, values, scaling, real)[:, None]
 
 
@@ -71,16 +70,16 @@ class LowRankLayer(ChoosingLayer):
 
     def reads(self, columns):
         """The budget, and R of the 2 P numbers of each key and value."""
-        size = self.tail.shape[3]
-        return self.settings.budget + columns * min(self.settings.rank, size) / (2 * size)
+        rank = min(self.settings.rank, self.full_keys.shape[3])
+        return self.settings.budget + columns * rank / (2 * self.full_keys.shape[3])
 
     @without_autocast
-    def choose(self, q, groups, scaling, real):
+    def choose(self, q, keys, scaling, real):
         """The K best by the scores of few directions, of which each head's largest counts."""
-        settings = self.settings
+        settings, groups = self.settings, keys.shape[1]
         if not self.found_at or self.seen >= 2 * self.found_at:
-            self.find(self.whole()[0], real)
-        self.lower(self.whole(self.lowered)[0])
+            self.find(keys, real)
+        self.lower(keys)
         low = torch.matmul(q.unflatten(1, (groups, -1)).to(self.to_low.dtype), self.to_low[:, :, 1] * scaling)
         scores = torch.matmul(low.to(self.low.dtype), self.low[..., : self.seen]).to(self.to_low.dtype)
         if real is not None:
@@ -89,10 +88,10 @@ class LowRankLayer(ChoosingLayer):
         return best(scores, settings.budget, settings.recent, settings.sinks, real)
 
     def lower(self, keys):
-        """Write the directions' part of keys (B, G, ., P) that have come since; a column of `low` for each."""
-        new, held = torch.matmul(keys.to(self.to_low.dtype) - self.mean, self.to_low[:, :, 0]).mT, self.low
-        if held is None or held.shape[3] < self.seen or held.dtype != roomy(held, keys).dtype:
-            room = self.full_keys.shape[2] if self.full_keys is not None else self.seen + max(256, self.seen // 4)
+        """Write the directions' part of keys (B, G, n, P) that have come since; a column of `low` for each."""
+        new = torch.matmul(keys[:, :, self.lowered :].to(self.to_low.dtype) - self.mean, self.to_low[:, :, 0])
+        new, (held, room) = new.mT, (self.low, self.full_keys.shape[2])
+        if held is None or held.shape[3] != room or held.dtype != roomy(held, keys).dtype:
             self.low = keys.new_empty(*new.shape[:3], room)
             if held is not None:
                 self.low[..., : self.lowered] = held[..., : self.lowered]
@@ -144,29 +143,29 @@ class QuestLayer(ChoosingLayer):
         return self.settings.budget + columns / self.settings.page
 
     @without_autocast
-    def choose(self, q, groups, scaling, real):
+    def choose(self, q, keys, scaling, real):
         """Columns of the best pages, and of the one that is not whole."""
-        page, n = self.settings.page, self.seen
+        page, (groups, n) = self.settings.page, keys.shape[1:3]
         whole = n // page
-        self.bound(real)
+        self.bound(keys, real)
         by_group = q.unflatten(1, (groups, -1)).to(self.low.dtype)
         bounds = by_group.clamp(min=0) @ self.high.mT + by_group.clamp(max=0) @ self.low.mT
         if real is not None:
             some = real[:, : whole * page].unflatten(1, (whole, page)).any(2)
             bounds = bounds.masked_fill(~some[:, None, None], -torch.inf)
-        rest = torch.arange(whole * page, n, device=q.device).expand(len(q), groups, -1)
+        rest = torch.arange(whole * page, n, device=keys.device).expand(*keys.shape[:2], -1)
         room = max((self.settings.budget - rest.shape[2]) // page, 1)
         best = bounds.amax(2).topk(min(room, whole)).indices
-        columns = (best[..., None] * page + torch.arange(page, device=q.device)).flatten(2)
+        columns = (best[..., None] * page + torch.arange(page, device=keys.device)).flatten(2)
         return torch.cat([columns, rest], 2)
 
-    def bound(self, real):
+    def bound(self, keys, real):
         """Note the smallest and largest numbers of pages that have become whole."""
         page, known = self.settings.page, 0 if self.low is None else self.low.shape[2]
-        whole = self.seen // page
+        whole = keys.shape[2] // page
         if whole == known:
             return
-        new = self.whole(known * page)[0][:, :, : (whole - known) * page]
+        new = keys[:, :, known * page : whole * page]
         lowest = highest = new
         if real is not None:
             tokens = real[:, None, known * page : whole * page, None]

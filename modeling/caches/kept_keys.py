@@ -15,7 +15,6 @@ from transformers.cache_utils import CacheLayerMixin
 from scrubjay.configuration.configuration_recycled import HOLDING, RecycledConfig
 from scrubjay.kernels.recycle import gather_pair, pooled, put_row, scores_of
 from scrubjay.modeling.caches.buffers import roomy, writable
-from scrubjay.modeling.caches.few_bits_keys import few_bits_bytes
 from scrubjay.modeling.decoder.decoder_call import sizes_of
 
 TAIL = 64  # queries remembered, and so columns that `crop` may take back
@@ -30,7 +29,7 @@ class Call:
     the decoder's own function from a tensor of the device and positions (B, T) to (cos, sin), during the call. mesh:
     the devices that hold parts of the decoder's weights, during the call, None: one device. answered: the layers that
     have attended by themselves, in this call. counted: whether positions, given where there is padding, are of tokens.
-    probabilities: whether the model's own attention may have to tell its probabilities. layers: of the cache.
+    probabilities: whether the model's own attention may have to tell its probabilities.
     """
 
     real: torch.Tensor | None = None
@@ -41,7 +40,6 @@ class Call:
     answered: set[int] = field(default_factory=set)
     counted: bool = False
     probabilities: bool = False
-    layers: list = field(default_factory=list)
 
     def __getstate__(self):
         return self.__dict__ | {"table": None, "mesh": None}
@@ -240,24 +238,20 @@ def row_bytes(config: RecycledConfig, dtype: torch.dtype) -> tuple[int, int]:
 
     A row: keys, values, columns and ranks of the budget, and what the policy remembers beside them (queries, mass, or
     directions). A token: its keys and values, under the policies that forget none; under "snapkv" those after the
-    prompt. Of few bits, after a multiple of 32 tokens; with hold="host" those on the host are counted, too.
+    prompt.
     """
     layers, heads, size = sizes_of(config)
     pair = heads * 2 * size * dtype.itemsize
-    held, ahead = pair, 0  # a token's, and what a row has more since its newest tokens are exact
-    if config.hold_bits is not None:
-        coded = few_bits_bytes(heads, size, config.hold_bits, dtype)
-        held, ahead = coded + (pair if config.hold == "host" else 0), TAIL * (pair - coded)
     slots = config.budget + (not config.evict_first)
     kept = 0 if config.policy in ("full", "lowrank", "quest") else slots * (pair + heads * 16)
     mass, few = slots * heads * 4, heads * min(config.rank, size) * dtype.itemsize
     directions = heads * (2 * min(config.rank, size) + 1) * size * max(dtype.itemsize, 4)
     beside = {"h2o": mass, "tova": mass, "lowrank": directions}.get(config.policy, 0)
     if config.policy in HOLDING:
-        beside += config.num_attention_heads * TAIL * size * dtype.itemsize + ahead
+        beside += config.num_attention_heads * TAIL * size * dtype.itemsize
     if config.policy == "lowrank" and config.choosing_layers is not None:  # the others are those of "recycled"
         count = len(set(config.choosing_layers))
         others = (layers - count) * (slots * (pair + heads * 16) + beside - directions)
-        return count * beside + others, layers * held + count * few
-    each = {"lowrank": held + few, "quest": held + pair // config.page, "snapkv": pair + heads * 16}
-    return layers * (kept + beside), layers * each.get(config.policy, held if config.policy in HOLDING else 0)
+        return count * beside + others, layers * pair + count * few
+    each = {"lowrank": pair + few, "quest": pair + pair // config.page, "snapkv": pair + heads * 16}
+    return layers * (kept + beside), layers * each.get(config.policy, pair if config.policy in HOLDING else 0)

@@ -7,7 +7,7 @@ import torch
 
 from scrubjay.kernels.recycle import decode, decode_with_scores, top
 from scrubjay.modeling.caches.holding_layer import HoldingLayer
-from scrubjay.modeling.caches.kept_keys import TAIL, Kept, pick
+from scrubjay.modeling.caches.kept_keys import TAIL, Kept
 from scrubjay.modeling.decoder.decoder_call import mean_over_devices
 
 
@@ -47,10 +47,7 @@ class RecycledLayer(HoldingLayer):
         if settings.schedule == "fixed" and settings.stride == 1 and settings.full_output:
             return None
         with torch.no_grad():
-            short = self.exact_when_short and self.seen <= settings.budget
-            if self.far and (full or short or self.kept is None):
-                key, value = self.whole()
-            if short:
+            if self.exact_when_short and self.seen <= settings.budget:
                 return self.short_step(full, key, scaling)
             step = self.full_step if full else self.partial_step
             return step(self.query_of(self.seen), key, value, scaling)[:, None]
@@ -143,13 +140,5 @@ class RecycledLayer(HoldingLayer):
         if known < columns:
             since = torch.arange(known, columns, device=k.device).expand(*index.shape[:2], -1)
             index = torch.cat([index, since], 2)
-        pinned = self.pinned(columns, k)
-        if self.few is not None and self.full_keys is not None:  # chosen by few bits, and fetched exact
-            keys, values = self.rows(index)
-            order = torch.arange(index.shape[2], device=index.device).expand_as(index)
-            real = None if real is None else pick(real, index)
-            self.kept = Kept(keys, values, order, self.capacity, real, pick(pinned, index))
-            self.kept.index[:, :, : index.shape[2]] = index
-        else:
-            self.kept = Kept(k, v, index, self.capacity, real, pinned)
+        self.kept = Kept(k, v, index, self.capacity, real, self.pinned(columns, k))
         self.waiting = None
