@@ -17,6 +17,7 @@ from scrubjay.configuration.configuration_recycled import HOLDING, RecycledConfi
 from scrubjay.configuration.configuration_wrapped import WrappedConfig
 from scrubjay.modeling.caches.choosing_layer import LowRankLayer, QuestLayer
 from scrubjay.modeling.caches.evicting_layer import EvictingLayer
+from scrubjay.modeling.caches.held_layer import HELD
 from scrubjay.modeling.caches.holding_layer import HoldingLayer
 from scrubjay.modeling.caches.kept_keys import TAIL, Call, Kept, row_bytes
 from scrubjay.modeling.caches.recycled_layer import RecycledLayer
@@ -80,9 +81,10 @@ class RecycledCache(AttachedCache):
 
     def _build(self, settings):
         self.settings, self.call = settings, Call()
-        kinds = [LAYERS.get(settings.policy, EvictingLayer)] * settings.num_hidden_layers
+        layers = HELD if settings.hold == "host" or settings.hold_bits else LAYERS
+        kinds = [layers.get(settings.policy, EvictingLayer)] * settings.num_hidden_layers
         if settings.policy == "lowrank" and settings.choosing_layers is not None:
-            kinds = [kind if i in settings.choosing_layers else RecycledLayer for i, kind in enumerate(kinds)]
+            kinds = [kind if i in settings.choosing_layers else layers["recycled"] for i, kind in enumerate(kinds)]
         super().__init__(layers=[kind(settings, i, self.call) for i, kind in enumerate(kinds)])
 
     def attach(self, model):
@@ -216,8 +218,16 @@ class RecycledCache(AttachedCache):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held, memory not yet in use included."""
-        held = sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors().values())
-        return held + (0 if self.call.real is None else self.call.real.nbytes)
+        return sum(self.nbytes_by_place.values())
+
+    @property
+    def nbytes_by_place(self) -> dict[str, int]:
+        """`nbytes` of "device", where the model is, and of "host", where hold="host" puts keys and values."""
+        places = {"device": 0 if self.call.real is None else self.call.real.nbytes, "host": 0}
+        for layer in self.layers:
+            for name, tensor in layer.tensors().items():
+                places["host" if name.startswith("held.host.") else "device"] += tensor.nbytes
+        return places
 
     @property
     def full_steps(self) -> list[int]:
@@ -259,7 +269,8 @@ class RecycledCache(AttachedCache):
         cache.call.real, cache.call.counted = tensors.pop("real", None), about.get("counted", False)
         for layer, counters, filled in zip(cache.layers, about["counters"], about["filled"], strict=True):
             layer.is_initialized = True
-            layer.__dict__.update(counters)
+            for name, value in counters.items():
+                setattr(layer, name, value)
             if filled is not None:
                 layer.kept = Kept.__new__(Kept)
                 layer.kept.filled, layer.kept.real = filled, None
