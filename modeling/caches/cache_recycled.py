@@ -50,6 +50,8 @@ class RecycledCache(AttachedCache):
             `RecycledForCausalLM`, whose settings are then the defaults.
         settings: fields of `RecycledConfig`.
 
+    All keys may lie on the host, or in few bits (`hold`, `hold_bits`): then no call after the first has a gradient.
+
     Steps that choose among the keys, or attend those chosen, have no gradient. A cache holds one text a row: a call of
     packed documents is refused. Padding is remembered: a mask may be (B, T), of the new columns, or (B, seen + T), of
     which those before say nothing new; what was padding stays padding. Positions are the caller's (position_ids): where
