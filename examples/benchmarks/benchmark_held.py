@@ -96,7 +96,7 @@ def measure(model, ids, options) -> dict[str, dict]:
     return {way: {"seconds_a_token": median(seconds[way]), "samples": seconds[way]} | records[way] for way in WAYS}
 
 
-def arguments():
+def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder of a decoder; without it a random Llama of the sizes below")
     parser.add_argument("--text", help="a file whose tokens are read, with --model")
@@ -106,14 +106,15 @@ def arguments():
     parser.add_argument("--policy", default="recycled", choices=("recycled", "lowrank", "full"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--out", type=Path, help="a JSON file")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     if bool(options.model) != bool(options.text):
         parser.error("--model and --text go together")
     return options
 
 
-def main() -> None:
-    options = arguments()
+def main(given: list[str] | None = None) -> None:
+    """Print a line of each way, and write the record."""
+    options = arguments(given)
     ways = measure(*model_of(options), options)
     for way, record in ways.items():
         places = ", ".join(f"{count / 2**20:.1f} MiB {place}" for place, count in record["bytes"].items())

@@ -216,6 +216,18 @@ def test_forks_between_places(model):
 
 
 @pytest.mark.parametrize("policy", HELD)
+def test_no_more_than_a_page_leaves_the_host_at_once(model, policy, monkeypatch):
+    sizes, original = [], held_keys.HostKeys._copied
+    monkeypatch.setattr(
+        held_keys.HostKeys, "_copied", staticmethod(lambda *args: (sizes.append(args[2] - args[1]), original(*args))[1])
+    )
+    with RecycledCache(model, **settings_of(policy, hold="host")) as cache:
+        drive(model, tokens(2, sum(LONG)), LONG, cache)
+    assert max(sizes) == held_keys.PAGE
+    assert sum(sizes) >= 2 * 2 * 90  # keys and values of two layers, once or more
+
+
+@pytest.mark.parametrize("policy", HELD)
 def test_bytes_by_place(model, policy):
     def bytes_of(hold, bits):
         with RecycledCache(model, **settings_of(policy, hold=hold, hold_bits=bits)) as cache:
