@@ -6,6 +6,7 @@ from scrubjay.configuration.configuration_wrapped import WrappedConfig
 
 POLICIES = ("recycled", "lowrank", "quest", "snapkv", "h2o", "tova", "streaming", "full")
 HOLDING = ("recycled", "lowrank", "quest", "full")  # which forget no key
+HELD = ("recycled", "lowrank", "full")  # of them, those that can hold their keys elsewhere or in few bits
 CHOICES = {
     "policy": POLICIES,
     "schedule": ("fixed", "dynamic"),
@@ -13,6 +14,8 @@ CHOICES = {
     "qsim_space": ("pre", "post"),
     "qsim_batch": ("any", "all"),
     "rope_mode": ("absolute", "cache"),
+    "hold": ("device", "host"),
+    "hold_bits": (None, 8, 4),
 }
 
 
@@ -59,6 +62,11 @@ class RecycledConfig(WrappedConfig):
         train_tail: S of the paper's continued pre-training (50 there): in train mode the last S tokens of each row see
             themselves and the `budget` keys that the token before them chooses. 0: ordinary attention.
         full_layers: indices of layers that attend all keys at every step (none in the paper).
+        hold: where "recycled", "lowrank" and "full" hold all keys and values (ours): on the "device", or in the memory
+            of the "host", from where a full step reads them in pages, and those chosen are fetched.
+        hold_bits: in which those three hold them (ours): 8 or 4, as KIVI rounds them (arXiv:2402.02750), half a step of
+            a group's range at most, but for the newest 64 to 95; None: the model's dtype. With hold="host" the few bits
+            lie on the device, full steps and choices read them, and keys that were chosen are exact.
     """
 
     model_type = "scrubjay_recycled"
@@ -95,6 +103,8 @@ class RecycledConfig(WrappedConfig):
     train_tail: int = 0
     full_layers: list | tuple = ()
     choosing_layers: list | tuple | None = None
+    hold: str = "device"
+    hold_bits: int | None = None
 
     def validate_architecture(self):
         """Refuse settings that mean nothing, naming the value and the rule."""
@@ -115,6 +125,11 @@ class RecycledConfig(WrappedConfig):
             raise ValueError(
                 f"policy='quest' reads whole pages, and the budget must hold two of them; got budget={self.budget} and "
                 f"page={self.page}."
+            )
+        if (self.hold == "host" or self.hold_bits) and self.policy not in HELD:
+            raise ValueError(
+                f"hold='host' and hold_bits are for the policies {HELD}; with policy={self.policy!r} use hold='device' "
+                f"and hold_bits=None; got hold={self.hold!r} and hold_bits={self.hold_bits}."
             )
         if self.train_tail < 0 or (self.train_tail and self.policy != "recycled"):
             raise ValueError(

@@ -19,6 +19,7 @@ from scrubjay.configuration.configuration_wrapped import WrappedConfig
 from scrubjay.modeling.caches.calibration import Calibrated, share_of
 from scrubjay.modeling.caches.choosing_layer import LowRankLayer, QuestLayer
 from scrubjay.modeling.caches.evicting_layer import EvictingLayer
+from scrubjay.modeling.caches.held_layer import HELD
 from scrubjay.modeling.caches.holding_layer import HoldingLayer
 from scrubjay.modeling.caches.kept_keys import TAIL, Call, Kept, row_bytes
 from scrubjay.modeling.caches.recycled_layer import RecycledLayer
@@ -58,6 +59,8 @@ class RecycledCache(Calibrated, AttachedCache):
             `RecycledForCausalLM`, whose settings are then the defaults.
         settings: fields of `RecycledConfig`.
 
+    All keys may lie on the host, or in few bits (`hold`, `hold_bits`): then no call after the first has a gradient.
+
     Steps that choose among the keys, or attend those chosen, have no gradient. A cache holds one text a row: a call of
     packed documents is refused. Padding is remembered: a mask may be (B, T), of the new columns, or (B, seen + T), of
     which those before say nothing new; what was padding stays padding. Positions are the caller's (position_ids): where
@@ -90,9 +93,10 @@ class RecycledCache(Calibrated, AttachedCache):
 
     def _build(self, settings):
         self.settings, self.call = settings, Call()
-        kinds = [LAYERS.get(settings.policy, EvictingLayer)] * settings.num_hidden_layers
+        layers = HELD if settings.hold == "host" or settings.hold_bits else LAYERS
+        kinds = [layers.get(settings.policy, EvictingLayer)] * settings.num_hidden_layers
         if settings.policy == "lowrank" and settings.choosing_layers is not None:
-            kinds = [kind if i in settings.choosing_layers else RecycledLayer for i, kind in enumerate(kinds)]
+            kinds = [kind if i in settings.choosing_layers else layers["recycled"] for i, kind in enumerate(kinds)]
         super().__init__(layers=[kind(settings, i, self.call) for i, kind in enumerate(kinds)])
 
     def attach(self, model):
@@ -291,8 +295,16 @@ class RecycledCache(Calibrated, AttachedCache):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held, memory not yet in use included."""
-        held = sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors().values())
-        return held + (0 if self.call.real is None else self.call.real.nbytes)
+        return sum(self.nbytes_by_place.values())
+
+    @property
+    def nbytes_by_place(self) -> dict[str, int]:
+        """`nbytes` of "device", where the model is, and of "host", where hold="host" puts keys and values."""
+        places = {"device": 0 if self.call.real is None else self.call.real.nbytes, "host": 0}
+        for layer in self.layers:
+            for name, tensor in layer.tensors().items():
+                places["host" if name.startswith("held.host.") else "device"] += tensor.nbytes
+        return places
 
     @property
     def full_steps(self) -> list[int]:
@@ -333,7 +345,8 @@ class RecycledCache(Calibrated, AttachedCache):
         cache.call.real, cache.call.counted = tensors.pop("real", None), about.get("counted", False)
         for layer, counters, filled in zip(cache.layers, about["counters"], about["filled"], strict=True):
             layer.is_initialized = True
-            layer.__dict__.update(counters)
+            for name, value in counters.items():
+                setattr(layer, name, value)
             if filled is not None:
                 layer.kept = Kept.__new__(Kept)
                 layer.kept.filled, layer.kept.real = filled, None

@@ -38,9 +38,13 @@ class ChoosingLayer(HoldingLayer):
         with torch.no_grad():
             q, real = self.query_of(self.seen), self.real_until(self.seen)
             index = self.chosen = self.choose(q, key, scaling, real)
-            keys, values = gather_pair(key, value, index)
+            keys, values = self.rows(key, value, index)
             real = None if real is None else real[:, None].expand(-1, key.shape[1], -1).gather(2, index)
             return decode(q, keys, values, scaling, real)[:, None]
+
+    def rows(self, keys, values, index):
+        """Keys and values (B, G, M, P) at index (B, G, M)."""
+        return gather_pair(keys, values, index)
 
 
 class LowRankLayer(ChoosingLayer):
@@ -70,8 +74,8 @@ class LowRankLayer(ChoosingLayer):
 
     def reads(self, columns):
         """The budget, and R of the 2 P numbers of each key and value."""
-        rank = min(self.settings.rank, self.full_keys.shape[3])
-        return self.settings.budget + columns * rank / (2 * self.full_keys.shape[3])
+        size = self.tail.shape[3]
+        return self.settings.budget + columns * min(self.settings.rank, size) / (2 * size)
 
     @without_autocast
     def choose(self, q, keys, scaling, real):
@@ -89,8 +93,9 @@ class LowRankLayer(ChoosingLayer):
 
     def lower(self, keys):
         """Write the directions' part of keys (B, G, n, P) that have come since; a column of `low` for each."""
-        new = torch.matmul(keys[:, :, self.lowered :].to(self.to_low.dtype) - self.mean, self.to_low[:, :, 0])
-        new, (held, room) = new.mT, (self.low, self.full_keys.shape[2])
+        of_keys, blocks = self.to_low[:, :, 0], self.blocks(keys, self.lowered)
+        new = torch.cat([torch.matmul(x.to(of_keys.dtype) - self.mean, of_keys) for x in blocks], 2)
+        new, held, room = new.mT, self.low, self.room
         if held is None or held.shape[3] != room or held.dtype != roomy(held, keys).dtype:
             self.low = keys.new_empty(*new.shape[:3], room)
             if held is not None:
@@ -99,20 +104,34 @@ class LowRankLayer(ChoosingLayer):
         self.low[..., self.lowered : self.seen] = new
         self.lowered = self.seen
 
+    def blocks(self, keys, start=0):
+        """Keys (B, G, m, P) from column `start` on, in parts."""
+        return [keys[:, :, start:]]
+
+    @property
+    def room(self):
+        """Columns for which there is to be memory."""
+        return self.full_keys.shape[2]
+
     def find(self, keys, real):
         """The directions; keys are then written anew."""
         wide = torch.promote_types(keys.dtype, torch.float32)
-        queries, x = self.remembered().to(wide).unflatten(1, (keys.shape[1], -1)), keys.to(wide)
+        queries = self.remembered().to(wide).unflatten(1, (keys.shape[1], -1))
         if real is not None:  # what is padding counts as nothing
-            x = torch.where(real[:, None, :, None], x, 0)
             queries = torch.where(real[:, None, None, -queries.shape[3] :, None], queries, 0)
-        count = x.shape[2] if real is None else real.sum(1).clamp(min=1)[:, None, None, None]
-        self.mean = x.sum(2, keepdim=True) / count
-        spread = x.mT @ x - count * (self.mean.mT @ self.mean)
+        total = products = start = 0
+        for x in self.blocks(keys):
+            x, stop = x.to(wide), start + x.shape[2]
+            if real is not None:
+                x = torch.where(real[:, None, start:stop, None], x, 0)
+            total, products, start = total + x.sum(2, keepdim=True), products + x.mT @ x, stop
+        count = self.seen if real is None else real.sum(1).clamp(min=1)[:, None, None, None]
+        self.mean = total / count
+        spread = products - count * (self.mean.mT @ self.mean)
         queries = queries.flatten(2, 3)
         moments = queries.mT @ queries
         size = moments.diagonal(dim1=-1, dim2=-2).mean(-1)[..., None, None].clamp(min=torch.finfo(wide).tiny)
-        moments = moments / size + SHRINKAGE * torch.eye(x.shape[3], dtype=wide, device=x.device)
+        moments = moments / size + SHRINKAGE * torch.eye(keys.shape[3], dtype=wide, device=keys.device)
         factor = torch.linalg.cholesky(moments)
         directions = torch.linalg.eigh(factor.mT @ spread @ factor).eigenvectors[..., -self.settings.rank :]
         to_query = torch.linalg.solve_triangular(factor.mT, directions, upper=True)  # q^T L^-T V

@@ -50,7 +50,7 @@ class EvictingLayer(KeepingLayer):
                 f"The queries of the last {queries.shape[2]} tokens are remembered; "
                 f"policy={self.settings.policy!r} needs more of them. Give the text to a cache of its own."
             )
-        keys, values = (x[:, :, :n] for x in (other.full_keys, other.full_values))
+        keys, values = (x[:, :, :n] for x in other.everything())
         self.lazy_initialization(keys, values)
         self.seen = n
         columns = torch.arange(n, device=keys.device).expand(*keys.shape[:2], n)

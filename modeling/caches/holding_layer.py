@@ -6,10 +6,8 @@ B batch, H query heads, G key heads, P head size, T new columns, n columns held,
 import torch
 
 from scrubjay.kernels.recycle import decode
-from scrubjay.modeling.caches.buffers import appended, roomy, writable
+from scrubjay.modeling.caches.buffers import appended, roomy, writable, written
 from scrubjay.modeling.caches.kept_keys import TAIL, KeepingLayer
-
-GROWTH = 1.25  # of the full buffer when it is full
 
 
 class HoldingLayer(KeepingLayer):
@@ -32,12 +30,18 @@ class HoldingLayer(KeepingLayer):
 
     def take(self, other: "HoldingLayer") -> None:
         """Have read what another has read."""
-        self.lazy_initialization(other.full_keys, other.full_values)
+        self.lazy_initialization(other.tail, other.tail)
         self.seen, self.oldest, self.scaling = other.seen, other.oldest, other.scaling
-        self.full_keys, self.full_values = (
-            written(None, x[:, :, : self.seen], 0) for x in (other.full_keys, other.full_values)
-        )
+        self.receive(other)
         self.tail = other.tail.clone()
+
+    def receive(self, other: "HoldingLayer") -> None:
+        """Hold what another layer holds."""
+        self.full_keys, self.full_values = (written(None, x, 0) for x in other.everything())
+
+    def everything(self):
+        """All keys and values (B, G, n, P), exact, on the device."""
+        return [x[:, :, : self.seen] for x in (self.full_keys, self.full_values)]
 
     def remembered(self):
         """(B, H, m, P): the queries of the last m columns, in their order."""
@@ -127,17 +131,3 @@ class HoldingLayer(KeepingLayer):
             )
         self.seen = columns
         self.renew()
-
-
-def written(buffer, new, used):
-    """The buffer with new columns written behind `used` ones, in larger memory if they do not fit."""
-    (B, G, _, P), needed = new.shape, used + new.shape[2]
-    buffer = None if buffer is None else roomy(writable(buffer), new)
-    if buffer is None or buffer.shape[2] < needed:
-        columns = max(256, needed + int(needed * (GROWTH - 1)) if used else needed + 256)
-        larger = (new if buffer is None else buffer).new_empty(B, G, columns, P)
-        if used:
-            larger[:, :, :used] = buffer[:, :, :used]
-        buffer = larger
-    buffer[:, :, used:needed] = new
-    return buffer

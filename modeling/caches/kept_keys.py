@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.configuration.configuration_recycled import HOLDING, RecycledConfig
+from scrubjay.kernels.pages import GROUP, channels
 from scrubjay.kernels.recycle import gather_pair, pooled, put_row, scores_of
 from scrubjay.modeling.caches.buffers import roomy, writable
 from scrubjay.modeling.decoder.decoder_call import sizes_of
@@ -61,15 +62,16 @@ class Kept:
 
     names = ("keys", "values", "index", "rank", "real")
 
-    def __init__(self, keys, values, index, capacity, real, pinned):
+    def __init__(self, keys, values, index, capacity, real, pinned, rows=None):
         """From rows `index` (B, G, M), lowest score first, of keys and values (B, G, n, P).
 
         real, pinned: (B, n) or (B, G, n) bool, which rows are tokens (None: all) and which must never be evicted.
+        rows: (B, G, M), where they stand in keys and values, if not at `index`.
         """
         (B, G, M), P = index.shape, keys.shape[3]
         self.filled = M
         self.keys, self.values = (x.new_empty(B, G, capacity, P) for x in (keys, values))
-        gather_pair(keys, values, index, out=(self.keys, self.values))
+        gather_pair(keys, values, index if rows is None else rows, out=(self.keys, self.values))
         self.index = index.new_full((B, G, capacity), -1)
         self.index[:, :, :M] = index
         # below any column number that comes later; padding goes first, pinned tokens never
@@ -237,21 +239,25 @@ def row_bytes(config: RecycledConfig, dtype: torch.dtype) -> tuple[int, int]:
     steps, room ahead of the tokens left out.
 
     A row: keys, values, columns and ranks of the budget, and what the policy remembers beside them (queries, mass, or
-    directions). A token: its keys and values, under the policies that forget none; under "snapkv" those after the
-    prompt.
+    directions). A token: its keys and values, under the policies that forget none, wherever they lie and in however
+    many bits (the newest are exact, which counts to the row); under "snapkv" those after the prompt.
     """
     layers, heads, size = sizes_of(config)
     pair = heads * 2 * size * dtype.itemsize
+    held, recent = pair, 0  # bytes of a token, and what the newest exact ones take beyond them
+    if config.hold_bits:
+        few = heads * size * config.hold_bits // 4 + heads * 4 * size // GROUP + heads * 4 * (size // channels(size))
+        held, recent = few + (pair if config.hold == "host" else 0), TAIL * (pair - few)
     slots = config.budget + (not config.evict_first)
     kept = 0 if config.policy in ("full", "lowrank", "quest") else slots * (pair + heads * 16)
-    mass, few = slots * heads * 4, heads * min(config.rank, size) * dtype.itemsize
+    mass, low = slots * heads * 4, heads * min(config.rank, size) * dtype.itemsize
     directions = heads * (2 * min(config.rank, size) + 1) * size * max(dtype.itemsize, 4)
     beside = {"h2o": mass, "tova": mass, "lowrank": directions}.get(config.policy, 0)
     if config.policy in HOLDING:
-        beside += config.num_attention_heads * TAIL * size * dtype.itemsize
+        beside += config.num_attention_heads * TAIL * size * dtype.itemsize + recent
     if config.policy == "lowrank" and config.choosing_layers is not None:  # the others are those of "recycled"
         count = len(set(config.choosing_layers))
         others = (layers - count) * (slots * (pair + heads * 16) + beside - directions)
-        return count * beside + others, layers * pair + count * few
-    each = {"lowrank": pair + few, "quest": pair + pair // config.page, "snapkv": pair + heads * 16}
-    return layers * (kept + beside), layers * each.get(config.policy, pair if config.policy in HOLDING else 0)
+        return count * beside + others, layers * held + count * low
+    each = {"lowrank": held + low, "quest": pair + pair // config.page, "snapkv": pair + heads * 16}
+    return layers * (kept + beside), layers * each.get(config.policy, held if config.policy in HOLDING else 0)

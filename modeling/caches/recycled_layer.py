@@ -104,16 +104,16 @@ class RecycledLayer(HoldingLayer):
             self.refer()
         if full or self.waiting is None:
             columns = self.seen - (not full)
-            self.waiting = self.scored(self.query_of(columns), k[:, :, :columns], scaling, self.real_until(columns))
+            self.waiting = self.scored_until(columns, k, scaling)
 
     def full_step(self, q, k, v, scaling):
         """Attend all keys and remember how; the K best are gathered when a partial step comes."""
         real = self.real_until(self.seen)
-        out, logp = decode_with_scores(q, k, v, scaling, real)
+        out, logp = self.attend_all(q, k, v, scaling, real)
         self.kept, self.waiting = None, self.pool(logp, k.shape[1], real)
         self.refer()
         if not self.settings.full_output:
-            self.choose(k, v, scaling)
+            self.choose(self.seen, k, v, scaling)
             keys, values, real = self.kept.held()
             out = decode(q, keys, values, scaling, real)
         return out
@@ -121,24 +121,35 @@ class RecycledLayer(HoldingLayer):
     def partial_step(self, q, k, v, scaling):
         """Attend what is kept, the new token among it."""
         if self.kept is None:
-            self.choose(k[:, :, :-1], v[:, :, :-1], scaling)
+            self.choose(self.seen - 1, k, v, scaling)
         self.put_newest(k[:, :, -1:], v[:, :, -1:])
         keys, values, real = self.kept.held()
         return decode(q, keys, values, scaling, real)
 
-    def choose(self, k, v, scaling):
-        """Keep the K best of the keys (B, G, n, P), as the last token of the last full step attended them.
+    def attend_all(self, q, k, v, scaling, real):
+        """(B, H, P), and the log-probabilities (B, H, n) of all keys."""
+        return decode_with_scores(q, k, v, scaling, real)
+
+    def scored_until(self, columns, k, scaling):
+        """Pooled scores (B, G, columns) of the first columns for the last of their queries."""
+        return self.scored(self.query_of(columns), k[:, :, :columns], scaling, self.real_until(columns))
+
+    def choose(self, columns, k, v, scaling):
+        """Keep the K best of the first columns, as the last token of the last full step attended them.
 
         Tokens since then, while all fitted the budget, follow.
         """
-        settings, columns = self.settings, k.shape[2]
-        real, scores = self.real_until(columns), self.waiting
+        settings, scores = self.settings, self.waiting
         if scores is None:
-            scores = self.scored(self.query_of(columns), k, scaling, real)
+            scores = self.scored_until(columns, k, scaling)
         known = scores.shape[2]
         index = top(scores, settings.budget, settings.recent, settings.sinks, self.real_until(known))
         if known < columns:
-            since = torch.arange(known, columns, device=k.device).expand(*index.shape[:2], -1)
+            since = torch.arange(known, columns, device=index.device).expand(*index.shape[:2], -1)
             index = torch.cat([index, since], 2)
-        self.kept = Kept(k, v, index, self.capacity, real, self.pinned(columns, k))
+        self.kept = self.keep(k, v, index, columns)
         self.waiting = None
+
+    def keep(self, k, v, index, columns):
+        """`Kept` of the columns at index (B, G, M)."""
+        return Kept(k, v, index, self.capacity, self.real_until(columns), self.pinned(columns, k))

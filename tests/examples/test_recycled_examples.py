@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scrubjay.examples import recycled_pretraining
-from scrubjay.examples.benchmarks import benchmark_recycled
+from scrubjay.examples.benchmarks import benchmark_held, benchmark_recycled
 from scrubjay.examples.studies import retrieval
 from scrubjay.examples.studies.retrieval import IGNORED, SMOKE, answer, build, caches, draw
 
@@ -47,6 +47,20 @@ def test_recycled_retrieval_runs_and_keeps_its_record(tmp_path):
     again = retrieval.main(["--smoke", "--out", str(tmp_path / "s.json"), "--model", str(tmp_path / "model")])
     assert again["results"] == record["results"] == json.loads((tmp_path / "r.json").read_text())["results"]
     assert set(record["results"]) >= {"full", "StreamingLLM", "H2O", "one choice", "Recycled, S = 5"}
+
+
+def test_recycled_keys_held_in_every_way_are_measured(tmp_path):
+    sizes = "--hidden 64 --layers 2 --heads 4 --kv-heads 2 --length 700 --tokens 12 --budget 32 --stride 5 --turns 1"
+    benchmark_held.main([*sizes.split(), "--out", str(tmp_path / "held.json")])
+    record = json.loads((tmp_path / "held.json").read_text())
+    ways = record["ways"]
+    assert list(ways) == ["device", "host", "8 bits", "4 bits", "host + 4 bits"]
+    assert ways["host"]["agreement"] == ways["device"]["agreement"] == 1
+    assert abs(ways["host"]["loss"] - ways["device"]["loss"]) < 1e-4
+    assert ways["4 bits"]["bytes"]["device"] < ways["8 bits"]["bytes"]["device"] < ways["device"]["bytes"]["device"]
+    assert ways["device"]["bytes"]["host"] == 0 < ways["host"]["bytes"]["host"]
+    assert record["processor"]["cpu_count"]
+    assert record["versions"]["torch"] == torch.__version__
 
 
 def test_recycled_pretraining_runs(tmp_path):

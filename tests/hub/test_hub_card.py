@@ -121,6 +121,9 @@ VARIANTS = {
     "recycled": [
         {},
         {"policy": "lowrank", "choosing_layers": [1]},
+        {"policy": "lowrank", "choosing_layers": [1], "hold": "host"},
+        *({"policy": policy, "hold": "host", "hold_bits": 4} for policy in ("recycled", "lowrank", "full")),
+        *({"hold": hold, "hold_bits": bits} for hold in ("device", "host") for bits in (None, 8)),
         *({"policy": policy} for policy in ("full", "lowrank", "quest", "snapkv", "h2o", "tova", "streaming")),
     ],
 }
@@ -144,8 +147,11 @@ def test_bytes_of_a_cache_are_those_of_a_real_one(entry, changes, dtype, tmp_pat
         held -= cache._table.nbytes
     if entry.name == "recycled":
         for layer in cache.layers:
-            for buffer in (getattr(layer, "full_keys", None), getattr(layer, "full_values", None)):
-                held -= 0 if buffer is None else buffer[:, :, 512:].nbytes
+            for name, buffer in layer.tensors().items():
+                used = {"few.key_codes": 448, "few.key_scales": 448 // 32, "few.value_codes": 448}.get(name[5:], 512)
+                used = 448 if name == "held.few.value_scales" else used
+                if name.startswith(("full_", "held.")):
+                    held -= buffer[:, :, used:].nbytes
             waiting = getattr(layer, "waiting", None)
             held -= 0 if waiting is None else waiting.nbytes
             if changes.get("policy") == "snapkv":
@@ -153,7 +159,7 @@ def test_bytes_of_a_cache_are_those_of_a_real_one(entry, changes, dtype, tmp_pat
                     getattr(layer.kept, name)[:, :, 103:].nbytes for name in ("keys", "values", "index", "rank")
                 )
             low = getattr(layer, "low", None)
-            held -= low[..., layer.lowered :].nbytes if type(layer).__name__ == "LowRankLayer" else 0
+            held -= low[..., layer.lowered :].nbytes if type(layer).__name__.endswith("LowRankLayer") else 0
     once, each = type(cache).row_bytes(model.config, model.dtype)
     count, token = (3, "token after the prompt") if changes.get("policy") == "snapkv" else (512, "token")
     assert held == once + count * each
