@@ -6,7 +6,14 @@ B batch, G key heads, P head size, T new columns, n columns held, M chosen.
 
 import torch
 
-from scrubjay.kernels import pages as kernels
+from scrubjay.kernels.pages import (
+    GROUP,
+    dequantize_keys,
+    dequantize_rows,
+    dequantize_values,
+    quantize_keys,
+    quantize_values,
+)
 from scrubjay.kernels.recycle import gather
 from scrubjay.modeling.caches.buffers import appended, written
 from scrubjay.modeling.caches.kept_keys import TAIL
@@ -92,14 +99,14 @@ class FewBitKeys:
         k, v = k.detach(), v.detach()
         if self.recent_keys is not None:
             k, v = appended(self.recent_keys, k), appended(self.recent_values, v)
-        whole = max(0, k.shape[2] - TAIL) // kernels.GROUP * kernels.GROUP
+        whole = max(0, k.shape[2] - TAIL) // GROUP * GROUP
         if whole:
-            keys = kernels.quantize_keys(k[:, :, :whole], self.bits)
-            values = kernels.quantize_values(v[:, :, :whole], self.bits)
+            keys = quantize_keys(k[:, :, :whole], self.bits)
+            values = quantize_values(v[:, :, :whole], self.bits)
             for name, new in zip(self.names, (*keys, *values), strict=False):
                 before, least = self.coded, 256
                 if name == "key_scales":
-                    before, least = before // kernels.GROUP, 256 // kernels.GROUP
+                    before, least = before // GROUP, 256 // GROUP
                 setattr(self, name, written(getattr(self, name), new, before, least))
             self.coded += whole
         # a copy, which does not hold the memory of a whole prompt
@@ -123,13 +130,13 @@ class FewBitKeys:
 
     def _columns(self, start, stop):
         """Keys and values of coded columns; whole groups of keys are read."""
-        first, last = start // kernels.GROUP, -(-stop // kernels.GROUP)
-        codes = self.key_codes[:, :, first * kernels.GROUP : last * kernels.GROUP]
-        k = kernels.dequantize_keys(codes, self.key_scales[:, :, first:last], self.bits, self.recent_keys.dtype)
-        v = kernels.dequantize_values(
+        first, last = start // GROUP, -(-stop // GROUP)
+        codes = self.key_codes[:, :, first * GROUP : last * GROUP]
+        k = dequantize_keys(codes, self.key_scales[:, :, first:last], self.bits, self.recent_keys.dtype)
+        v = dequantize_values(
             self.value_codes[:, :, start:stop], self.value_scales[:, :, start:stop], self.bits, self.recent_values.dtype
         )
-        return k[:, :, start - first * kernels.GROUP : stop - first * kernels.GROUP], v
+        return k[:, :, start - first * GROUP : stop - first * GROUP], v
 
     def rows(self, index):
         """Keys and values (B, G, M, P) at index (B, G, M)."""
@@ -138,11 +145,9 @@ class FewBitKeys:
         if not self.coded:
             return tuple(newer)
         at, is_coded = index.clamp(max=self.coded - 1), (index < self.coded)[..., None]
-        scales = gather(self.key_scales, at // kernels.GROUP)
-        k = kernels.dequantize_rows(gather(self.key_codes, at), scales, self.bits, newer[0].dtype)
-        v = kernels.dequantize_values(
-            gather(self.value_codes, at), gather(self.value_scales, at), self.bits, newer[1].dtype
-        )
+        scales = gather(self.key_scales, at // GROUP)
+        k = dequantize_rows(gather(self.key_codes, at), scales, self.bits, newer[0].dtype)
+        v = dequantize_values(gather(self.value_codes, at), gather(self.value_scales, at), self.bits, newer[1].dtype)
         return torch.where(is_coded, k, newer[0]), torch.where(is_coded, v, newer[1])
 
 
