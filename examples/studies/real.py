@@ -3,6 +3,7 @@
     python examples/studies/real.py --model smollm2 --minutes 20    the first figure, from an empty folder
     python examples/studies/real.py --model smollm2 --workers 2     all of it
     python examples/studies/real.py --model meta-llama/Llama-3.2-1B-Instruct --dtype bfloat16
+    python examples/studies/real.py --model smollm2 --controller FOLDER     ADORE too, by a controller for this model
 
 Each cell is eight samples of a kind (real_tasks.py) at a length: the prompt is read once, with full attention, and each
 cache goes on from there (`RecycledCache.fork`), with a budget of a share of the prompt. A cell is done for all caches
@@ -10,19 +11,20 @@ at once, so that all of them answer the same questions. B rows.
 """
 
 import sys
-from functools import cache
+from functools import cache, partial
 from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 
-from scrubjay import RecycledCache
+from scrubjay import AdoreCache, RecycledCache
 from scrubjay.examples.data.real_model import load
 from scrubjay.examples.studies.cells import Cell, cell_of
 from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
-from scrubjay.examples.studies.real_policies import ABLATIONS, HELD, OWN_PROMPT, POLICIES
+from scrubjay.examples.studies.real_policies import ABLATIONS, ADORE, HELD, OWN_PROMPT, POLICIES
 from scrubjay.examples.studies.real_tables import RESULTS, show, table  # noqa: F401, the study's own
 from scrubjay.examples.studies.real_tasks import RULER, Sample, sample
+from scrubjay.modeling.decoder.controller import Controller
 from scrubjay.modeling.inputs.cache_argument import named
 
 VERSION = 1
@@ -37,6 +39,8 @@ PLAN = [
     ("questions", 4096, 1 / 8, 2, "policies"),
     ("questions", 1024, 1 / 8, 3, "held"),
     ("text", 1024, 1 / 8, 3, "held"),
+    *((kind, 1024, 1 / 8, 3, "adore") for kind in ("questions", "text")),
+    *((kind, 4096, 1 / 8, 2, "adore") for kind in ("questions", "text")),
     ("text", 4096, 1 / 8, 2, "policies"),
     ("copy", 1024, 1 / 8, 2, "policies"),
     ("agree", 1024, 1 / 8, 3, "policies"),
@@ -48,7 +52,7 @@ PLAN = [
     *((kind, 4096, 1 / 8, 13, "policies") for kind in ("single", "multivalue")),
 ]
 SMOKE = [("text", 256, 1 / 8, 1, "policies"), ("multikey", 512, 1 / 8, 1, "policies")]
-GROUPS = {"policies": POLICIES, "ablations": ABLATIONS, "held": HELD}
+GROUPS = {"policies": POLICIES, "ablations": ABLATIONS, "held": HELD, "adore": ADORE}
 
 
 def cells(model: str, dtype: str, plan=PLAN) -> list[Cell]:
@@ -63,13 +67,24 @@ def cells(model: str, dtype: str, plan=PLAN) -> list[Cell]:
 loaded = cache(load)
 
 
-def work(cell: Cell) -> dict:
+def work(cell: Cell, controller: str | None = None) -> dict:
     """{cache: {"scores": a number in [0, 1] of each row, "losses": nats per token given, "nbytes": at the end}}."""
     settings = dict(cell.settings)
     model, tokenizer = loaded(cell.model, DTYPES[settings["dtype"]])
     numbers = range(ROWS * cell.seed, ROWS * (cell.seed + 1))
     samples = [sample(settings["kind"], tokenizer, settings["length"], number) for number in numbers]
-    return compared(model, tokenizer, samples, GROUPS[settings["caches"]], settings["budget"])
+    caches = GROUPS[settings["caches"]]
+    if settings["caches"] == "adore":
+        scorer = Controller.load(controller)
+        caches = {name: one | {"controller": scorer} for name, one in caches.items()}
+    return compared(model, tokenizer, samples, caches, settings["budget"])
+
+
+def alone(model, settings: dict, budget: int):
+    """A cache that reads its prompt by itself: ADORE's where `settings` name a controller."""
+    if "controller" in settings:
+        return AdoreCache(model, cache_size=budget - settings["rebuild"], **settings)
+    return RecycledCache(model, budget=budget, **settings)
 
 
 @torch.no_grad()
@@ -85,16 +100,15 @@ def compared(model, tokenizer, samples: list[Sample], caches: dict[str, dict], b
             every = [(i, i + 1) for i in range(samples[0].new)]
             samples = [Sample(one.prompt, forced=row, spans=every) for one, row in zip(samples, wrote, strict=True)]
         for name, settings in caches.items():
-            settings = {"schedule": "fixed", "budget": budget} | settings
-            if name in OWN_PROMPT:
-                own = RecycledCache(model, **settings)
+            if name in OWN_PROMPT or "controller" in settings:
+                own = alone(model, settings, budget)
                 start = model(ids, **named(own), logits_to_keep=1).logits[:, -1]
             else:
-                own, start = prompt.fork(**settings), first
+                own, start = prompt.fork(**{"schedule": "fixed", "budget": budget} | settings), first
             with own:
                 found[name] = answered(model, tokenizer, own, start, samples)
                 found[name]["nbytes"] = own.nbytes
-                if any(own.full_steps):
+                if any(getattr(own, "full_steps", ())):
                     found[name]["full_steps"] = round(fmean(own.full_steps), 2)
     return found
 
@@ -158,6 +172,11 @@ def parse(argv: list[str]):
     parser = study_parser("real.py", __doc__, RESULTS)
     parser.add_argument("--model", default="smollm2", help="name or folder of a Llama-like model, or smollm2 (default)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and caches (default bfloat16)")
+    parser.add_argument(
+        "--controller",
+        metavar="FOLDER",
+        help="of ADORE for this model, as examples/train_adore_controller.py writes it: ADORE is compared as well",
+    )
     return parser.parse_args(argv)
 
 
@@ -167,12 +186,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
     laboratory = opened(args, command_line("examples/studies/real.py", argv), VERSION)
     listed = cells(args.model, args.dtype, SMOKE if args.smoke else PLAN)
+    if args.controller is None and not args.table:
+        listed = [cell for cell in listed if cell.settings["caches"] != "adore"]
     if args.plan:
         print(laboratory.plan(listed, cost))
         return laboratory.records()
     if not args.table:
         loaded(args.model, DTYPES[args.dtype])  # fetched once, before there are several processes
-        laboratory.run(listed, work, args.minutes)
+        laboratory.run(listed, partial(work, controller=args.controller), args.minutes)
     mine = {cell.key for cell in listed}
     records = [record for record in laboratory.records() if cell_of(record).key in mine]
     show(records, laboratory.out, args.table and args.out == args.results)

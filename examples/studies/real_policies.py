@@ -24,6 +24,11 @@ HELD = {
     "Recycled, S = 5, 4 bits": FEW | {"hold_bits": 4},
     "Recycled, S = 5, 4 bits, exact ones on the host": FEW | {"hold": "host", "hold_bits": 4},
 }
+ADORE = {  # of an `AdoreCache` that holds R tokens fewer than the budget
+    "ADORE, R = 0": {"rebuild": 0},
+    "ADORE, R = 8": {"rebuild": 8},
+    "ADORE, R = 8 from the host": {"rebuild": 8, "rebuild_from": "host"},
+}
 OWN_PROMPT = ("H2O",)  # needs what every query of the prompt attended, and so reads it itself
 ABLATIONS = {
     "all keys, every step chooses: R = 64": {"policy": "lowrank", "rank": 64},

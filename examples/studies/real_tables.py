@@ -9,7 +9,7 @@ from statistics import fmean
 from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS
 from scrubjay.examples.studies.drawing import confidence, panels, write_between
 from scrubjay.examples.studies.laboratory import effort
-from scrubjay.examples.studies.real_policies import ABLATIONS, HELD, POLICIES
+from scrubjay.examples.studies.real_policies import ABLATIONS, ADORE, HELD, POLICIES
 from scrubjay.examples.studies.real_tasks import ASKED, RULER
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "real.json"
@@ -100,6 +100,7 @@ def table(records: list[dict]) -> str:
         part(title, lambda c, kind=kind: c[0] == kind and c[2] == c[1] // EIGHTH)
     part("RULER's kinds, answers found", lambda c: c[0] in RULER)
     part("Other shares of the keys", lambda c: c[0] in ("questions", "text") and c[2] != c[1] // EIGHTH)
+    part("ADORE, by a controller of this model", lambda c: True, collected(records, "adore"), ("full", *ADORE))
     part("What decides", lambda c: True, collected(records, "ablations"), ("full", *ABLATIONS))
     part("All keys on the host, or in few bits", lambda c: True, collected(records, "held"), ("full", *HELD))
     if (RESULTS.with_suffix(".png")).is_file() and parts:
@@ -119,7 +120,7 @@ def timed(length: int, rows: int) -> dict[str, float]:
 def draw(records: list[dict], path: Path) -> None:
     """Answers and loss against the time of a step at batch 1 and 8 and against bytes held, a column of panels each; and
     beside it, for the first page, the answers after the longest prompts that are timed at batch 8."""
-    found = collected(records, "policies")
+    found, adore = (collected(records, group) for group in ("policies", "adore"))
     wanted = [c for c in sorted(found) if c[0] in ("questions", "text") and c[2] == c[1] // EIGHTH]
     if not wanted:
         return
@@ -127,6 +128,7 @@ def draw(records: list[dict], path: Path) -> None:
     for i, column in enumerate(wanted):
         for j, rows in enumerate((1, 8, None)):
             panel(axes[j * len(wanted) + i], column, found[column], rows)
+            panel(axes[j * len(wanted) + i], column, adore.get(column, {}), rows, ADORE)
     figure.savefig(path, dpi=90)
     asked = [c for c in wanted if c[0] == "questions" and timed(c[1], 8)]
     if not asked:
@@ -134,15 +136,16 @@ def draw(records: list[dict], path: Path) -> None:
     figure, axes = panels(2, width=5.0, height=3.6)
     for axis, rows in zip(axes, (8, None), strict=True):
         panel(axis, asked[-1], found[asked[-1]], rows)
+        panel(axis, asked[-1], adore.get(asked[-1], {}), rows, ADORE)
     figure.savefig(path.with_stem(f"{path.stem}_first"), dpi=90)
 
 
-def panel(axis, column: Column, found: dict, rows: int | None) -> None:
+def panel(axis, column: Column, found: dict, rows: int | None, names: Iterable[str] = POLICIES) -> None:
     """Quality against milliseconds of a step of so many rows; None: against MiB of a row's cache."""
     times = timed(column[1], rows) if rows else {}
     axis.set_visible(bool(times) or rows is None)
-    for name, mine in found.items():
-        x = times.get(name) if rows else fmean(mine["nbytes"]) / 2**20
+    for name in (name for name in names if name in found):
+        x = times.get(name) if rows else fmean(found[name]["nbytes"]) / 2**20
         if x is not None:
             _point(axis, name, x, measured(column, found, name))
     label = f"ms a step, batch {rows}" if rows else "MiB of cache for a text"

@@ -9,9 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from scrubjay.examples.data import real_model
 from scrubjay.examples.data.corpus import train_tokenizer
 from scrubjay.examples.studies import real, real_speed
-from scrubjay.examples.studies.real_policies import HELD, POLICIES
+from scrubjay.examples.studies.real_policies import ADORE, HELD, POLICIES
 from scrubjay.examples.studies.real_tables import collected, grid, measured, shown, table
 from scrubjay.examples.studies.real_tasks import ASKED, KINDS, RULER, sample, sentences
+from scrubjay.modeling.decoder.controller import Controller
 
 LENGTH = 1024
 
@@ -115,6 +116,20 @@ def test_the_study_runs_and_makes_its_table(folder, tmp_path, capsys):
     assert "nats more, 256 tokens, K = 32: 8 prompts" in printed
     assert out.with_suffix(".png").stat().st_size > 1000
     assert table([]) == "Not run yet."
+
+
+def test_adore_is_compared_where_there_is_a_controller(folder, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(real, "SMOKE", [("text", 256, 1 / 8, 1, group) for group in ("policies", "adore")])
+    Controller(model.config.hidden_size, 16).save(tmp_path / "controller")
+    out = tmp_path / "real.json"
+    options = ["--smoke", "--threads", "1", "--model", str(folder), "--dtype", "float32", "--out", str(out)]
+    assert len(real.main(options)) == 1
+    records = real.main([*options, "--controller", str(tmp_path / "controller")])
+    assert [set(record["result"]) for record in records] == [set(POLICIES), set(ADORE)]
+    lines = table(records).partition("**ADORE, by a controller of this model**")[2].splitlines()
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ADORE")] == [f"| {name}" for name in ADORE]
+    losses = {name: records[1]["result"][name]["losses"] for name in ADORE}
+    assert losses["ADORE, R = 0"] != losses["ADORE, R = 8"] != losses["ADORE, R = 8 from the host"]
 
 
 def test_cells_of_the_table_are_means_over_prompts():
