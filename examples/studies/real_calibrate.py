@@ -1,6 +1,7 @@
 """What `cache.calibrate` promises on a pretrained model, and what it is worth on text that decided nothing.
 
     python examples/studies/real_calibrate.py --model smollm2 --workers 2
+    python examples/studies/real_calibrate.py --model smollm2 --controller FOLDER     ADORE too
 
 Three texts: documentation and source of Python's standard library, in rows that follow each other, and eight questions
 about a text (real_tasks.py), of which the answers among the last 63 tokens count. Of 32 rows of 1024 tokens half decide
@@ -8,14 +9,14 @@ and half check. For each policy the candidates are those that `calibrate` tries 
 """
 
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import fmean
 
 import torch
 
-from scrubjay import RecycledCache
+from scrubjay import AdoreCache, RecycledCache
 from scrubjay.examples.data.corpus import load_corpus
 from scrubjay.examples.data.real_model import load
 from scrubjay.examples.studies.cells import Cell, cell_of
@@ -24,6 +25,7 @@ from scrubjay.examples.studies.laboratory import command_line, effort, opened, s
 from scrubjay.examples.studies.real import DTYPES
 from scrubjay.examples.studies.real_tasks import sample
 from scrubjay.modeling.caches.calibration import IGNORED
+from scrubjay.modeling.decoder.controller import Controller
 
 VERSION = 1
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "real_calibrate.json"
@@ -39,6 +41,7 @@ POLICIES = {
     "TOVA": {"policy": "tova"},
     "SnapKV": {"policy": "snapkv"},
 }
+ADORE = "ADORE"
 loaded = cache(load)
 
 
@@ -49,7 +52,7 @@ def cells(model: str, dtype: str, rows: int = ROWS, length: int = LENGTH) -> lis
         Cell("calibrate", model, 0, 0.0, settings | {"text": text, "promise": promise, "cache": name})
         for promise in PROMISES
         for text in TEXTS
-        for name in POLICIES
+        for name in (*POLICIES, ADORE)
     ]
 
 
@@ -80,14 +83,18 @@ def _questions(tokenizer, rows, length):
     return torch.tensor(ids), torch.tensor(labels)
 
 
-def work(cell: Cell) -> dict:
+def work(cell: Cell, controller: str | None = None) -> dict:
     """What was chosen, or why nothing was."""
     settings = dict(cell.settings)
     model, tokenizer = loaded(cell.model, DTYPES[settings["dtype"]])
     ids, labels = rows_of(settings["text"], tokenizer, settings["rows"], settings["length"])
-    policy = dict(POLICIES[settings["cache"]])
+    policy = dict(POLICIES.get(settings["cache"], {}))
     layers = policy.pop("layers", False)
-    with RecycledCache(model, **policy) as one:
+    if settings["cache"] == ADORE:
+        made = AdoreCache(model, controller=Controller.load(controller))
+    else:
+        made = RecycledCache(model, **policy)
+    with made as one:
         try:
             found = one.calibrate(ids, settings["promise"], labels=labels, layers=layers)
         except ValueError as error:
@@ -140,15 +147,18 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser = study_parser("real_calibrate.py", __doc__, RESULTS)
     parser.add_argument("--model", default="smollm2", help="name or folder of a Llama-like model, or smollm2 (default)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and caches (default bfloat16)")
+    parser.add_argument("--controller", metavar="FOLDER", help="of ADORE for this model: its caches calibrate as well")
     args = parser.parse_args(argv)
     laboratory = opened(args, command_line("examples/studies/real_calibrate.py", argv), VERSION)
     listed = cells(args.model, args.dtype, 4, 448) if args.smoke else cells(args.model, args.dtype)
+    if args.controller is None and not args.table:
+        listed = [cell for cell in listed if cell.settings["cache"] != ADORE]
     if args.plan:
         print(laboratory.plan(listed))
         return laboratory.records()
     if not args.table:
         loaded(args.model, DTYPES[args.dtype])  # fetched once, before there are several processes
-        laboratory.run(listed, work, args.minutes)
+        laboratory.run(listed, partial(work, controller=args.controller), args.minutes)
     known = {cell_of(record): record for record in laboratory.records()}
     records = [known[cell] for cell in listed if cell in known]
     print(text := table(records))

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from scrubjay.examples.data.corpus import train_tokenizer
 from scrubjay.examples.studies import real_calibrate
 from scrubjay.examples.studies.real_tasks import sentences
+from scrubjay.modeling.decoder.controller import Controller
 
 ROWS, LENGTH = 4, 1024
 
@@ -46,14 +47,17 @@ def test_a_cell_says_what_was_chosen_or_why_nothing_was(tokenizer, tmp_path, mon
     monkeypatch.setattr(real_calibrate, "PROMISES", (5.0, -5.0))
     monkeypatch.setattr(real_calibrate, "TEXTS", ("documentation",))
     out = tmp_path / "real_calibrate.json"
-    records = real_calibrate.main(
-        ["--model", str(tmp_path / "model"), "--dtype", "float32", "--smoke", "--out", str(out), "--only", "a stride"]
-    )
+    smoke = ["--model", str(tmp_path / "model"), "--dtype", "float32", "--smoke", "--threads", "1"]
+    records = real_calibrate.main([*smoke, "--out", str(out), "--only", "a stride"])
     kept, refused = (record["result"] for record in records)
     assert kept["settings"].keys() == {"stride", "budget"}
     assert kept["held_out"][0] <= 5
     assert refused["refused"].startswith("No candidate stays within -5.0 nats")
     assert json.loads(out.read_text()) == records
+    Controller(32, 16).save(tmp_path / "controller")
+    scored = ["--controller", str(tmp_path / "controller"), "--only", "cache=ADORE .*promise=5"]
+    (adore,) = real_calibrate.main([*smoke, *scored])
+    assert adore["result"]["settings"].keys() == {"rebuild", "cache_size"}
     lines = real_calibrate.table(records).splitlines()
     assert "1 of 1 promises were kept" in lines[-1]
     assert lines[2].startswith("| 5.0 | documentation | Recycled, a stride | stride")
