@@ -64,9 +64,10 @@ class RecycledConfig(WrappedConfig):
         full_layers: indices of layers that attend all keys at every step (none in the paper).
         hold: where "recycled", "lowrank" and "full" hold all keys and values (ours): on the "device", or in the memory
             of the "host", from where a full step reads them in pages, and those chosen are fetched.
-        hold_bits: in which those three hold them (ours): 8 or 4, as KIVI rounds them (arXiv:2402.02750), half a step of
-            a group's range at most, but for the newest 64 to 95; None: the model's dtype. With hold="host" the few bits
-            lie on the device, full steps and choices read them, and keys that were chosen are exact.
+        hold_bits: in which those three hold them (ours): 8 or 4, as KIVI rounds them (arXiv:2402.02750), by half a step
+            of a group at most (`kernels/pages.py`), but for the newest 64 to 95; None: the model's dtype. With
+            hold="host" the few bits lie on the device, full steps and choices read them, and keys that were chosen are
+            exact.
     """
 
     model_type = "scrubjay_recycled"

@@ -8,8 +8,9 @@ m, l and o are kept up over the pages (the online softmax, arXiv:1805.02867), in
     value[c, p] = low[c, g] + step[c, g] * code[c, p]     g: of GROUP channels; where P is no multiple, of all
 
 `low` and `step` are bfloat16, rounded outwards: every number of a group lies between the lowest code and the highest,
-and is off by half a step at most, before it is rounded to its dtype. Weights (`kernels/bits.py`) are rounded otherwise:
-their codes are what products of integers take.
+and is off by half a step at most, before it is rounded to its dtype. Outwards is by up to 0.4 % of the largest number
+of a group, so a step is larger than the range alone would have it where numbers lie far from zero and close together.
+Weights (`kernels/bits.py`) are rounded otherwise: their codes are what products of integers take.
 
 B batch, H query heads, G key heads, T queries, n columns, m of a page, P head size.
 """

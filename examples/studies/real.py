@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from scrubjay import AdoreCache, RecycledCache
-from scrubjay.examples.data.real_model import load
+from scrubjay.examples.data.real_model import DTYPES, load
 from scrubjay.examples.studies.cells import Cell, cell_of
 from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
-from scrubjay.examples.studies.real_policies import ABLATIONS, ADORE, HELD, OWN_PROMPT, POLICIES
+from scrubjay.examples.studies.real_policies import ABLATIONS, ADORE, HELD, OWN_PROMPT, POLICIES, named_by
 from scrubjay.examples.studies.real_tables import RESULTS, show, table  # noqa: F401, the study's own
 from scrubjay.examples.studies.real_tasks import RULER, Sample, sample
 from scrubjay.modeling.decoder.controller import Controller
@@ -29,7 +29,6 @@ from scrubjay.modeling.inputs.cache_argument import named
 
 VERSION = 1
 ROWS = 8  # samples of a cell
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # kind, length, budget as a share of the length, cells, group of caches; in the order in which they are done
 PLAN = [
     ("questions", 1024, 1 / 8, 3, "policies"),
@@ -55,11 +54,15 @@ SMOKE = [("text", 256, 1 / 8, 1, "policies"), ("multikey", 512, 1 / 8, 1, "polic
 GROUPS = {"policies": POLICIES, "ablations": ABLATIONS, "held": HELD, "adore": ADORE}
 
 
-def cells(model: str, dtype: str, plan=PLAN) -> list[Cell]:
-    """Of all the study."""
+def cells(model: str, dtype: str, plan=PLAN, controller: str | None = None) -> list[Cell]:
+    """Of all the study; those of ADORE where a controller is named."""
     found = []
     for kind, length, share, count, group in plan:
         settings = {"kind": kind, "length": length, "budget": int(length * share), "caches": group, "dtype": dtype}
+        if group == "adore":
+            if controller is None:
+                continue
+            settings["controller"] = controller
         found += [Cell("real", model, number, 0.0, settings) for number in range(count)]
     return found
 
@@ -185,16 +188,16 @@ def main(argv: list[str] | None = None) -> list[dict]:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     laboratory = opened(args, command_line("examples/studies/real.py", argv), VERSION)
-    listed = cells(args.model, args.dtype, SMOKE if args.smoke else PLAN)
-    if args.controller is None and not args.table:
-        listed = [cell for cell in listed if cell.settings["caches"] != "adore"]
+    plan, scorer = SMOKE if args.smoke else PLAN, named_by(args.controller) if args.controller else None
+    listed = cells(args.model, args.dtype, plan, scorer)
     if args.plan:
         print(laboratory.plan(listed, cost))
         return laboratory.records()
     if not args.table:
         loaded(args.model, DTYPES[args.dtype])  # fetched once, before there are several processes
         laboratory.run(listed, partial(work, controller=args.controller), args.minutes)
-    mine = {cell.key for cell in listed}
+    known = [record["cell"]["settings"].get("controller") for record in laboratory.records()]
+    mine = {cell.key for cell in cells(args.model, args.dtype, plan, scorer or ([None] + [x for x in known if x])[-1])}
     records = [record for record in laboratory.records() if cell_of(record).key in mine]
     show(records, laboratory.out, args.table and args.out == args.results)
     return records

@@ -23,11 +23,12 @@ from scrubjay.examples.studies.cells import Cell, cell_of
 from scrubjay.examples.studies.drawing import write_between
 from scrubjay.examples.studies.laboratory import command_line, effort, opened, study_parser
 from scrubjay.examples.studies.real import DTYPES
+from scrubjay.examples.studies.real_policies import named_by
 from scrubjay.examples.studies.real_tasks import sample
 from scrubjay.modeling.caches.calibration import IGNORED
 from scrubjay.modeling.decoder.controller import Controller
 
-VERSION = 1
+VERSION = 2
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "real_calibrate.json"
 GUIDE = Path(__file__).with_name("README.md")
 TEXTS = ("documentation", "source", "questions")
@@ -45,14 +46,16 @@ ADORE = "ADORE"
 loaded = cache(load)
 
 
-def cells(model: str, dtype: str, rows: int = ROWS, length: int = LENGTH) -> list[Cell]:
-    """Of all the study."""
+def cells(model: str, dtype: str, rows: int = ROWS, length: int = LENGTH, controller: str | None = None) -> list[Cell]:
+    """Of all the study; those of ADORE where a controller is named."""
     settings = {"dtype": dtype, "rows": rows, "length": length}
+    named = {name: {"cache": name} for name in POLICIES}
+    named |= {ADORE: {"cache": ADORE, "controller": controller}} if controller else {}
     return [
-        Cell("calibrate", model, 0, 0.0, settings | {"text": text, "promise": promise, "cache": name})
+        Cell("calibrate", model, 0, 0.0, settings | {"text": text, "promise": promise} | named[name])
         for promise in PROMISES
         for text in TEXTS
-        for name in (*POLICIES, ADORE)
+        for name in named
     ]
 
 
@@ -113,7 +116,7 @@ def work(cell: Cell, controller: str | None = None) -> dict:
 
 def table(records: list[dict]) -> str:
     """A row for each text and policy, and how many promises were kept."""
-    done = [record for record in records if "result" in record]
+    done = sorted((record for record in records if "result" in record), key=_place)
     if not done:
         return "Not run yet."
     heads = ("promise", "text", "cache", "chosen", "keys a step", "mass read", "deciding rows", "held-out rows", "kept")
@@ -135,6 +138,12 @@ def table(records: list[dict]) -> str:
     return "\n".join([*lines, "", said + effort(done)])
 
 
+def _place(record: dict) -> tuple:
+    settings = record["cell"]["settings"]
+    names = (*POLICIES, ADORE)
+    return PROMISES.index(settings["promise"]), TEXTS.index(settings["text"]), names.index(settings["cache"])
+
+
 def _said(settings: dict) -> str:
     layers = settings.get("choosing_layers")
     others = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "choosing_layers")
@@ -150,17 +159,17 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--controller", metavar="FOLDER", help="of ADORE for this model: its caches calibrate as well")
     args = parser.parse_args(argv)
     laboratory = opened(args, command_line("examples/studies/real_calibrate.py", argv), VERSION)
-    listed = cells(args.model, args.dtype, 4, 448) if args.smoke else cells(args.model, args.dtype)
-    if args.controller is None and not args.table:
-        listed = [cell for cell in listed if cell.settings["cache"] != ADORE]
+    sizes, scorer = (4, 448) if args.smoke else (ROWS, LENGTH), named_by(args.controller) if args.controller else None
+    listed = cells(args.model, args.dtype, *sizes, scorer)
     if args.plan:
         print(laboratory.plan(listed))
         return laboratory.records()
     if not args.table:
         loaded(args.model, DTYPES[args.dtype])  # fetched once, before there are several processes
         laboratory.run(listed, partial(work, controller=args.controller), args.minutes)
-    known = {cell_of(record): record for record in laboratory.records()}
-    records = [known[cell] for cell in listed if cell in known]
+    named = [record["cell"]["settings"].get("controller") for record in laboratory.records()]
+    mine = set(cells(args.model, args.dtype, *sizes, scorer or ([None] + [name for name in named if name])[-1]))
+    records = [record for record in laboratory.records() if cell_of(record) in mine]
     print(text := table(records))
     if args.table and args.out == args.results:
         write_between(GUIDE, "real_calibrate", text)

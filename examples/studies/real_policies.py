@@ -1,5 +1,11 @@
 """The caches that are compared on a pretrained model, all with one budget of keys."""
 
+import hashlib
+import json
+from pathlib import Path
+
+from scrubjay.modeling.decoder.controller import SIZES, WEIGHTS
+
 POLICIES = {
     "full": {"policy": "full"},
     "StreamingLLM": {"policy": "streaming"},
@@ -45,3 +51,10 @@ ABLATIONS = {
     "Quest, pages of 4": {"policy": "quest", "full_layers": (0, 1), "page": 4},
     "SnapKV, a window of 1": {"policy": "snapkv", "window": 1},
 }
+
+
+def named_by(controller: str) -> str:
+    """What cells call the controller of a folder: its kind of scores, and what tells its weights from others."""
+    folder = Path(controller)
+    mode = json.loads((folder / SIZES).read_text(encoding="utf-8"))["score_mode"]
+    return f"{mode} {hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:8]}"

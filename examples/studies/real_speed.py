@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from scrubjay import AdoreCache, RecycledCache
-from scrubjay.examples.data.real_model import load
+from scrubjay.examples.data.real_model import DTYPES, load
 from scrubjay.examples.generate import Clock
 from scrubjay.examples.measuring.processor import processor, slug
 from scrubjay.examples.measuring.run_report import commit, machine, versions, write_whole
@@ -34,7 +34,6 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 GUIDE = Path(__file__).with_name("README.md")
 STOCK = "DynamicCache of transformers"
 PLAN = [(1024, 1), (4096, 1), (8192, 1), (1024, 8), (4096, 8)]  # tokens of the prompt, rows
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SOME = {"lowrank in 8 of 30 layers": {"policy": "lowrank", "choosing_layers": (5, 7, 8, 14, 15, 17, 18, 23)}}
 PLACES = ("device", "host")
 REBUILT = (0, 8)  # of ADORE, with as many tokens fewer in the cache

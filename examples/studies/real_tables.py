@@ -44,7 +44,9 @@ def collected(records: Iterable[dict], group: str) -> dict[Column, dict[str, dic
 def _prompts(record: dict) -> str:
     """What decides the prompts of a cell, and the budget."""
     cell = record["cell"]
-    return json.dumps([cell["model"], cell["seed"], cell["settings"] | {"caches": ""}], sort_keys=True)
+    return json.dumps(
+        [cell["model"], cell["seed"], cell["settings"] | {"caches": "", "controller": ""}], sort_keys=True
+    )
 
 
 def measured(column: Column, found: dict[str, dict[str, list[float]]], name: str) -> list[float]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from scrubjay.examples.learning.adore_training import windows
-from scrubjay.examples.studies.cells import Cell, cell_of
+from scrubjay.examples.studies.cells import Cell
 from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
 from scrubjay.examples.studies.real_tasks import sample
 from scrubjay.examples.studies.releasing_caches import Sample, compared
@@ -90,6 +90,13 @@ class Work:
         return [Sample(text[:length], forced=text[length:]) for text in texts]
 
 
+def of_recipe(record: dict, dtype: str, recipe: Recipe) -> bool:
+    """Whether a record, of whatever model, is of this dtype and of trainings like these; times are of none."""
+    settings, steps = record["cell"]["settings"], (recipe.tune_steps, recipe.teach_steps)
+    same = settings["part"] == "speed" or (settings["tune_steps"], settings["teach_steps"]) == steps
+    return record["cell"]["study"] == "releasing" and settings["dtype"] == dtype and same
+
+
 def cost(cell: Cell) -> float:
     """Tokens of prompts; trainings count as many."""
     return cell.settings.get("length", 8192)
@@ -139,7 +146,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     elif not args.table:
         torch.manual_seed(0)
         laboratory.run(listed, work, args.minutes)
-    records = [record for record in laboratory.records() if cell_of(record).study == "releasing"]
+    records = [record for record in laboratory.records() if of_recipe(record, args.dtype, recipe)]
     if not args.plan:
         show(records, args.table and args.out == args.results)
     return records

@@ -38,19 +38,18 @@ class Oracle(Scorer):
 
 
 class Watched(AdoreCache):
-    """A cache that remembers which columns each of its steps attended beside the new one: `attended`, each (B, m + r),
-    -1 for none."""
+    """A cache that remembers which columns each of its steps attended: `steps`, each (B, .), -1 for none."""
 
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
-        self.attended: list[torch.Tensor] = []
+        self.steps: list[torch.Tensor] = []
 
     def enter(self, decoder, kwargs):
         """As `AdoreCache` does it."""
-        before = self.slots
+        first = self.slots is None
         kwargs = super().enter(decoder, kwargs)
-        if before is not None:
-            self.attended.append(torch.cat([before, self.last_rebuilt], 1))
+        if not first:
+            self.steps.append(self.last_attended)
         return kwargs
 
 
@@ -135,7 +134,7 @@ def compared(model, tokenizer, samples: list[Sample], controllers: dict, cache_s
     for name, settings in caches(model, controllers, oracle, cache_size, rebuild).items():
         with filled(Watched(model, **settings), model, known.prompt, known.keys_values) as cache:
             found[name] = answered(model, tokenizer, cache, known.logits[:, 0], samples)
-            found[name] |= kept(known, cache.attended, k) | {"nbytes": cache.nbytes}
+            found[name] |= kept(known, cache.steps, k) | {"nbytes": cache.nbytes}
     return found
 
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scrubjay import AdoreConfig
-from scrubjay.examples.data.real_model import folder_of
+from scrubjay.examples.data.real_model import DTYPES, folder_of
 from scrubjay.examples.learning.adore_training import streams, train_controllers
 from scrubjay.examples.learning.sparse_tuning import adapted, heldout_losses, tune
 from scrubjay.examples.measuring.run_report import write_whole
@@ -24,7 +24,6 @@ from scrubjay.modeling.decoder.controller import Controller
 TUNINGS = ("none", "sparse", "full")  # under which attention the decoder was tuned
 MODES = ("query", "bilinear")
 STOPPED = "stopped.pt"  # a training that is not done
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,9 @@ class AdoreCache(Calibrated, AdoreSchedule):
             dataclasses.replace(self.settings, **settings)
         except ValueError as error:
             return error
+        labelled = getattr(getattr(self._model(), "config", None), "label_k", None)  # of an Adore model, where it says
+        if labelled is not None and settings[self.size] < labelled:
+            return f"cache_size must be label_k = {labelled} at least."
         return None
 
     def read(self, prompt):
@@ -256,7 +259,7 @@ class AdoreCache(Calibrated, AdoreSchedule):
         self._build(dataclasses.replace(self.settings, **settings), self.scorer, len(self.layers))
         config = getattr(self._model(), "config", None)
         if hasattr(config, "settings"):  # an Adore model's
-            for name, value in settings.items():
+            for name, value in dataclasses.asdict(self.settings).items():
                 setattr(config, name, value)
 
     @property

@@ -211,7 +211,13 @@ class RecycledCache(Calibrated, AttachedCache):
 
     def read(self, prompt):
         """See `Calibrated`."""
-        cache = type(self)(self._model(), policy="recycled", schedule="dynamic", qsim_space=self.settings.qsim_space)
+        plain = {"policy": "recycled", "schedule": "dynamic", "qsim_space": self.settings.qsim_space}
+        plain |= {
+            "hold": "device",
+            "hold_bits": None,
+            "rope_mode": "absolute",
+        }  # whatever the model's configuration says
+        cache = type(self)(self._model(), **plain)
         self._model()(prompt, **named(cache), logits_to_keep=1)
         return cache
 
@@ -241,20 +247,32 @@ class RecycledCache(Calibrated, AttachedCache):
 
     def reads(self, columns):
         """See `Calibrated`."""
-        return fmean(layer.reads(columns) for layer in self.layers)
+        return fmean(self._read_by(layer, columns) for layer in self.layers)
+
+    def _read_by(self, layer, columns):
+        """Keys that a layer reads at a step."""
+        full = isinstance(layer, HoldingLayer) and layer.layer_idx in self.settings.full_layers
+        return columns if full or columns <= self.settings.budget else min(columns, layer.reads(columns))
 
     @property
     def stride_found(self) -> float | None:
-        """Decode steps from one at which a layer attended all keys, itself choosing, to the next; None: none does."""
-        counts = [(getattr(layer, "full_steps", 0), getattr(layer, "partial_steps", 0)) for layer in self.layers]
-        steps = [(full + partial) / max(full, 1) for full, partial in counts if full + partial]
+        """Decode steps from one at which a layer attends all keys, itself choosing, to the next, mean of the layers
+        that did; None: none did."""
+        own = [layer for layer in self.layers if isinstance(layer, RecycledLayer)]
+        own = [layer for layer in own if layer.layer_idx not in self.settings.full_layers]
+        if own and self.settings.schedule == "fixed":
+            return float(self.settings.stride)
+        steps = [(x.full_steps + x.partial_steps) / x.full_steps for x in own if x.full_steps]
         return fmean(steps) if steps else None
 
     def adopt(self, settings):
         """See `Calibrated`."""
         self._build(RecycledConfig(base_config=self.settings.base_config, **self._own() | settings))
         if _is_recycled(config := getattr(self._model(), "config", None)):
-            for name, value in settings.items():
+            own = self._own()
+            if config.train_tail and own["policy"] == "recycled":  # which other policies have no use for
+                own.pop("train_tail")
+            for name, value in own.items():
                 setattr(config, name, value)
 
     def _own(self):

@@ -21,7 +21,7 @@ from scrubjay.modeling.decoder.attending import attending_by
 from scrubjay.modeling.inputs.cache_argument import named
 
 DECODED = 64  # tokens at the end of each row that are given one at a time: as many queries as caches remember
-EVERY = 8  # steps from one at which the attention mass is taken to the next
+LOOKS = (0, 3, 11, 17, 26, 34, 39, 47, 52, 61)  # steps at which mass is taken: no stride is met at one phase alone
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of a row's tokens, candidates for the number of keys
 LEAST = 4 * DECODED  # tokens of a row
 IGNORED = -100  # a label that does not count, as in transformers
@@ -69,7 +69,7 @@ class Calibration:
         return self.held_out.loss <= self.promise
 
     def __str__(self):
-        often = "" if self.stride is None else f", all keys at every {self.stride:.1f}th step"
+        often = "" if self.stride is None else f"; all keys at one step in {self.stride:.3g}"
         return (
             f"{self.found} of {self.columns} (chosen among {len(self.trials)})\n"
             f"promised {self.promise:.4f}; held out {self.held_out.loss:+.4f} ± {self.held_out.error:.4f} nats beside "
@@ -113,8 +113,8 @@ class Calibrated:
         answers, where the text has any, belong at its end.
 
         Args:
-            text: (B, T) token ids, of four rows at least; or a text, which `tokenizer` turns into up to `rows` rows of
-                `length` tokens.
+            text: (B, T) token ids without padding, of four rows at least; or a text, which `tokenizer` turns into up
+                to `rows` rows of `length` tokens, each with the token that it puts before every text, if any.
             loss: nats a token, with one standard error over the rows that decide.
             labels: (B, T), as text with -100 where a token's loss does not count.
             layers: of the policy "lowrank": find as well which layers need not choose at every step
@@ -126,6 +126,8 @@ class Calibrated:
             ValueError: a cache in use, a text too short, candidates that are no settings, or no candidate that keeps
                 the promise; then nothing has changed.
         """
+        if layers and getattr(self.settings, "policy", None) != "lowrank":
+            raise ValueError("layers=True finds the layers that choose at every step: those of policy='lowrank' alone.")
         model = self._model()
         ids, counted = _rows(text, tokenizer, labels, length, rows, model)
         grid = self._grid(ids.shape[1], candidates)
@@ -209,16 +211,19 @@ class Bench:
 
     def trial(self, settings: dict, look: bool = False) -> Trial:
         """What a candidate does; `look` takes mass and stride too."""
-        losses, looked = [], []
+        losses, looked, full = [], [], []
         with self.cache.begun(settings, self.read, self.prompt) as cache:
             for t in range(DECODED - 1):
                 logits = self.model(self.rest[:, t : t + 1], **named(cache)).logits
                 losses.append(self.losses(logits, t))
-                if look and t % EVERY == 0:
-                    looked.append(list(_mass(self.look, cache.attended(), self.prompt.shape[1] + t + 1)))
+                if look:
+                    attended = cache.attended()
+                    full.append([index is None for index in attended])
+                    if t in LOOKS:
+                        looked.append(list(_mass(self.look, attended, self.prompt.shape[1] + t + 1)))
             keys = cache.reads(self.ids.shape[1] - DECODED // 2)
             if look:
-                self.mass, self.stride = [fmean(layer) for layer in zip(*looked, strict=True)], cache.stride_found
+                self.mass, self.stride = _mean_mass(looked, full), cache.stride_found
         apart = self.mean(torch.cat(losses, 1)) - self.full
         error = apart.std().item() / len(apart) ** 0.5
         self.trials.append(Trial(settings, apart.mean().item(), error, keys))
@@ -270,6 +275,15 @@ def _mass(look, attended, columns) -> Iterator[float]:
         yield (share.gather(2, index.clamp(min=0)) * (index >= 0)).sum(2).mean().item()
 
 
+def _mean_mass(looked, full) -> list[float]:
+    """Of each layer, over all steps: 1 where it attended all keys (`full`), and what was looked at where it did not."""
+    found = []
+    for masses, whole in zip(zip(*looked, strict=True), zip(*full, strict=True), strict=True):
+        some = [mass for mass, step in zip(masses, LOOKS, strict=False) if not whole[step]]
+        found.append(fmean(whole) + (1 - fmean(whole)) * (fmean(some) if some else 1.0))
+    return found
+
+
 def share_of(query, keys, scaling) -> torch.Tensor:
     """(B, G, n) probabilities of a query (B, H, P) over keys (B, G, n, P), mean over the heads that share a key."""
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -280,7 +294,7 @@ def share_of(query, keys, scaling) -> torch.Tensor:
 def looked_at(model, ids, start: int):
     """`Calibrated.looked` of ids (B, T) by a pass of the model itself, the rest from column `start` on."""
     shares: dict[tuple[int, int], torch.Tensor] = {}
-    asked = range(start + 1, ids.shape[1], EVERY)
+    asked = [start + 1 + step for step in LOOKS]
 
     def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
         for columns in asked:
@@ -292,6 +306,15 @@ def looked_at(model, ids, start: int):
     return logits, lambda layer, columns: shares[layer, columns]
 
 
+def _cut(text, tokenizer, length, rows):
+    """Up to `rows` rows of `length` ids of a text; fewer and shorter ones where it has too few, to be refused."""
+    flat = tokenizer(text, add_special_tokens=False)["input_ids"]
+    first = [id for id in tokenizer("")["input_ids"] if id == getattr(tokenizer, "bos_token_id", None)]
+    own = length - len(first)
+    count = max(1, min(rows, len(flat) // own))
+    return torch.tensor([first + flat[i * own : (i + 1) * own] for i in range(count)])
+
+
 def _rows(text, tokenizer, labels, length, rows, model):
     """ids (B, T) on the model's device, and which of the last tokens' losses count, (B, DECODED - 1)."""
     if isinstance(text, str):
@@ -299,9 +322,7 @@ def _rows(text, tokenizer, labels, length, rows, model):
             raise ValueError("A text needs its tokenizer: calibrate(text, tokenizer=...), or give (B, T) token ids.")
         if labels is not None:
             raise ValueError("labels belong to token ids: give (B, T) of both.")
-        flat = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-        count = min(rows, len(flat) // length)
-        text = flat[: count * length].view(count, length) if count else flat[None]
+        text = _cut(text, tokenizer, length, rows)
     if not isinstance(text, torch.Tensor) or text.ndim != 2:
         raise ValueError(f"calibrate needs a text or (B, T) token ids; got {type(text).__name__}.")
     if len(text) < 4 or text.shape[1] < LEAST:

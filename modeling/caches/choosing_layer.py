@@ -119,15 +119,18 @@ class LowRankLayer(ChoosingLayer):
         queries = self.remembered().to(wide).unflatten(1, (keys.shape[1], -1))
         if real is not None:  # what is padding counts as nothing
             queries = torch.where(real[:, None, None, -queries.shape[3] :, None], queries, 0)
-        total = products = start = 0
+        total, products, start, near = 0, 0, 0, None  # near: a first mean, so that little is left to be taken off
         for x in self.blocks(keys):
             x, stop = x.to(wide), start + x.shape[2]
+            near = x.mean(2, keepdim=True) if near is None else near
+            x = x - near
             if real is not None:
                 x = torch.where(real[:, None, start:stop, None], x, 0)
             total, products, start = total + x.sum(2, keepdim=True), products + x.mT @ x, stop
         count = self.seen if real is None else real.sum(1).clamp(min=1)[:, None, None, None]
-        self.mean = total / count
-        spread = products - count * (self.mean.mT @ self.mean)
+        apart = total / count
+        self.mean = near + apart
+        spread = products - count * (apart.mT @ apart)
         queries = queries.flatten(2, 3)
         moments = queries.mT @ queries
         size = moments.diagonal(dim1=-1, dim2=-2).mean(-1)[..., None, None].clamp(min=torch.finfo(wide).tiny)

@@ -95,8 +95,9 @@ class RecycledLayer(HoldingLayer):
 
     def reads(self, columns):
         """All at full steps, the budget at others."""
-        steps, budget = self.full_steps + self.partial_steps, min(self.settings.budget, columns)
-        return columns if not steps else budget + (columns - budget) * self.full_steps / steps
+        settings, steps = self.settings, self.full_steps + self.partial_steps
+        share = 1 / settings.stride if settings.schedule == "fixed" else self.full_steps / max(steps, 1)
+        return settings.budget + (columns - settings.budget) * share
 
     def short_step(self, full, k, scaling):
         """All keys fit the budget and are attended: only the order in which they will be evicted is noted."""

@@ -14,7 +14,7 @@ from scrubjay import (
     RecycledForCausalLM,
 )
 from scrubjay.modeling.caches import calibration
-from scrubjay.modeling.caches.calibration import DECODED, EVERY, Bench
+from scrubjay.modeling.caches.calibration import DECODED, LOOKS, Bench
 from scrubjay.modeling.caches.kept_keys import TAIL
 from scrubjay.modeling.decoder.attached import Hooks
 from scrubjay.modeling.decoder.controller import Controller
@@ -84,7 +84,7 @@ def test_a_trial_is_what_a_cache_of_its_own_loses(model, text, policy):
 @pytest.mark.parametrize("policy", ["fixed", "lowrank", "quest", "snapkv", "tova"])
 def test_mass_is_that_of_full_attention_on_what_is_read(model, text, policy):
     settings = {"budget": 24, "stride": 500, "rank": 3, "page": 4} | POLICIES[policy]
-    last = (DECODED - 2) // EVERY * EVERY  # of the steps at which mass is taken
+    last = LOOKS[-1]  # of the steps at which mass is taken
     text = text[:, : COLUMNS - DECODED + last + 2]  # so that it is the last of all by hand
     kept = _stopped(model, text, settings)
     model.set_attn_implementation("eager")
@@ -151,10 +151,9 @@ def test_held_out_loss_and_stride_are_those_of_the_settings(model, text):
         found = cache.calibrate(text, PROMISE, budget=[16, 32, 64, 128], stride=[7])
     apart = by_hand(model, text[1::2], keep_recent=2, **found.settings)
     assert found.held_out.loss == pytest.approx(apart.mean().item(), abs=1e-9)
-    steps = DECODED - 1
-    assert found.stride == steps / (steps // 7)
+    assert found.stride == 7
     n, K = COLUMNS - DECODED // 2, found.settings["budget"]
-    assert found.found.keys == pytest.approx(K + (n - K) * (steps // 7) / steps)
+    assert found.found.keys == pytest.approx(K + (n - K) / 7)
     assert found.holds == (found.held_out.loss <= PROMISE)
     assert "promised 2.2000" in str(found)
 
@@ -207,8 +206,7 @@ def test_the_configuration_keeps_the_answer(tmp_path, text):
 def test_a_text_is_cut_into_rows(model, text):
     class Tokenizer:
         def __call__(self, text, **options):
-            assert options == {"add_special_tokens": False, "return_tensors": "pt"}
-            return {"input_ids": torch.tensor([[int(word) for word in text.split()]])}
+            return {"input_ids": [int(word) for word in text.split()]}
 
     words = " ".join(map(str, text.flatten().tolist()))
     with RecycledCache(model) as cache:
@@ -285,7 +283,7 @@ def test_adore_finds_what_it_holds_and_rebuilds(model, text):
 
 
 def test_adores_mass_is_that_of_full_attention_on_what_it_attends(model, text):
-    last = COLUMNS - DECODED + (DECODED - 2) // EVERY * EVERY
+    last = COLUMNS - DECODED + LOOKS[-1]
     with adore(model, cache_size=30, rebuild=3) as cache, torch.no_grad():
         model(text[:, : COLUMNS - DECODED], **named(cache))
         for t in range(COLUMNS - DECODED, last + 1):
@@ -306,7 +304,7 @@ def looked(model, text):
     logits, by_pass = calibration.looked_at(model, text, COLUMNS - DECODED)
     with RecycledCache(model, policy="full") as cache:
         model(text, **named(cache))
-        for columns in range(COLUMNS - DECODED + 1, COLUMNS, EVERY):
+        for columns in (COLUMNS - DECODED + 1 + step for step in LOOKS):
             for layer in range(2):
                 assert_close(by_pass(layer, columns), cache.look(layer, columns))
     assert_close(logits, model(text).logits[:, -DECODED:])
@@ -328,3 +326,93 @@ def test_an_adore_models_configuration_keeps_the_answer(tmp_path, text):
 
 def test_the_tokens_that_are_given_are_no_more_than_caches_remember_queries_of():
     assert DECODED <= TAIL
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 10])
+def test_steps_that_read_all_keys_count_as_often_as_they_are(model, text, stride):
+    """Also where no step that is looked at is one of them; the law looks at every step."""
+    settings = {"budget": 24, "stride": stride, "keep_recent": 2}
+    cache, own = bench(model, text, **settings)
+    with cache, own, pytest.MonkeyPatch.context() as patch:
+        few = own.trial({"budget": 24}, look=True) and own.mass
+        patch.setattr(calibration, "LOOKS", tuple(range(DECODED - 1)))
+        _, own.look = calibration.looked_at(model, text, COLUMNS - DECODED)
+        every = own.trial({"budget": 24}, look=True) and own.mass
+        assert few == pytest.approx(every, abs=0.06)  # of ten steps; measured: 0.03
+        assert min(few) >= (DECODED - 1) // stride / (DECODED - 1)
+
+
+def of_config(tmp_path, text, cache_settings, loss=PROMISE, candidates=None, **config):
+    """A Recycled model with a configuration, calibrated through a cache of other settings, saved and loaded again."""
+    base = decoder(initializer_range=0.4)
+    model = RecycledForCausalLM(RecycledConfig(base_config=base.config, **config)).double().eval()
+    model.requires_grad_(False)
+    with RecycledCache(model, **cache_settings) as cache:
+        found = cache.calibrate(text, loss, **candidates or {})
+    model.save_pretrained(tmp_path)
+    return found, RecycledForCausalLM.from_pretrained(tmp_path).config
+
+
+def test_what_a_cache_was_told_beside_what_it_found_is_kept(tmp_path, text):
+    candidates = {"rank": [3], "budget": [32, 64, 128]}
+    found, config = of_config(tmp_path, text, {"policy": "lowrank"}, 9.0, candidates, train_tail=5)
+    assert (config.policy, config.rank, config.budget) == ("lowrank", 3, found.settings["budget"])
+    assert config.train_tail == 0  # which the new policy has no use for
+
+
+def test_a_configuration_of_another_policy_does_not_stand_in_the_way(tmp_path, text):
+    found, config = of_config(tmp_path, text, {"policy": "tova"}, 9.0, {"budget": [16]}, policy="quest", page=16)
+    assert (config.policy, config.budget) == ("tova", 16)
+    assert found.settings == {"budget": 16}
+
+
+@pytest.mark.parametrize(
+    "config", [{"hold": "host"}, {"hold_bits": 4}, {"policy": "streaming", "rope_mode": "cache"}], ids=str
+)
+def test_models_whose_caches_hold_keys_elsewhere_calibrate(tmp_path, text, config):
+    found, after = of_config(tmp_path, text, {}, 9.0, {"budget": [64, 128]}, **config)
+    assert after.budget == found.settings["budget"]
+    assert {name: getattr(after, name) for name in config} == config
+
+
+def test_keys_that_are_read_are_counted_where_all_are(model, text):
+    n = COLUMNS - DECODED // 2
+    for settings in ({"policy": "quest", "page": 4, "full_layers": [0, 1]}, {"policy": "lowrank", "budget": 250}):
+        cache, own = bench(model, text, **settings)
+        with cache, own:
+            assert own.trial({}).keys == n
+
+
+def test_a_cache_that_never_reads_all_keys_has_no_stride(model, text):
+    cache, own = bench(model, text, budget=64, schedule="dynamic", threshold=-1.0, keep_recent=2)
+    with cache, own:
+        own.trial({}, look=True)
+        assert own.stride is None
+
+
+def test_adore_keeps_room_for_the_tokens_that_are_labelled(tmp_path, text):
+    base = decoder(initializer_range=0.4)
+    model = AdoreForCausalLM(AdoreConfig(base_config=base.config, controller_hidden=16, label_k=96)).double().eval()
+    with AdoreCache(model) as cache:
+        found = cache.calibrate(text, 9.0, rebuild=[0], cache_size=[32, 100])
+    assert found.settings["cache_size"] == 100
+    model.save_pretrained(tmp_path)
+    assert AdoreConfig.from_pretrained(tmp_path).cache_size == 100
+
+
+def test_a_text_begins_as_its_tokenizer_begins_all():
+    class Tokenizer:
+        bos_token_id = 1
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [1] * add_special_tokens + [int(word) for word in text.split()]}
+
+    cut = calibration._cut(" ".join(map(str, range(10, 30))), Tokenizer(), 6, 3)
+    assert cut.tolist() == [[1, *range(10, 15)], [1, *range(15, 20)], [1, *range(20, 25)]]
+
+
+def test_layers_are_searched_under_lowrank_alone(model, text):
+    with RecycledCache(model, policy="tova") as cache, pytest.raises(ValueError, match="policy='lowrank' alone"):
+        cache.calibrate(text, layers=True)
+    with adore(model) as cache, pytest.raises(ValueError, match="policy='lowrank' alone"):
+        cache.calibrate(text, layers=True)

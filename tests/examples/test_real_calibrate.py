@@ -55,7 +55,7 @@ def test_a_cell_says_what_was_chosen_or_why_nothing_was(tokenizer, tmp_path, mon
     assert refused["refused"].startswith("No candidate stays within -5.0 nats")
     assert json.loads(out.read_text()) == records
     Controller(32, 16).save(tmp_path / "controller")
-    scored = ["--controller", str(tmp_path / "controller"), "--only", "cache=ADORE .*promise=5"]
+    scored = ["--controller", str(tmp_path / "controller"), "--only", "cache=ADORE controller=query .*promise=5"]
     (adore,) = real_calibrate.main([*smoke, *scored])
     assert adore["result"]["settings"].keys() == {"rebuild", "cache_size"}
     lines = real_calibrate.table(records).splitlines()

@@ -96,10 +96,10 @@ def test_what_a_step_attended_is_what_the_rules_say(rebuild, model):
     seen = attended(a, 6, rebuild)
     for n in range(1, 40):
         for row in range(2):
-            assert {*cache.attended[n - 1][row].tolist(), n} - {-1} == set(seen[row, n].nonzero()[:, 0].tolist())
+            assert {*cache.steps[n - 1][row].tolist(), n} - {-1} == set(seen[row, n].nonzero()[:, 0].tolist())
     known = read(model, [Sample(row[:1], forced=[*row[1:], 0]) for row in ids.tolist()])
     assert (known.attention - a).abs().max() < 1e-6
-    found, at = kept(known, cache.attended, 6), torch.arange(1, 40)
+    found, at = kept(known, cache.steps, 6), torch.arange(1, 40)
     assert found["mass"] == pytest.approx((a * seen)[:, 1:].sum(-1).mean().item(), abs=1e-4)
     best = top(a[:, 1:], at, 6)
     assert found["recall"] == pytest.approx(((best & seen[:, 1:]).sum(-1) / best.sum(-1)).mean().item(), abs=1e-4)
@@ -112,7 +112,7 @@ def test_the_oracle_knows_better_than_a_shifted_one(model, samples):
         with filled(Watched(model, cache_size=6, rebuild=2, controller=Oracle(rows, N - 1)), model, known.prompt,
                     known.keys_values) as cache, torch.no_grad():  # fmt: skip
             answered(model, None, cache, known.logits[:, 0], known.samples)
-            mass.append(kept(known, cache.attended, 5)["mass"])
+            mass.append(kept(known, cache.steps, 5)["mass"])
     assert mass[0] > mass[1] + 0.02
 
 
