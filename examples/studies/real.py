@@ -1,6 +1,6 @@
 """Caches of few keys on a pretrained model: which of them still answer, and at what loss.
 
-    python examples/studies/real.py --model smollm2 --minutes 20    the first figure, from an empty folder
+    python examples/studies/real.py --model smollm2 --workers 2 --minutes 5    the first figure
     python examples/studies/real.py --model smollm2 --workers 2     all of it
     python examples/studies/real.py --model meta-llama/Llama-3.2-1B-Instruct --dtype bfloat16
     python examples/studies/real.py --model smollm2 --controller FOLDER     ADORE too, by a controller for this model
