@@ -84,6 +84,12 @@ def test_answers_of_a_pretrained_model():
     assert all(len(column[name]["scores"]) >= 24 for name in column)
 
 
+def test_time_to_the_first_figure_of_a_pretrained_model():
+    guide = (ROOT / "examples" / "studies" / "README.md").read_text(encoding="utf-8")
+    minutes = round(sum(recorded("real_first_run.json")["seconds"].values()) / 60)
+    assert f"download included, is {minutes} minutes on two idle cores of an AMD EPYC" in guide
+
+
 def test_times_of_a_pretrained_model():
     guide = (ROOT / "examples" / "studies" / "README.md").read_text(encoding="utf-8")
     shown = guide.split("<!-- real_speed -->\n")[1].split("<!-- /real_speed -->")[0].strip()
