@@ -22,7 +22,7 @@ from scrubjay.modeling.inputs.cache_argument import named
 
 
 class Oracle(Scorer):
-    """Scores a token by what full attention will look at: what no controller can know, and the best that it could say.
+    """Scores a token by what full attention looks at in this step: what no controller can know.
 
     attention: (B, N, T) rows of the queries at positions `start`, start + 1, ...
     """
