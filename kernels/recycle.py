@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from scrubjay.kernels.dispatch import alike, choose, traced, without_autocast
+from scrubjay.kernels.largest import largest, largest_columns
 from scrubjay.kernels.linear import WIDENED, product_dtype
 from scrubjay.kernels.recycle_triton import (
     decode_fits,
@@ -34,7 +35,7 @@ from scrubjay.kernels.recycle_triton import (
     scores_of_triton,
 )
 from scrubjay.kernels.release import COLUMN, ordered
-from scrubjay.kernels.slots import put_rows
+from scrubjay.kernels.slots import NARROW, put_rows, take_rows
 
 BLOCK = 64  # queries whose scores are held at a time by `received`
 REDUCTIONS = ("max", "mean", "first")
@@ -191,7 +192,7 @@ def top(scores, budget, recent=0, sinks=0, real=None, *, backend=None):
         if scores.dtype == torch.float64:  # has no room for the column beside it
             return scores.argsort(dim=-1, stable=True)[..., scores.shape[-1] - M :]
         rank = ordered(scores, torch.arange(scores.shape[-1], device=scores.device))
-    return rank.topk(M, sorted=False).values.sort(-1).values.bitwise_and_(COLUMN)
+    return largest(rank, M).sort(-1).values.bitwise_and_(COLUMN)
 
 
 def best(scores, budget, recent=0, sinks=0, real=None, *, backend=None):
@@ -206,7 +207,7 @@ def best(scores, budget, recent=0, sinks=0, real=None, *, backend=None):
         scores[:, :, :sinks] = torch.inf
     else:
         scores = _forced(scores, recent, sinks, real)
-    return scores.topk(min(budget, scores.shape[2]), sorted=False).indices
+    return largest_columns(scores, min(budget, scores.shape[2]))
 
 
 def _forced(scores, recent, sinks, real):
@@ -224,22 +225,7 @@ def gather(x, index):
     than a gather of single numbers."""
     if x.device.type != "cpu":
         return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
-    return _copied(x, index, x.new_empty(*index.shape, x.shape[3]))
-
-
-def _copied(x, index, out):
-    """Rows `index` (B, G, M) of x (B, G, n, P) into out (B, G, M, P)."""
-    (B, G, _, P), strides = out.shape, x.stride()
-    if out.is_contiguous() and strides[3] == 1 and strides[2] == P and strides[0] % P == strides[1] % P == 0:
-        first = torch.arange(B)[:, None] * (strides[0] // P) + torch.arange(G) * (strides[1] // P)
-        count = 1 + sum((size - 1) * stride for size, stride in zip(x.shape[:3], strides[:3], strict=True)) // P
-        rows = x.as_strided((count, P), (P, 1))  # of all heads, and so one call
-        torch.index_select(rows, 0, (index + first[..., None]).view(-1), out=out.view(-1, P))
-        return out
-    for b in range(len(out)):
-        for g in range(out.shape[1]):
-            torch.index_select(x[b, g], 0, index[b, g], out=out[b, g])
-    return out
+    return take_rows([x], index, [x.new_empty(*index.shape, x.shape[3])])[0]
 
 
 def gather_pair(k, v, index, out=None, *, backend=None):
@@ -253,12 +239,11 @@ def gather_pair(k, v, index, out=None, *, backend=None):
     out = [x.new_empty(*index.shape, x.shape[3]) if out is None else out[i][:, :, :M] for i, x in enumerate((k, v))]
     if choose(backend, "gather_pair", k, v, *out, fused=rows_fit((k, out[0]), (v, out[1]))) == "triton":
         gather_pair_triton(k, v, index, out)
+    elif k.device.type == "cpu":
+        take_rows((k, v), index, out)
     else:
         for x, rows in zip((k, v), out, strict=True):
-            if x.device.type == "cpu":
-                _copied(x, index, rows)
-            else:
-                rows.copy_(gather(x, index))
+            rows.copy_(gather(x, index))
     return out[0], out[1]
 
 
@@ -334,17 +319,28 @@ def attend_tail(q, k, v, scale, tail, budget, *, reduce="max", kernel=7, recent=
 def _products(rows, x, transposed=False):
     """rows (B, G, R, P) x^T -> (B, G, R, n), or rows (B, G, R, n) x -> (B, G, R, P), for x (B, G, n, P).
 
-    In x's dtype, or in float32 where the CPU has no products in it. On a CPU head by head: a batched product of a
-    narrow type takes twenty times as long when x is part of a larger buffer.
+    In x's dtype, or in float32 where the CPU has no products in it.
     """
     if _widens(rows, x) and not (transposed and rows.shape[2] == 1):  # sums of one row read x at the speed of memory
         return _widened(rows, x, transposed)
     rows = rows.to(x.dtype)
-    if x.device.type != "cpu":
-        return torch.matmul(rows, x.mT if transposed else x)
-    B, G = x.shape[:2]
-    heads = [(x[b, g] @ rows[b, g].t()).t() if transposed else rows[b, g] @ x[b, g] for b in range(B) for g in range(G)]
-    return torch.stack(heads).view(B, G, *heads[0].shape)
+    return torch.matmul(rows, _whole(x).mT)[..., : x.shape[2]] if transposed else torch.matmul(rows, x)
+
+
+def _whole(x):
+    """x (B, G, n, P), or, of 16 bits on a CPU, the memory of which it is the first n columns: there a product with a
+    transposed part of a buffer takes seven times as long as with all of it. What else is in that memory may be
+    anything, in columns of their own."""
+    (B, G, n, P), columns = x.shape, x.stride(1) // x.shape[3]
+    if x.dtype not in NARROW or x.device.type != "cpu" or traced() or x.is_contiguous() or not n <= columns <= 2 * n:
+        return x
+    strides = (G * columns * P, columns * P, P, 1)
+    end = x.storage_offset() + B * G * columns * P
+    if x.stride()[1:] != strides[1:] or (B > 1 and x.stride(0) != strides[0]):
+        return x
+    if end * x.element_size() > x.untyped_storage().nbytes() or (x.requires_grad and torch.is_grad_enabled()):
+        return x
+    return x.as_strided((B, G, columns, P), strides)
 
 
 def _widens(*tensors):

@@ -9,7 +9,9 @@ B batch, H query heads, G key heads, P head size, n columns held, K budget, R ra
 import torch
 
 from scrubjay.kernels.dispatch import without_autocast
+from scrubjay.kernels.largest import largest_columns
 from scrubjay.kernels.recycle import best, decode, gather_pair, pooled
+from scrubjay.kernels.slots import NARROW
 from scrubjay.modeling.caches.buffers import roomy, writable
 from scrubjay.modeling.caches.holding_layer import HoldingLayer
 
@@ -84,8 +86,11 @@ class LowRankLayer(ChoosingLayer):
         if not self.found_at or self.seen >= 2 * self.found_at:
             self.find(keys, real)
         self.lower(keys)
-        low = torch.matmul(q.unflatten(1, (groups, -1)).to(self.to_low.dtype), self.to_low[:, :, 1] * scaling)
-        scores = torch.matmul(low.to(self.low.dtype), self.low[..., : self.seen]).to(self.to_low.dtype)
+        wide, held = self.to_low.dtype, self.low
+        low = torch.matmul(q.unflatten(1, (groups, -1)).to(wide), self.to_low[:, :, 1]) * scaling
+        if held.device.type != "cpu" or held.dtype not in NARROW:  # there a part of 16 bits would be copied first
+            held = held[..., : self.seen]
+        scores = torch.matmul(low.to(held.dtype), held)[..., : self.seen].to(wide)
         if real is not None:
             scores = scores.masked_fill(~real[:, None, None], -torch.inf)
         scores = pooled(scores.log_softmax(-1).flatten(1, 2), groups, settings.group_reduce, 1, real)
@@ -94,8 +99,8 @@ class LowRankLayer(ChoosingLayer):
     def lower(self, keys):
         """Write the directions' part of keys (B, G, n, P) that have come since; a column of `low` for each."""
         of_keys, blocks = self.to_low[:, :, 0], self.blocks(keys, self.lowered)
-        new = torch.cat([torch.matmul(x.to(of_keys.dtype) - self.mean, of_keys) for x in blocks], 2)
-        new, held, room = new.mT, self.low, self.room
+        parts = [torch.matmul(x.to(of_keys.dtype) - self.mean, of_keys) for x in blocks]
+        new, held, room = (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).mT, self.low, self.room
         if held is None or held.shape[3] != room or held.dtype != roomy(held, keys).dtype:
             self.low = keys.new_empty(*new.shape[:3], room)
             if held is not None:
@@ -177,7 +182,7 @@ class QuestLayer(ChoosingLayer):
             bounds = bounds.masked_fill(~some[:, None, None], -torch.inf)
         rest = torch.arange(whole * page, n, device=keys.device).expand(*keys.shape[:2], -1)
         room = max((self.settings.budget - rest.shape[2]) // page, 1)
-        best = bounds.amax(2).topk(min(room, whole)).indices
+        best = largest_columns(bounds.amax(2), min(room, whole))
         columns = (best[..., None] * page + torch.arange(page, device=keys.device)).flatten(2)
         return torch.cat([columns, rest], 2)
 

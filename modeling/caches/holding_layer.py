@@ -108,7 +108,10 @@ class HoldingLayer(KeepingLayer):
             if getattr(self, name) is not None and self.call.source is not None:
                 before = held[:, :, (self.seen - query.shape[2] - 1) % TAIL, None]  # no token in this call so far
                 rows = torch.where(self.call.source[:, None, :, None] < 0, before, rows)
-            held[:, :, columns % TAIL] = rows
+            if len(columns) == 1:  # as in every step, where a slice is quicker than an index
+                held[:, :, start % TAIL, None] = rows
+            else:
+                held[:, :, columns % TAIL] = rows
             setattr(self, name, held)
         self.oldest = max(self.oldest, self.seen - TAIL)
 

@@ -101,6 +101,14 @@ def test_recycled_kernels_read_views_of_a_larger_buffer(dtype):
     assert torch.equal(gather(views[0], index), gather(k, index))
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_recycled_scores_of_one_key_head_shown_as_many(dtype):
+    """Strides of zero, which no buffer has."""
+    q, k, _ = (x.to(dtype) for x in draw(8, 2))
+    shared = k[:, :1].expand(-1, 2, -1, -1)
+    assert_close(scores_of(q, shared, 0.3), scores_of(q, shared.contiguous(), 0.3), bound=LOGP[dtype])
+
+
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 def test_recycled_kernels_stay_finite_where_scores_are_large(dtype):
     q, k, v = (x.to(dtype) for x in draw(8, 2))
