@@ -308,7 +308,7 @@ class RecycledCache(Calibrated, AttachedCache):
     def reset(self) -> None:
         """Forget every token; the settings stay."""
         super().reset()
-        self.call.real, self.call.counted = None, False
+        self.call.real, self.call.counted, self.call.spare = None, False, {}
 
     @property
     def nbytes(self) -> int:
@@ -318,7 +318,8 @@ class RecycledCache(Calibrated, AttachedCache):
     @property
     def nbytes_by_place(self) -> dict[str, int]:
         """`nbytes` of "device", where the model is, and of "host", where hold="host" puts keys and values."""
-        places = {"device": 0 if self.call.real is None else self.call.real.nbytes, "host": 0}
+        own = [*self.call.spare.values(), *([] if self.call.real is None else [self.call.real])]
+        places = {"device": sum(tensor.nbytes for tensor in own), "host": 0}
         for layer in self.layers:
             for name, tensor in layer.tensors().items():
                 places["host" if name.startswith("held.host.") else "device"] += tensor.nbytes

@@ -46,7 +46,9 @@ class ChoosingLayer(HoldingLayer):
 
     def rows(self, keys, values, index):
         """Keys and values (B, G, M, P) at index (B, G, M)."""
-        return gather_pair(keys, values, index)
+        both = (("keys", keys), ("values", values))
+        out = [self.call.memory(name, (*index.shape, x.shape[3]), x) for name, x in both]
+        return gather_pair(keys, values, index, out)
 
 
 class LowRankLayer(ChoosingLayer):

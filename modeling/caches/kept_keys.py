@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.cache_utils import CacheLayerMixin
 
 from scrubjay.configuration.configuration_recycled import HOLDING, RecycledConfig
+from scrubjay.kernels.dispatch import traced
 from scrubjay.kernels.pages import GROUP, channels
 from scrubjay.kernels.recycle import gather_pair, pooled, put_row, scores_of
 from scrubjay.modeling.caches.buffers import roomy, writable
@@ -30,7 +31,8 @@ class Call:
     the decoder's own function from a tensor of the device and positions (B, T) to (cos, sin), during the call. mesh:
     the devices that hold parts of the decoder's weights, during the call, None: one device. answered: the layers that
     have attended by themselves, in this call. counted: whether positions, given where there is padding, are of tokens.
-    probabilities: whether the model's own attention may have to tell its probabilities.
+    probabilities: whether the model's own attention may have to tell its probabilities. spare: memory that steps on a
+    CPU write into one after the other, by name; memory that is new each time is zeroed by the system first.
     """
 
     real: torch.Tensor | None = None
@@ -41,9 +43,20 @@ class Call:
     answered: set[int] = field(default_factory=set)
     counted: bool = False
     probabilities: bool = False
+    spare: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __getstate__(self):
-        return self.__dict__ | {"table": None, "mesh": None}
+        return self.__dict__ | {"table": None, "mesh": None, "spare": {}}
+
+    def memory(self, name, shape, like):
+        """A tensor of that shape, with the dtype and device of `like`, of which anything may be the content. On a CPU
+        it shares memory with the last one of that name. Nothing that has a gradient or is kept may be written here."""
+        if like.device.type != "cpu" or traced():
+            return like.new_empty(shape)
+        size, held = math.prod(shape), self.spare.get(name)
+        if held is None or held.dtype != like.dtype or len(held) < size or held is not writable(held):
+            held = self.spare[name] = like.new_empty(size)
+        return held[:size].view(shape)
 
     def last(self, query, count):
         """(B, H, m, P) queries of the last `count` columns of (B, H, T, P), or of the token before, if in this call."""
@@ -236,7 +249,7 @@ class KeepingLayer(CacheLayerMixin):
 
 def row_bytes(config: RecycledConfig, dtype: torch.dtype) -> tuple[int, int]:
     """(bytes of one row of a batch, bytes that each token adds) in a `RecycledCache` of a Recycled model between full
-    steps, room ahead of the tokens left out.
+    steps, room ahead of the tokens and what a step gathers left out.
 
     A row: keys, values, columns and ranks of the budget, and what the policy remembers beside them (queries, mass, or
     directions). A token: its keys and values, under the policies that forget none, wherever they lie and in however

@@ -20,7 +20,8 @@ def test_largest_are_those_of_a_sorted_row(dtype, count):
     x = draw(dtype)
     want = x.sort(-1).values[..., 50 - count :]
     columns = largest_columns(x, count)
-    assert columns.dtype == torch.int64 and columns.is_contiguous()
+    assert columns.dtype == torch.int64
+    assert columns.is_contiguous()
     assert torch.equal(x.gather(-1, columns).sort(-1).values, want)
     if dtype in (torch.float32, torch.int64):
         assert torch.equal(largest(x, count).sort(-1).values, want)
