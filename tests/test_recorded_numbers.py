@@ -101,6 +101,17 @@ def test_times_of_a_pretrained_model():
     assert said in FIRST
 
 
+def test_times_of_the_ways_in_which_adore_brings_tokens_back():
+    guide = (ROOT / "modeling" / "decoder" / "README.md").read_text(encoding="utf-8")
+    rows = recorded("adore_host_amd-epyc-avx512.json")["rows"]
+    took = {row["name"]: f"{row['seconds'] * 1e3:.1f}" for row in rows if row["batch"] == 8}
+    said = " ".join(guide.split("with full attention ")[1].split(".\n")[0].split())
+    assert said == (
+        f"{took['full attention']} ms a token, with no token brought back {took['R = 0']}, with eight run again "
+        f"{took['R = 8 run again']}, with eight from the host {took['R = 8 from the host']}"
+    )
+
+
 def trained(name):
     """Records of a study in examples/results; none where it was not run yet."""
     return recorded(f"{name}.json") if (ROOT / "examples" / "results" / f"{name}.json").is_file() else []

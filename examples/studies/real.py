@@ -21,7 +21,7 @@ from scrubjay import AdoreCache, RecycledCache
 from scrubjay.examples.data.real_model import DTYPES, load
 from scrubjay.examples.studies.cells import Cell, cell_of
 from scrubjay.examples.studies.laboratory import command_line, opened, study_parser
-from scrubjay.examples.studies.real_policies import ABLATIONS, ADORE, HELD, OWN_PROMPT, POLICIES, named_by
+from scrubjay.examples.studies.real_policies import ABLATIONS, ADORE, HELD, LAYERS, OWN_PROMPT, POLICIES, named_by
 from scrubjay.examples.studies.real_tables import RESULTS, show, table  # noqa: F401, the study's own
 from scrubjay.examples.studies.real_tasks import RULER, Sample, sample
 from scrubjay.modeling.decoder.controller import Controller
@@ -38,6 +38,8 @@ PLAN = [
     ("questions", 4096, 1 / 8, 2, "policies"),
     ("questions", 1024, 1 / 8, 3, "held"),
     ("text", 1024, 1 / 8, 3, "held"),
+    *((kind, 1024, 1 / 8, 3, "layers") for kind in ("questions", "text")),
+    *((kind, 4096, 1 / 8, 2, "layers") for kind in ("questions", "text")),
     *((kind, 1024, 1 / 8, 3, "adore") for kind in ("questions", "text")),
     *((kind, 4096, 1 / 8, 2, "adore") for kind in ("questions", "text")),
     ("text", 4096, 1 / 8, 2, "policies"),
@@ -48,10 +50,10 @@ PLAN = [
     ("text", 4096, 0.15, 2, "policies"),
     *((kind, length, 1 / 8, 3, "policies") for length in (2048, 512) for kind in ("questions", "text")),
     *((kind, 8192, 1 / 8, 2, "policies") for kind in ("questions", "text")),
-    *((kind, 4096, 1 / 8, 13, "policies") for kind in ("single", "multivalue")),
+    *((kind, 4096, 1 / 8, 4, "policies") for kind in ("multivalue", "multiquery")),  # of four answers each
 ]
 SMOKE = [("text", 256, 1 / 8, 1, "policies"), ("multikey", 512, 1 / 8, 1, "policies")]
-GROUPS = {"policies": POLICIES, "ablations": ABLATIONS, "held": HELD, "adore": ADORE}
+GROUPS = {"policies": POLICIES, "ablations": ABLATIONS, "held": HELD, "layers": LAYERS, "adore": ADORE}
 
 
 def cells(model: str, dtype: str, plan=PLAN, controller: str | None = None) -> list[Cell]:
@@ -59,6 +61,8 @@ def cells(model: str, dtype: str, plan=PLAN, controller: str | None = None) -> l
     found = []
     for kind, length, share, count, group in plan:
         settings = {"kind": kind, "length": length, "budget": int(length * share), "caches": group, "dtype": dtype}
+        if group == "layers" and model != "smollm2":  # the layers are those of this model
+            continue
         if group == "adore":
             if controller is None:
                 continue

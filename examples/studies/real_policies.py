@@ -35,6 +35,9 @@ ADORE = {  # of an `AdoreCache` that holds R tokens fewer than the budget
     "ADORE, R = 8": {"rebuild": 8},
     "ADORE, R = 8 from the host": {"rebuild": 8, "rebuild_from": "host"},
 }
+LAYERS = {  # of SmolLM2-135M, of which calibration on text had chosen these
+    "lowrank in 8 of 30 layers": {"policy": "lowrank", "choosing_layers": (5, 7, 8, 14, 15, 17, 18, 23)},
+}
 OWN_PROMPT = ("H2O",)  # needs what every query of the prompt attended, and so reads it itself
 ABLATIONS = {
     "all keys, every step chooses: R = 64": {"policy": "lowrank", "rank": 64},

@@ -26,7 +26,7 @@ from scrubjay.examples.measuring.processor import processor, slug
 from scrubjay.examples.measuring.run_report import commit, machine, versions, write_whole
 from scrubjay.examples.studies.drawing import write_between
 from scrubjay.examples.studies.laboratory import command_line
-from scrubjay.examples.studies.real_policies import HELD, OWN_PROMPT, POLICIES
+from scrubjay.examples.studies.real_policies import HELD, LAYERS, OWN_PROMPT, POLICIES
 from scrubjay.modeling.decoder.controller import Controller
 from scrubjay.modeling.inputs.cache_argument import named
 
@@ -34,7 +34,6 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 GUIDE = Path(__file__).with_name("README.md")
 STOCK = "DynamicCache of transformers"
 PLAN = [(1024, 1), (4096, 1), (8192, 1), (1024, 8), (4096, 8)]  # tokens of the prompt, rows
-SOME = {"lowrank in 8 of 30 layers": {"policy": "lowrank", "choosing_layers": (5, 7, 8, 14, 15, 17, 18, 23)}}
 PLACES = ("device", "host")
 REBUILT = (0, 8)  # of ADORE, with as many tokens fewer in the cache
 
@@ -58,7 +57,7 @@ def decoding(model, ids: torch.Tensor, budget: int, tokens: int, turns: int) -> 
     {cache: its bytes at the end by place, {"device", "host"}}."""
     names = {name: settings for name, settings in (POLICIES | HELD).items() if name not in OWN_PROMPT}
     if model.config.num_hidden_layers == 30:
-        names |= SOME
+        names |= LAYERS
     own = owned(model, budget)
     for cache in own.values():
         model(ids[:, :-1], **named(cache), logits_to_keep=1)
@@ -112,7 +111,7 @@ def row(name: str, dtype: str, length: int, rows: int, tokens: int, turns: int, 
     model, _ = load(name, DTYPES[dtype])
     torch.manual_seed(0)
     ids = torch.randint(100, min(40_000, model.config.vocab_size), (rows, length))
-    about = {"length": length, "rows": rows, "dtype": dtype, "budget": length // 8, "commit": commit()}
+    about = {"length": length, "rows": rows, "dtype": dtype, "budget": length // 8}
     times, about["bytes"] = decoding(model, ids, length // 8, tokens, turns)
     about["token"] = {name: round(1e3 * seconds, 2) for name, seconds in times.items()}
     if prompts:
@@ -171,11 +170,12 @@ def main(argv: list[str] | None = None) -> dict:
     record |= {"machine": machine() | processor(), "versions": versions(), "rows": []}
     if args.lengths and out and out.is_file():
         record["rows"] = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    made_by = {"commit": commit()}  # before the record is written beside the code
     plan = [(256, 1)] if args.smoke else [line for line in PLAN if not args.lengths or line[0] in args.lengths]
     for dtype in args.dtypes:
         for length, rows in plan:
             prompts = (length, rows) == (256 if args.smoke else 4096, 1)
-            new = row(args.model, dtype, length, rows, args.tokens, args.turns, prompts)
+            new = row(args.model, dtype, length, rows, args.tokens, args.turns, prompts) | made_by
             print(json.dumps(new), flush=True)
             kept = [one for one in record["rows"] if _key(one) != _key(new)]
             record["rows"] = sorted([*kept, new], key=_key)

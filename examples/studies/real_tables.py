@@ -9,7 +9,7 @@ from statistics import fmean
 from scrubjay.examples.measuring.run_report import FULL, GRAY, OURS
 from scrubjay.examples.studies.drawing import confidence, panels, write_between
 from scrubjay.examples.studies.laboratory import effort
-from scrubjay.examples.studies.real_policies import ABLATIONS, ADORE, HELD, POLICIES
+from scrubjay.examples.studies.real_policies import ABLATIONS, ADORE, HELD, LAYERS, POLICIES
 from scrubjay.examples.studies.real_tasks import ASKED, RULER
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "real.json"
@@ -102,6 +102,7 @@ def table(records: list[dict]) -> str:
         part(title, lambda c, kind=kind: c[0] == kind and c[2] == c[1] // EIGHTH)
     part("RULER's kinds, answers found", lambda c: c[0] in RULER)
     part("Other shares of the keys", lambda c: c[0] in ("questions", "text") and c[2] != c[1] // EIGHTH)
+    part("Where some layers choose", lambda c: True, collected(records, "layers"), ("full", *LAYERS))
     part("ADORE, by a controller of this model", lambda c: True, collected(records, "adore"), ("full", *ADORE))
     part("What decides", lambda c: True, collected(records, "ablations"), ("full", *ABLATIONS))
     part("All keys on the host, or in few bits", lambda c: True, collected(records, "held"), ("full", *HELD))
@@ -122,7 +123,8 @@ def timed(length: int, rows: int) -> dict[str, float]:
 def draw(records: list[dict], path: Path) -> None:
     """Answers and loss against the time of a step at batch 1 and 8 and against bytes held, a column of panels each; and
     beside it, for the first page, the answers after the longest prompts that are timed at batch 8."""
-    found, adore = (collected(records, group) for group in ("policies", "adore"))
+    found = collected(records, "policies")
+    others = [(collected(records, group), names) for group, names in (("layers", LAYERS), ("adore", ADORE))]
     wanted = [c for c in sorted(found) if c[0] in ("questions", "text") and c[2] == c[1] // EIGHTH]
     if not wanted:
         return
@@ -130,7 +132,8 @@ def draw(records: list[dict], path: Path) -> None:
     for i, column in enumerate(wanted):
         for j, rows in enumerate((1, 8, None)):
             panel(axes[j * len(wanted) + i], column, found[column], rows)
-            panel(axes[j * len(wanted) + i], column, adore.get(column, {}), rows, ADORE)
+            for other, names in others:
+                panel(axes[j * len(wanted) + i], column, other.get(column, {}), rows, names)
     figure.savefig(path, dpi=90)
     asked = [c for c in wanted if c[0] == "questions" and timed(c[1], 8)]
     if not asked:
@@ -138,7 +141,8 @@ def draw(records: list[dict], path: Path) -> None:
     figure, axes = panels(2, width=5.0, height=3.6)
     for axis, rows in zip(axes, (8, None), strict=True):
         panel(axis, asked[-1], found[asked[-1]], rows)
-        panel(axis, asked[-1], adore.get(asked[-1], {}), rows, ADORE)
+        for other, names in others:
+            panel(axis, asked[-1], other.get(asked[-1], {}), rows, names)
     figure.savefig(path.with_stem(f"{path.stem}_first"), dpi=90)
 
 
@@ -158,7 +162,7 @@ def panel(axis, column: Column, found: dict, rows: int | None, names: Iterable[s
 def _point(axis, name: str, x: float, values: list[float]) -> None:
     interval = confidence(values)
     half = 0.0 if interval is None else (interval[1] - interval[0]) / 2
-    color = FULL if name == "full" else OURS if name.startswith(("Low", "Rec")) else GRAY
+    color = FULL if name == "full" else OURS if name.startswith(("Low", "low", "Rec")) else GRAY
     axis.errorbar(x, fmean(values), yerr=half, fmt="o", color=color, capsize=3)
     below = name in BELOW  # where its neighbour's name stands above
     axis.annotate(name, (x, fmean(values)), xytext=(5, -9 if below else 3), textcoords="offset points", fontsize=7)

@@ -1,5 +1,7 @@
 """Policies that choose at every step, and caches forked from one prompt."""
 
+import copy
+
 import pytest
 import torch
 from recycled_cases import Oracle, assert_close, compare, decoder, drive, gap, padded, tokens
@@ -141,3 +143,24 @@ def test_choosing_policies_go_back_as_far_as_queries_are_remembered(model, polic
 def test_quest_needs_room_for_two_pages(model):
     with pytest.raises(ValueError, match="must hold two of them; got budget=31 and page=16"):
         RecycledCache(model, policy="quest", budget=31)
+
+
+@pytest.mark.parametrize("policy", ["lowrank", "quest"])
+def test_what_steps_gather_lies_in_one_memory_in_and_out_of_inference_mode(model, policy):
+    settings, ids = {"policy": policy, "budget": 8, "page": 4, "rank": 3}, tokens(2, PROMPT + NEW)
+    with RecycledCache(model, **settings) as cache, torch.no_grad():
+        want = drive(model, ids, PIECES, cache)
+    with RecycledCache(model, **settings) as cache, torch.no_grad():
+        got = [drive(model, ids[:, : PROMPT + 4], [PROMPT, 1, 1, 1, 1], cache)]
+        held = {name: memory.data_ptr() for name, memory in cache.call.spare.items()}
+        got.append(drive(model, ids[:, PROMPT + 4 : PROMPT + 6], [1, 1], cache))
+        assert held == {name: memory.data_ptr() for name, memory in cache.call.spare.items()}
+        assert held.keys() == {"keys", "values"}
+        with torch.inference_mode():
+            got.append(drive(model, ids[:, PROMPT + 6 : PROMPT + 8], [1, 1], cache))
+        with copy.deepcopy(cache) as other:
+            assert other.call.spare == {}
+            rest = drive(model, ids[:, PROMPT + 8 :], [1] * 4, other)
+        got.append(drive(model, ids[:, PROMPT + 8 :], [1] * 4, cache))
+    assert torch.equal(torch.cat(got, 1), want)
+    assert torch.equal(got[-1], rest)
