@@ -16,7 +16,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "real.json"
 GUIDE = Path(__file__).with_name("README.md")
 Column = tuple[str, int, int]  # kind, tokens of the prompt, budget
 EIGHTH = 8
-BELOW = ("Low rank, R = 32", "Recycled, S = 5", "SnapKV", "TOVA")  # names in the figure
+BELOW, LEFT = ("Low rank, R = 32", "Recycled, S = 5", "SnapKV", "TOVA"), ("Quest",)  # names in the figure
 
 
 def collected(records: Iterable[dict], group: str) -> dict[Column, dict[str, dict[str, list[float]]]]:
@@ -164,8 +164,9 @@ def _point(axis, name: str, x: float, values: list[float]) -> None:
     half = 0.0 if interval is None else (interval[1] - interval[0]) / 2
     color = FULL if name == "full" else OURS if name.startswith(("Low", "low", "Rec")) else GRAY
     axis.errorbar(x, fmean(values), yerr=half, fmt="o", color=color, capsize=3)
-    below = name in BELOW  # where its neighbour's name stands above
-    axis.annotate(name, (x, fmean(values)), xytext=(5, -9 if below else 3), textcoords="offset points", fontsize=7)
+    below, left = name in BELOW, name in LEFT  # where the names of neighbours do not stand
+    at = {"xytext": (-5 if left else 5, -9 if below else 3), "ha": "right" if left else "left"}
+    axis.annotate(name, (x, fmean(values)), **at, textcoords="offset points", fontsize=7)
 
 
 def show(records: list[dict], out: Path | None, guide: bool) -> None:
