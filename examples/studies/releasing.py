@@ -90,11 +90,12 @@ class Work:
         return [Sample(text[:length], forced=text[length:]) for text in texts]
 
 
-def of_recipe(record: dict, dtype: str, recipe: Recipe) -> bool:
-    """Whether a record, of whatever model, is of this dtype and of trainings like these; times are of none."""
+def of_recipe(record: dict, dtype: str | None, recipe: Recipe) -> bool:
+    """Whether a record, of whatever model, is of this dtype (None: any) and of trainings like these; times are of
+    none."""
     settings, steps = record["cell"]["settings"], (recipe.tune_steps, recipe.teach_steps)
     same = settings["part"] == "speed" or (settings["tune_steps"], settings["teach_steps"]) == steps
-    return record["cell"]["study"] == "releasing" and settings["dtype"] == dtype and same
+    return record["cell"]["study"] == "releasing" and dtype in (None, settings["dtype"]) and same
 
 
 def cost(cell: Cell) -> float:
@@ -146,7 +147,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     elif not args.table:
         torch.manual_seed(0)
         laboratory.run(listed, work, args.minutes)
-    records = [record for record in laboratory.records() if of_recipe(record, args.dtype, recipe)]
+    records = [
+        record for record in laboratory.records() if of_recipe(record, None if args.table else args.dtype, recipe)
+    ]
     if not args.plan:
         show(records, args.table and args.out == args.results)
     return records

@@ -6,7 +6,6 @@ from statistics import fmean
 
 from scrubjay.examples.studies.drawing import write_between
 from scrubjay.examples.studies.laboratory import effort
-from scrubjay.examples.studies.real_speed import STOCK
 from scrubjay.examples.studies.real_tables import shown
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "releasing.json"
@@ -67,10 +66,10 @@ def tuned(records: list[dict], model: str) -> str:
     return lines(["held-out loss of the decoder", "under the top-K mask", "with full attention"], rows)
 
 
-def grid(records: list[dict], model: str, wanted: list[Column], what: str) -> str:
+def grid(records: list[dict], model: str, wanted: list[Column], what: str, tunings=tuple(TUNED)) -> str:
     """A row for each decoder and cache. what: "losses", "kept" or "scores"."""
     rows = []
-    for tuning, title in TUNED.items():
+    for tuning, title in ((tuning, TUNED[tuning]) for tuning in tunings):
         found = [measured(records, model, tuning, column) for column in wanted]
         for name in dict.fromkeys(name for one in found for name in one):
             texts = [_cell(one, name, what) for one in found]
@@ -155,18 +154,24 @@ def verdict(records: list[dict], model: str) -> str:
 def _faster(records: list[dict], model: str, length: int, name: str) -> str:
     found = []
     for one in sorted(of(records, model, part="speed", length=length), key=lambda r: _place(r["cell"]["settings"])):
-        result, stock = one["result"], one["result"][STOCK]
+        result, full = one["result"], one["result"]["full"]
         if name in result:
-            gain = (result[name]["rows"] / result[name]["ms"]) / (stock["rows"] / stock["ms"])
+            gain = (result[name]["rows"] / result[name]["ms"]) / (full["rows"] / full["ms"])
             found.append(f"{gain:.2f} times ({_batch(one['cell']['settings'])})")
-    return f"{', '.join(found)} as fast as transformers' cache" if found else "not timed yet"
+    return f"{', '.join(found)} as fast as full attention without copies" if found else "not timed yet"
+
+
+def _decoder(record: dict) -> tuple[str, str]:
+    return record["cell"]["model"], record["cell"]["settings"]["dtype"]
 
 
 def table(records: list[dict]) -> str:
     """What the guide has."""
     parts = []
-    for model in dict.fromkeys(one["cell"]["model"] for one in records if "result" in one):
-        parts.append(f"**{model}**")
+    done = [record for record in records if "result" in record]
+    for model, dtype in dict.fromkeys(map(_decoder, done)):
+        records = [record for record in done if _decoder(record) == (model, dtype)]
+        parts.append(f"**{model}**, {dtype}")
         if of(records, model, part="tune"):
             parts.append(tuned(records, model))
         there = columns(records, model)
@@ -178,9 +183,10 @@ def table(records: list[dict]) -> str:
                     f"m = {size}, R = {rebuild}: loss of text after a prompt.",
                     grid(records, model, texts, "losses"),
                 ]
+            if texts and (size, rebuild) == there[0][2:]:
                 parts += [
-                    "Share of full attention, and of its best K, on what is attended.",
-                    grid(records, model, texts, "kept"),
+                    "Share of full attention, and of its best K, on what is attended; tuning changes it little.",
+                    grid(records, model, texts, "kept", ("none",)),
                 ]
             if others:
                 parts += [
@@ -191,7 +197,6 @@ def table(records: list[dict]) -> str:
             parts.append(times(records, model))
         if there:
             parts.append(verdict(records, model))
-    done = [record for record in records if "result" in record]
     return "\n\n".join([*parts, effort(done)]) if parts else "Not run yet."
 
 

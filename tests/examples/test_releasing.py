@@ -220,7 +220,7 @@ def test_the_last_line_is_computed_from_the_longest_prompts():
         "timed yet, at +0.250 nats a token beside full attention (decoder as published); StreamingLLM with as many "
         "keys (decoder as published) is not timed yet, at +0.500."
     )
-    names = {"DynamicCache of transformers": 30, "StreamingLLM": 10, "ADORE, R = 2": 20, "ADORE, R = 0": 5}
+    names = {"full": 30, "StreamingLLM": 10, "ADORE, R = 2": 20, "ADORE, R = 0": 5}
     for rows, count in ((8, 8), ("equal memory", 16)):
         result = {name: {"ms": ms, "rows": 8 if ms == 30 else count, "nbytes": 1} for name, ms in names.items()}
         timed = record("none", 1024)
@@ -228,9 +228,9 @@ def test_the_last_line_is_computed_from_the_longest_prompts():
         records.append(timed | {"result": result})
     said = verdict(records, "m")
     assert "(bilinear, R = 2, 11 keys, decoder tuned with full attention)" in said
-    times = "1.50 times (batch 8), 3.00 times (equal memory) as fast as transformers' cache"
+    times = "1.50 times (batch 8), 3.00 times (equal memory) as fast as full attention without copies"
     assert f"is {times}, at +0.125 nats a token beside full attention (decoder tuned with full attention);" in said
-    assert said.endswith("6.00 times (equal memory) as fast as transformers' cache, at +0.250.")
+    assert said.endswith("6.00 times (equal memory) as fast as full attention without copies, at +0.250.")
     assert verdict([], "m") == "Nothing is measured yet."
     assert beyond({"losses": [2.0, 3.0]}, {"losses": [1.0, 1.0]}) == [1.0, 2.0]
 
