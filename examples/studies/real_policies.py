@@ -35,8 +35,9 @@ ADORE = {  # of an `AdoreCache` that holds R tokens fewer than the budget
     "ADORE, R = 8": {"rebuild": 8},
     "ADORE, R = 8 from the host": {"rebuild": 8, "rebuild_from": "host"},
 }
-LAYERS = {  # of SmolLM2-135M, of which calibration on text had chosen these
+LAYERS = {  # of SmolLM2-135M, which calibration on text had chosen, and which on the questions (real_calibrate.py)
     "lowrank in 8 of 30 layers": {"policy": "lowrank", "choosing_layers": (5, 7, 8, 14, 15, 17, 18, 23)},
+    "lowrank in 6 of 30 layers, R = 32": {"policy": "lowrank", "rank": 32, "choosing_layers": (7, 8, 14, 17, 18, 23)},
 }
 OWN_PROMPT = ("H2O",)  # needs what every query of the prompt attended, and so reads it itself
 ABLATIONS = {
