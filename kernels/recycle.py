@@ -329,8 +329,8 @@ def _products(rows, x, transposed=False):
 
 def _whole(x):
     """x (B, G, n, P), or, of 16 bits on a CPU, the memory of which it is the first n columns: there a product with a
-    transposed part of a buffer takes seven times as long as with all of it. What else is in that memory may be
-    anything, in columns of their own."""
+    transposed part of a buffer copies that part first. What else is in that memory may be anything, in columns of
+    their own."""
     (B, G, n, P), columns = x.shape, x.stride(1) // x.shape[3]
     if x.dtype not in NARROW or x.device.type != "cpu" or traced() or x.is_contiguous() or not n <= columns <= 2 * n:
         return x

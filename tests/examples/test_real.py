@@ -185,3 +185,8 @@ def test_speed_times_every_cache_and_reads_prompts_with_each(folder, tmp_path):
     assert row["bytes"]["Recycled, S = 5, host"]["host"] > 0 == row["bytes"]["full"]["host"]
     assert all(took > 0 for took in (row["token"] | row["prompt"]).values())
     assert real_speed.table(record).count("| ADORE, R = 8 |") == 3
+
+
+def test_layers_that_choose_are_those_of_one_model():
+    groups = [{cell.settings["caches"] for cell in real.cells(name, "bfloat16")} for name in ("smollm2", "another")]
+    assert groups[0] - groups[1] == {"layers"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from scrubjay.kernels.slots import put_rows
+from scrubjay.kernels.slots import put_rows, take_rows
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHARED = [(3, 4), (3, 1), (1, 1)]  # slots of each row and head; of each row; the same for all
@@ -50,3 +50,14 @@ def test_no_copy_of_the_buffer_is_made(dtype):
         put_rows(buffer, slots, rows)
     taken = [event.cpu_memory_usage for event in seen.events()]
     assert max(taken) < buffer.nbytes / 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_read_from_buffers_of_any_strides(dtype):
+    torch.manual_seed(0)
+    whole = torch.randn(2, 3, 9, 6).to(dtype)
+    part, turned = torch.randn(2, 3, 20, 6).to(dtype)[:, :, :9], torch.randn(2, 9, 3, 6).to(dtype).transpose(1, 2)
+    index, buffers = torch.randint(0, 9, (2, 3, 4)), [whole, part, turned, whole]
+    outs = take_rows(buffers, index, [whole.new_empty(2, 3, 4, 6) for _ in buffers])
+    for x, got in zip(buffers, outs, strict=True):
+        assert torch.equal(got, x.gather(2, index[..., None].expand(-1, -1, -1, 6)))
